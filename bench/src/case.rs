@@ -1,0 +1,428 @@
+//! What is measured: cases (one shape of one operation) and runs (one case, one backend, one round).
+
+use std::fmt;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::units::Bytes;
+
+/// Groups of cases, as `--scenario` names them.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Scenario {
+    /// One-sided latency by size
+    Sizes,
+    /// Scattered KV-cache blocks, many in one transfer
+    Kv,
+    /// Notifications, free-standing and behind a write
+    Notify,
+    /// A window of outstanding transfers
+    Throughput,
+}
+
+/// What one operation does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Operation {
+    /// One-sided read from the target's memory
+    Read,
+    /// One-sided write into the target's memory
+    Write,
+    /// A notification that the target's application answers with one
+    #[value(skip)]
+    Notify,
+    /// A write with a notification bound to it, answered by the target's application
+    #[value(skip)]
+    WriteNotify,
+}
+
+impl Operation {
+    /// Whether the target's application takes part.
+    pub(crate) fn notifies(self) -> bool {
+        matches!(self, Self::Notify | Self::WriteNotify)
+    }
+
+    /// Whether blocks are moved.
+    pub(crate) fn moves_data(self) -> bool {
+        self != Self::Notify
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Notify => "notify",
+            Self::WriteNotify => "write+notify",
+        })
+    }
+}
+
+/// Who moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Backend {
+    /// The engine
+    Corelane,
+    /// A bare pair of TCP sockets, polled without yielding: the floor of this kernel
+    RawTcp,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Corelane => "corelane",
+            Self::RawTcp => "raw-tcp",
+        })
+    }
+}
+
+/// Where the application runs that posts and polls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum App {
+    /// As an async task on the lane
+    Lane,
+    /// On a thread of its own that polls without yielding
+    Thread,
+}
+
+/// What the target's application does while it is not needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum TargetApp {
+    /// Sleeps: the target's lane serves alone
+    Sleep,
+    /// Polls for notifications in a loop, without yielding
+    Poll,
+}
+
+/// A deliberately broken engine: proves that the verification can fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Sabotage {
+    /// Completes every transfer without moving a byte
+    Noop,
+    /// Moves bytes in the first pass only
+    Stale,
+    /// Completes one operation in fifty without moving a byte
+    Rare,
+}
+
+/// One shape of one operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Case {
+    pub(crate) scenario: Scenario,
+    pub(crate) operation: Operation,
+    /// Blocks per operation; 0 where no data moves.
+    pub(crate) blocks: usize,
+    pub(crate) block_bytes: usize,
+    /// Operations outstanding at a time.
+    pub(crate) window: usize,
+    /// Bytes of each notification; 0 where none is sent.
+    pub(crate) notification_bytes: usize,
+}
+
+/// Memory that the slots of a case may cover together: small enough to stay in a private cache, so that rotating
+/// through slots (which lets every operation be verified) does not turn a latency test into one of memory.
+const SLOT_MEMORY: usize = 1 << 20;
+const MAX_SLOTS: usize = 64;
+
+impl Case {
+    /// A stable name: `read/64B`, `kv/read/4096x4KiB`, `notify/32B`, `throughput/write/64KiB/w16`.
+    pub(crate) fn id(&self) -> String {
+        let Self { operation, blocks, window, .. } = self;
+        let size = Bytes(self.block_bytes);
+        match self.scenario {
+            Scenario::Sizes => format!("{operation}/{size}"),
+            Scenario::Kv => format!("kv/{operation}/{blocks}x{size}"),
+            Scenario::Notify if self.operation.moves_data() => format!("{operation}/{size}"),
+            Scenario::Notify => format!("{operation}/{}", Bytes(self.notification_bytes)),
+            Scenario::Throughput => format!("throughput/{operation}/{size}/w{window}"),
+        }
+    }
+
+    /// Payload of one operation, without notifications.
+    pub(crate) fn bytes(&self) -> usize {
+        self.blocks * self.block_bytes
+    }
+
+    /// Distinct places that operations rotate through; each can be verified on its own.
+    pub(crate) fn slots(&self) -> usize {
+        if !self.operation.moves_data() {
+            return MAX_SLOTS;
+        }
+        (SLOT_MEMORY / self.bytes().max(1)).clamp(1, MAX_SLOTS).max(self.window)
+    }
+
+    /// Operations between two verified passes: none where verifying everything is cheap next to the operations.
+    pub(crate) fn plain_ops_per_pass(&self) -> u64 {
+        let slots = self.slots() as u64;
+        match self.bytes() {
+            _ if self.scenario == Scenario::Throughput => slots * 16,
+            0..=0xF_FFFF => 0,
+            _ => slots * 3,
+        }
+    }
+}
+
+/// One case on one backend in one round: all that both processes need to know.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RunSpec {
+    pub(crate) case: Case,
+    pub(crate) backend: Backend,
+    /// Distinguishes the contents of this run from those of every other.
+    pub(crate) run: u32,
+    pub(crate) duration: Duration,
+    /// Operations to do even when the duration is over.
+    pub(crate) min_ops: u64,
+    /// Operations per second of an open loop; `None` for a closed loop.
+    pub(crate) rate: Option<f64>,
+    /// Shuffles the scattered blocks; equal seeds give equal layouts.
+    pub(crate) seed: u64,
+    pub(crate) app: App,
+    pub(crate) target_app: TargetApp,
+    /// Idle policy of the lanes, in the engine's notation: microseconds or `inf`.
+    pub(crate) spin: Option<String>,
+    /// Runs a CPU-bound thread beside each lane, on its core.
+    pub(crate) burn: bool,
+    pub(crate) sabotage: Option<Sabotage>,
+}
+
+/// Bytes and counts beyond which a run is refused, whoever asks for it.
+const MAX_BLOCKS: usize = 1_000_000;
+const MAX_WINDOW: usize = 4096;
+/// The longest notification that is measured.
+pub(crate) const MAX_NOTIFICATION: usize = 64 << 10;
+
+impl RunSpec {
+    /// Refuses runs whose memory would exceed `max_memory` on one side, or whose numbers make no sense. A server must
+    /// not trust the run that a client sends it.
+    pub(crate) fn validate(&self, max_memory: usize) -> Result<(), String> {
+        let case = &self.case;
+        if case.window == 0 || case.window > MAX_WINDOW {
+            return Err(format!("a window of {} (1 to {MAX_WINDOW})", case.window));
+        }
+        if case.notification_bytes > MAX_NOTIFICATION {
+            return Err(format!(
+                "notifications of {} bytes (at most {MAX_NOTIFICATION})",
+                case.notification_bytes
+            ));
+        }
+        if case.blocks > MAX_BLOCKS
+            || case.operation.moves_data() != (case.blocks > 0 && case.block_bytes > 0)
+        {
+            return Err(format!("{} blocks of {} bytes", case.blocks, case.block_bytes));
+        }
+        if self.rate.is_some_and(|rate| !(rate > 0.0 && rate < 1e9)) {
+            return Err("a rate that is no rate".to_owned());
+        }
+        // Twice for the pool of scattered blocks, once more for rounding to cache lines and the warm-up page.
+        let bytes = case
+            .block_bytes
+            .checked_next_multiple_of(64)
+            .and_then(|stride| stride.checked_mul(case.blocks));
+        let needed = bytes.filter(|&bytes| bytes <= max_memory).and_then(|bytes| {
+            bytes.checked_mul(case.slots() * if self.scattered() { 2 } else { 1 })
+        });
+        match needed {
+            Some(needed) if needed <= max_memory => Ok(()),
+            _ => Err(format!(
+                "{} needs more memory than --max-memory allows ({})",
+                case.id(),
+                Bytes(max_memory)
+            )),
+        }
+    }
+
+    /// Content tag of a pass, never the same for two passes of one invocation.
+    pub(crate) fn sequence(&self, pass: u32) -> u64 {
+        u64::from(self.run) << 32 | u64::from(pass) + 1
+    }
+
+    /// Scattered blocks are for the engine; the baseline moves as many bytes in one piece.
+    pub(crate) fn scattered(&self) -> bool {
+        self.backend != Backend::RawTcp && self.case.blocks > 1
+    }
+}
+
+/// Which cases to run, as the options say.
+#[derive(Clone, Debug)]
+pub(crate) struct CaseOptions {
+    pub(crate) scenarios: Vec<Scenario>,
+    pub(crate) operations: Vec<Operation>,
+    pub(crate) sizes: Vec<usize>,
+    pub(crate) shapes: Vec<(usize, usize)>,
+    pub(crate) notification_bytes: usize,
+    pub(crate) throughput_sizes: Vec<usize>,
+    pub(crate) window: usize,
+}
+
+/// All cases of an invocation, in the order in which they run and are printed.
+pub(crate) fn cases(options: &CaseOptions) -> Vec<Case> {
+    let mut scenarios = options.scenarios.clone();
+    scenarios.sort_unstable();
+    scenarios.dedup();
+    let mut cases = Vec::new();
+    for scenario in scenarios {
+        let mut add = |operation, blocks, block_bytes, window, notification_bytes| {
+            let case =
+                Case { scenario, operation, blocks, block_bytes, window, notification_bytes };
+            if !cases.contains(&case) {
+                cases.push(case);
+            }
+        };
+        match scenario {
+            Scenario::Notify => {
+                add(Operation::Notify, 0, 0, 1, options.notification_bytes);
+                add(Operation::WriteNotify, 1, 4096, 1, options.notification_bytes);
+            }
+            _ => {
+                for &operation in &options.operations {
+                    match scenario {
+                        Scenario::Sizes => {
+                            options.sizes.iter().for_each(|&size| add(operation, 1, size, 1, 0));
+                        }
+                        Scenario::Kv => {
+                            options
+                                .shapes
+                                .iter()
+                                .for_each(|&(count, size)| add(operation, count, size, 1, 0));
+                        }
+                        Scenario::Throughput => {
+                            let sizes = options.throughput_sizes.iter();
+                            sizes.for_each(|&size| add(operation, 1, size, options.window, 0));
+                        }
+                        Scenario::Notify => {}
+                    }
+                }
+            }
+        }
+    }
+    cases
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn options() -> CaseOptions {
+        CaseOptions {
+            scenarios: vec![Scenario::Throughput, Scenario::Sizes, Scenario::Kv, Scenario::Notify],
+            operations: vec![Operation::Read, Operation::Write],
+            sizes: vec![64, 4096],
+            shapes: vec![(256, 16 << 10)],
+            notification_bytes: 32,
+            throughput_sizes: vec![64 << 10],
+            window: 16,
+        }
+    }
+
+    #[test]
+    fn ids_are_readable_and_unique() {
+        let ids: Vec<String> = cases(&options()).iter().map(Case::id).collect();
+        assert_eq!(
+            ids,
+            [
+                "read/64B",
+                "read/4KiB",
+                "write/64B",
+                "write/4KiB",
+                "kv/read/256x16KiB",
+                "kv/write/256x16KiB",
+                "notify/32B",
+                "write+notify/4KiB",
+                "throughput/read/64KiB/w16",
+                "throughput/write/64KiB/w16",
+            ]
+        );
+    }
+
+    #[test]
+    fn repeated_options_do_not_repeat_cases() {
+        let mut twice = options();
+        twice.scenarios = vec![Scenario::Sizes, Scenario::Sizes];
+        twice.sizes = vec![64, 64];
+        assert_eq!(cases(&twice).len(), 2);
+    }
+
+    #[test]
+    fn small_cases_verify_every_operation_and_windows_never_share_a_slot() {
+        for case in cases(&options()) {
+            assert!(case.slots() >= case.window, "{}", case.id());
+            if case.scenario == Scenario::Sizes {
+                assert_eq!((case.slots(), case.plain_ops_per_pass()), (64, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn contents_differ_between_runs_and_passes() {
+        let case = cases(&options()).remove(0);
+        let spec = |run| RunSpec {
+            case: case.clone(),
+            backend: Backend::Corelane,
+            run,
+            duration: Duration::from_millis(1),
+            min_ops: 1,
+            rate: None,
+            seed: 1,
+            app: App::Thread,
+            target_app: TargetApp::Sleep,
+            spin: None,
+            burn: false,
+            sabotage: None,
+        };
+        assert_ne!(spec(0).sequence(1), spec(1).sequence(1));
+        assert_ne!(spec(0).sequence(1), spec(0).sequence(2));
+        assert_ne!(spec(0).sequence(0), 0);
+        assert_eq!(spec(0).validate(1 << 20), Ok(()));
+    }
+
+    #[test]
+    fn runs_that_make_no_sense_are_refused() {
+        let good = Case {
+            scenario: Scenario::Kv,
+            operation: Operation::Read,
+            blocks: 4096,
+            block_bytes: 4096,
+            window: 1,
+            notification_bytes: 0,
+        };
+        let spec = |case: Case| RunSpec {
+            case,
+            backend: Backend::Corelane,
+            run: 0,
+            duration: Duration::from_millis(1),
+            min_ops: 1,
+            rate: None,
+            seed: 1,
+            app: App::Thread,
+            target_app: TargetApp::Sleep,
+            spin: None,
+            burn: false,
+            sabotage: None,
+        };
+        assert_eq!(spec(good.clone()).validate(64 << 20), Ok(()));
+        assert!(spec(good.clone()).validate(16 << 20).is_err(), "the pool is twice as large");
+        for bad in [
+            Case { window: 0, ..good.clone() },
+            Case { window: usize::MAX, ..good.clone() },
+            Case { blocks: 0, ..good.clone() },
+            Case { blocks: usize::MAX, ..good.clone() },
+            Case { block_bytes: usize::MAX, ..good.clone() },
+            Case { block_bytes: usize::MAX / 2, ..good.clone() },
+            Case { notification_bytes: 1 << 30, ..good.clone() },
+            Case { operation: Operation::Notify, ..good.clone() },
+        ] {
+            assert!(spec(bad.clone()).validate(64 << 20).is_err(), "{bad:?}");
+        }
+        let rate = RunSpec { rate: Some(f64::NAN), ..spec(good) };
+        assert!(rate.validate(64 << 20).is_err());
+    }
+}

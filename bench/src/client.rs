@@ -1,0 +1,363 @@
+//! The initiator's process: runs one case after the other against a target, and verifies what it measures.
+
+use std::net::SocketAddr;
+
+use anyhow::{Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::arena::{self, Arena};
+use crate::case::{App, Backend, Operation, RunSpec};
+use crate::clock::{self, now_ns};
+use crate::control::{Ask, Control, Reply, TargetAddress};
+use crate::cpu::Burners;
+use crate::engine_side::EngineSession;
+use crate::layout::Layout;
+use crate::manifest::Host;
+use crate::measure::{
+    Pass, PassOutcome, Points, Recorder, histogram, points_of, restore, run_pass,
+};
+use crate::pinning::{self, Cores};
+use crate::polling::complete_now;
+use crate::raw_tcp::RawInitiator;
+use crate::sabotage::Sabotaged;
+use crate::units::to_hex;
+
+/// How the initiator's process is placed and bounded.
+#[derive(Clone, Debug)]
+pub(crate) struct ClientOptions {
+    pub(crate) connect: String,
+    /// Core of the lane and of the baseline's thread.
+    pub(crate) core: usize,
+    /// Core of the application's thread; `None` leaves it unpinned.
+    pub(crate) caller_core: Option<usize>,
+    pub(crate) max_memory: usize,
+}
+
+/// What one run of one pair measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) operations: u64,
+    /// Operations whose every byte was compared, among those and in the warm-up.
+    pub(crate) verified: u64,
+    pub(crate) bytes: u64,
+    /// Time spent in passes, without verification.
+    pub(crate) span_ns: u64,
+    /// Operations of an open loop that were due but cut off.
+    pub(crate) unserved: u64,
+    pub(crate) cpu_initiator_ns: u64,
+    pub(crate) cpu_target_ns: u64,
+    pub(crate) response: Points,
+    pub(crate) service: Option<Points>,
+    /// From sending a notification to the target's application seeing it; `None` between hosts.
+    pub(crate) one_way: Option<Points>,
+    pub(crate) placement: String,
+}
+
+/// A connection to a target, and the memory of this side.
+pub(crate) struct Client {
+    control: Control,
+    options: ClientOptions,
+    allowed: Vec<usize>,
+    memory: Option<Arena>,
+    one_clock: bool,
+    prepared: Option<Prepared>,
+}
+
+/// A run that is open on both sides. Fields drop in this order: first whoever touches the memory, then the memory.
+struct Prepared {
+    session: Session,
+    burners: Burners,
+    spec: RunSpec,
+    layout: Layout,
+    arena: Arena,
+    placement: String,
+}
+
+enum Session {
+    Engine(Box<EngineSession>),
+    Raw(Box<RawInitiator>),
+}
+
+impl Prepared {
+    fn close(&mut self) -> Result<()> {
+        match &mut self.session {
+            Session::Engine(session) => session.close(),
+            Session::Raw(_) => Ok(()),
+        }
+    }
+}
+
+impl Client {
+    /// Connects to a server; also returns what it said about its host.
+    pub(crate) fn connect(options: ClientOptions) -> Result<(Self, Box<Host>)> {
+        let (control, target) = Control::connect(&options.connect)?;
+        let allowed = pinning::allowed_cores()?;
+        let one_clock = target.clock == clock::clock_identity();
+        Ok((Self { control, options, allowed, memory: None, one_clock, prepared: None }, target))
+    }
+
+    /// Opens a run on both sides, up to the point where measuring can begin.
+    pub(crate) fn prepare(&mut self, spec: RunSpec) -> Result<()> {
+        self.prepared = None;
+        spec.validate(self.options.max_memory).map_err(anyhow::Error::msg)?;
+        let Reply::Opened { address, placement: target } =
+            self.control.ask(&Ask::Open { spec: Box::new(spec.clone()) })?
+        else {
+            bail!("the server did not open the case");
+        };
+        let layout = Layout::new(&spec);
+        let limit = self.options.max_memory + (1 << 20);
+        let arena = arena::grow(&mut self.memory, layout.arena_bytes, limit)?;
+        let core = self.options.core;
+        let (session, initiator) = match (spec.backend, address) {
+            (Backend::RawTcp, TargetAddress::RawTcp { port }) => {
+                pinning::pin_current_thread(core)?;
+                let target = SocketAddr::new(self.control.peer_ip()?, port);
+                let raw =
+                    RawInitiator::connect(target, arena.clone(), spec.case.operation, &layout)?;
+                (Session::Raw(Box::new(raw)), format!("thread on core {core}"))
+            }
+            (Backend::Corelane, TargetAddress::Engine { metadata, descriptor }) => {
+                let caller = self.place_caller(&spec)?;
+                let ip = self.control.local_ip()?;
+                let session =
+                    EngineSession::open(&spec, &arena, core, ip, &layout, &metadata, &descriptor)?;
+                let introduction = Ask::Introduce { metadata: to_hex(&session.metadata()) };
+                self.control.ask(&introduction)?;
+                (Session::Engine(Box::new(session)), format!("lane on core {core}, {caller}"))
+            }
+            _ => bail!("the server opened another backend than {}", spec.backend),
+        };
+        let burners = if spec.burn { Burners::start(&[core])? } else { Burners::none() };
+        let burning = if spec.burn { "; a CPU-bound thread on each lane's core" } else { "" };
+        let placement = format!("initiator: {initiator}; target: {target}{burning}");
+        self.prepared = Some(Prepared { session, burners, spec, layout, arena, placement });
+        Ok(())
+    }
+
+    /// Puts this thread, which is the application, where the options want it.
+    fn place_caller(&self, spec: &RunSpec) -> Result<String> {
+        match (spec.app, self.options.caller_core) {
+            (App::Thread, Some(core)) => {
+                pinning::pin_current_thread(core)?;
+                Ok(format!("application on a thread on core {core}"))
+            }
+            (app, _) => {
+                pinning::restrict_current_thread(&self.allowed)?;
+                let cores = Cores(self.allowed.clone());
+                Ok(match app {
+                    App::Thread => format!("application on an unpinned thread (cores {cores})"),
+                    App::Lane => "application on the lane".to_owned(),
+                })
+            }
+        }
+    }
+
+    /// Measures the prepared run and closes it on both sides.
+    pub(crate) fn measure(&mut self) -> Result<Outcome> {
+        let Some(mut prepared) = self.prepared.take() else { bail!("no run was prepared") };
+        let measured = Measuring {
+            control: &mut self.control,
+            recorder: Recorder::new(prepared.spec.rate.is_some()),
+            one_way: histogram(),
+            outcome: Outcome::default(),
+            pass: 0,
+            notifications: 0,
+            run: &mut prepared,
+        }
+        .run();
+        let closed_here = prepared.close();
+        let closed_there = self.control.ask(&Ask::Close);
+        // The first failure is the cause of the later ones.
+        let mut outcome = measured?;
+        closed_here?;
+        closed_there?;
+        outcome.placement = prepared.placement.clone();
+        if !self.one_clock {
+            outcome.one_way = None;
+        }
+        Ok(outcome)
+    }
+}
+
+/// The state of a run between two passes.
+struct Measuring<'a> {
+    control: &'a mut Control,
+    run: &'a mut Prepared,
+    recorder: Recorder,
+    one_way: hdrhistogram::Histogram<u64>,
+    outcome: Outcome,
+    pass: u32,
+    notifications: u64,
+}
+
+/// A pass of an open loop is at most this long, so that verification happens regularly.
+const OPEN_LOOP_PASS_SECONDS: f64 = 0.5;
+
+impl Measuring<'_> {
+    fn run(mut self) -> Result<Outcome> {
+        let begin = now_ns();
+        let until = begin + self.run.spec.duration.as_nanos() as u64;
+        let (verified, plain) = self.operations_per_pass();
+        // The first pass finds cold caches and fresh connections: verified, but not measured.
+        self.verified_pass(verified)?;
+        let warm = self.outcome.verified;
+        self.recorder = Recorder::new(self.run.spec.rate.is_some());
+        self.one_way.reset();
+        self.outcome = Outcome { verified: warm, ..Outcome::default() };
+        let mut enough = false;
+        loop {
+            self.verified_pass(verified)?;
+            // An open loop is measured in its long passes: there is at least one.
+            enough |=
+                self.run.spec.rate.is_none() && self.outcome.operations >= self.run.spec.min_ops;
+            if now_ns() >= until && enough {
+                break;
+            }
+            if plain > 0 {
+                enough |= self.run.spec.rate.is_some();
+                let stop = self.run.spec.rate.is_none().then_some(until.max(now_ns() + 1));
+                self.pass(plain, stop, 0)?;
+            }
+        }
+        self.outcome.response = points_of(self.recorder.response());
+        self.outcome.service = self.recorder.service().map(points_of);
+        if self.run.spec.case.operation.notifies() {
+            self.outcome.one_way = Some(points_of(&self.one_way));
+        }
+        Ok(self.outcome)
+    }
+
+    /// Operations of a verified pass and of the one without verification that follows it.
+    fn operations_per_pass(&self) -> (u64, u64) {
+        let spec = &self.run.spec;
+        let slots = spec.case.slots() as u64;
+        match spec.rate {
+            None => (slots, spec.case.plain_ops_per_pass()),
+            Some(rate) => {
+                let seconds = OPEN_LOOP_PASS_SECONDS.min(spec.duration.as_secs_f64() / 2.0);
+                // Slow schedules must not spend minutes on one pass.
+                let verified = slots.min((rate * seconds / 5.0) as u64).max(1);
+                (verified, ((rate * seconds) as u64).max(1))
+            }
+        }
+    }
+
+    /// Renews the contents of as many slots as there are operations, runs them once, and checks every byte.
+    fn verified_pass(&mut self, operations: u64) -> Result<()> {
+        let done = self.pass(operations, None, operations as usize)?;
+        self.outcome.verified += done.operations;
+        Ok(())
+    }
+
+    fn pass(
+        &mut self,
+        operations: u64,
+        until_ns: Option<u64>,
+        slots: usize,
+    ) -> Result<PassOutcome> {
+        self.pass += u32::from(slots > 0);
+        let sequence = self.run.spec.sequence(self.pass);
+        let slots = if self.run.spec.case.operation.moves_data() { slots } else { 0 };
+        self.renew(sequence, slots);
+        match self.control.ask(&Ask::Begin { sequence, slots })? {
+            Reply::Ready => {}
+            other => bail!("unexpected answer {other:?}"),
+        }
+        let cpu = self.run.burners.net_process_ns();
+        let pass = self.plan(operations, until_ns, sequence);
+        let done = self.run_in_session(pass)?;
+        let cpu_ns = self.run.burners.net_process_ns().saturating_sub(cpu);
+        // An overloaded open loop leaves slots unused: those still hold the poison.
+        let checked = slots.min(done.operations as usize);
+        self.notifications += done.notifications;
+        let ended = self.control.ask(&Ask::End {
+            sequence,
+            slots: checked,
+            notifications: self.notifications,
+        })?;
+        let Reply::Ended { cpu_ns: target_ns, one_way } = ended else {
+            bail!("unexpected answer {ended:?}")
+        };
+        self.verify(sequence, checked)?;
+        restore(&mut self.one_way, &one_way)?;
+        let outcome = &mut self.outcome;
+        outcome.operations += done.operations;
+        outcome.bytes += done.operations * self.run.spec.case.bytes() as u64;
+        outcome.span_ns += done.span_ns;
+        outcome.unserved += done.unserved;
+        outcome.cpu_initiator_ns += cpu_ns;
+        outcome.cpu_target_ns += target_ns;
+        Ok(done)
+    }
+
+    /// Poisons the destination of reads, renews the source of writes.
+    fn renew(&self, sequence: u64, slots: usize) {
+        let Prepared { spec, layout, arena, .. } = &*self.run;
+        for (index, local, _) in layout.blocks().take(slots * spec.case.blocks) {
+            match spec.case.operation {
+                Operation::Read => arena.poison(local, layout.block_bytes),
+                _ => arena.fill(local, layout.block_bytes, sequence, index),
+            }
+        }
+    }
+
+    fn verify(&self, sequence: u64, slots: usize) -> Result<()> {
+        let Prepared { spec, layout, arena, .. } = &*self.run;
+        if spec.case.operation != Operation::Read {
+            return Ok(());
+        }
+        for (index, local, _) in layout.blocks().take(slots * spec.case.blocks) {
+            if let Err(mismatch) = arena.check(local, layout.block_bytes, sequence, index) {
+                bail!(
+                    "verification failed: {}: block {index} in the initiator's memory: {mismatch}",
+                    spec.case.id()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn plan(&self, operations: u64, until_ns: Option<u64>, sequence: u64) -> Pass {
+        let Prepared { spec, layout, arena, .. } = &*self.run;
+        let last_word = |slot: &crate::layout::Slot| {
+            let offset = layout.block_bytes as u64;
+            let (local, remote) = (*slot.local.last()? + offset, *slot.remote.last()? + offset);
+            Some((remote.checked_sub(8)?, arena.load_word(local.checked_sub(8)?)?))
+        };
+        let last_words = match spec.case.operation {
+            Operation::WriteNotify => layout.slots.iter().filter_map(last_word).collect(),
+            _ => Vec::new(),
+        };
+        Pass {
+            operation: spec.case.operation,
+            slots: layout.slots.len(),
+            window: spec.case.window,
+            operations,
+            until_ns,
+            rate: spec.rate,
+            sequence,
+            notification_bytes: spec.case.notification_bytes,
+            last_words,
+            first_notification: self.notifications,
+        }
+    }
+
+    fn run_in_session(&mut self, pass: Pass) -> Result<PassOutcome> {
+        let sabotage = self.run.spec.sabotage;
+        match &mut self.run.session {
+            Session::Engine(session) => {
+                let recorder = std::mem::replace(&mut self.recorder, Recorder::new(false));
+                let (outcome, recorder) = session.run(pass, recorder, sabotage)?;
+                self.recorder = recorder;
+                Ok(outcome)
+            }
+            Session::Raw(raw) => {
+                let mut raw = Sabotaged::new(raw.as_mut(), sabotage, &pass);
+                let outcome = complete_now(run_pass(&mut raw, &pass, &mut self.recorder))?;
+                ensure!(raw.is_drained(), "a pass left transfers behind");
+                Ok(outcome)
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! The initiator's engine during one run.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use corelane::{Access, Engine, Operation as Direction, Region, RegionDescriptor, Transfer};
+
+use super::initiator::{EngineInitiator, Handles, Place};
+use super::start_engine;
+use crate::arena::Arena;
+use crate::case::{App, Operation, RunSpec, Sabotage};
+use crate::layout::{Layout, Slot, WARM_LEN};
+use crate::measure::{Pass, PassOutcome, Recorder, run_pass};
+use crate::polling::complete_now;
+use crate::sabotage::Sabotaged;
+use crate::units::from_hex;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An engine that is connected to the target, with a transfer prepared for every slot.
+pub(crate) struct EngineSession {
+    handles: Option<Handles>,
+    engine: Engine,
+    region: Region,
+    app: App,
+}
+
+impl EngineSession {
+    /// Starts the engine, registers the memory, connects, prepares.
+    pub(crate) fn open(
+        spec: &RunSpec,
+        arena: &Arena,
+        core: usize,
+        ip: IpAddr,
+        layout: &Layout,
+        metadata: &str,
+        descriptor: &str,
+    ) -> Result<Self> {
+        let metadata =
+            from_hex(metadata).context("the server sent metadata that is not hexadecimal")?;
+        let descriptor =
+            from_hex(descriptor).context("the server sent a descriptor that is not hexadecimal")?;
+        let remote = RegionDescriptor::from_bytes(&descriptor)?;
+        let engine = start_engine("initiator", spec, core, ip)?;
+        // SAFETY: the arena is mapped until the last handle to it is gone; `close` deregisters before that, and the
+        // owner of this session drops it, hence the engine, before the arena. The harness touches blocks only between
+        // passes, when no transfer is in flight.
+        let region = unsafe { engine.register(arena.as_ptr(), arena.len(), Access::LOCAL) }?;
+        let peer = engine.load_peer(&metadata)?;
+        peer.connect(CONNECT_TIMEOUT)?;
+        let direction = match spec.case.operation {
+            Operation::Read => Direction::Read,
+            _ => Direction::Write,
+        };
+        let prepare = |slot: &Slot, len: usize| -> Result<Transfer> {
+            let len = len as u64;
+            let local: Vec<_> =
+                slot.local.iter().map(|&offset| region.segment(offset, len)).collect();
+            let there: Vec<_> =
+                slot.remote.iter().map(|&offset| remote.segment(offset, len)).collect();
+            Ok(engine.prepare(direction, &peer, &local, &there)?.transfer())
+        };
+        let mut transfers = Vec::with_capacity(layout.slots.len() + 1);
+        for slot in &layout.slots {
+            transfers.push(prepare(slot, layout.block_bytes)?);
+        }
+        transfers.push(prepare(&Slot { local: vec![0], remote: vec![0] }, WARM_LEN)?);
+        let handles = Handles { engine: engine.clone(), peer, transfers: transfers.into() };
+        Ok(Self { handles: Some(handles), engine, region, app: spec.app })
+    }
+
+    /// What the target needs to answer notifications.
+    pub(crate) fn metadata(&self) -> Vec<u8> {
+        self.engine.metadata()
+    }
+
+    /// Runs one pass where the application lives. The recorder travels with it and comes back.
+    pub(crate) fn run(
+        &mut self,
+        pass: Pass,
+        mut recorder: Recorder,
+        sabotage: Option<Sabotage>,
+    ) -> Result<(PassOutcome, Recorder)> {
+        let handles = self.handles.clone().context("the session is closed")?;
+        match self.app {
+            App::Thread => {
+                let mut initiator = EngineInitiator::new(handles, Place::Thread);
+                let outcome = complete_now(drive(&mut initiator, &pass, &mut recorder, sabotage))?;
+                Ok((outcome, recorder))
+            }
+            App::Lane => {
+                let (engine, peer) = (handles.engine.clone(), handles.peer.clone());
+                let task = engine.spawn_on(&peer, move |local| async move {
+                    let mut initiator = EngineInitiator::new(handles, Place::Lane(local));
+                    let outcome = drive(&mut initiator, &pass, &mut recorder, sabotage).await?;
+                    anyhow::Ok((outcome, recorder))
+                })?;
+                // Bounded: every wait inside of a pass is.
+                task.wait()
+                    .map_err(|error| anyhow!("the application's task on the lane: {error}"))?
+            }
+        }
+    }
+
+    /// Takes the memory back and stops the engine; both must work, they are part of what is tested.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        self.handles = None;
+        let deregistered = self.engine.deregister(&self.region);
+        self.engine.shutdown().context("stopping the initiator's engine")?;
+        deregistered.context("deregistering the initiator's memory")
+    }
+}
+
+async fn drive(
+    initiator: &mut EngineInitiator,
+    pass: &Pass,
+    recorder: &mut Recorder,
+    sabotage: Option<Sabotage>,
+) -> Result<PassOutcome> {
+    let mut initiator = Sabotaged::new(initiator, sabotage, pass);
+    let outcome = run_pass(&mut initiator, pass, recorder).await?;
+    ensure!(initiator.is_drained(), "a pass left transfers behind");
+    Ok(outcome)
+}

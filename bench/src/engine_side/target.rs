@@ -1,0 +1,181 @@
+//! The target's engine during one run, and the application beside it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use corelane::{Access, Engine, Peer, Region, Task};
+
+use super::start_engine;
+use crate::answering::Ledger;
+use crate::arena::Arena;
+use crate::case::{App, RunSpec, TargetApp};
+use crate::clock::now_ns;
+use crate::control::TargetAddress;
+use crate::measure::Stamp;
+use crate::polling::complete_now;
+use crate::units::to_hex;
+
+/// How often the application looks whether a pass has begun.
+const PAUSE: Duration = Duration::from_micros(200);
+
+/// An engine whose memory the initiator reads and writes.
+pub(crate) struct EngineTarget {
+    engine: Engine,
+    region: Region,
+    arena: Arena,
+    ledger: Ledger,
+    application: Option<Application>,
+    core: usize,
+}
+
+/// A running application.
+struct Application {
+    stop: Arc<AtomicBool>,
+    runs: Runs,
+}
+
+enum Runs {
+    Thread(JoinHandle<()>),
+    Lane(Task<()>),
+}
+
+impl EngineTarget {
+    /// Starts the engine and registers the memory.
+    pub(crate) fn start(
+        spec: &RunSpec,
+        arena: Arena,
+        core: usize,
+        ip: IpAddr,
+        ledger: Ledger,
+    ) -> Result<Self> {
+        let engine = start_engine("target", spec, core, ip)?;
+        // SAFETY: the arena stays mapped as long as this struct's handle to it, which outlives the engine: `close` or
+        // the drop of the engine, declared before it, come first. The harness touches blocks only between passes.
+        let region = unsafe { engine.register(arena.as_ptr(), arena.len(), Access::READ_WRITE) }?;
+        Ok(Self { engine, region, arena, ledger, application: None, core })
+    }
+
+    /// What the initiator needs.
+    pub(crate) fn address(&self) -> TargetAddress {
+        TargetAddress::Engine {
+            metadata: to_hex(&self.engine.metadata()),
+            descriptor: to_hex(&self.region.descriptor().to_bytes()),
+        }
+    }
+
+    pub(crate) fn placement(&self, spec: &RunSpec) -> String {
+        let application = match (
+            spec.case.operation.notifies() || spec.target_app == TargetApp::Poll,
+            spec.app,
+        ) {
+            (false, _) => "application asleep",
+            (true, App::Lane) => "application polling on the lane",
+            (true, App::Thread) => "application polling on an unpinned thread",
+        };
+        format!("lane on core {}, {application}", self.core)
+    }
+
+    /// Learns who the initiator is, and starts the application if this run needs one.
+    pub(crate) fn introduce(&mut self, spec: &RunSpec, metadata: &[u8]) -> Result<()> {
+        if !spec.case.operation.notifies() && spec.target_app == TargetApp::Sleep {
+            return Ok(());
+        }
+        let peer = self.engine.load_peer(metadata)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let answering = Answering {
+            engine: self.engine.clone(),
+            peer: peer.clone(),
+            arena: self.arena.clone(),
+            ledger: self.ledger.clone(),
+            stop: Arc::clone(&stop),
+        };
+        let runs = match spec.app {
+            App::Thread => {
+                let body = move || {
+                    let pause = async || std::thread::sleep(PAUSE);
+                    let _ = complete_now(async { Ok(answering.run(pause, async || {}).await) });
+                };
+                let thread = std::thread::Builder::new().name("target-app".to_owned()).spawn(body);
+                Runs::Thread(thread.context("starting the target's application")?)
+            }
+            App::Lane => Runs::Lane(self.engine.spawn_on(&peer, move |local| async move {
+                answering
+                    .run(async || local.sleep(PAUSE).await, async || local.yield_now().await)
+                    .await;
+            })?),
+        };
+        self.application = Some(Application { stop, runs });
+        Ok(())
+    }
+
+    /// Ends the application, takes the memory back and stops the engine.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        self.stop_application();
+        let deregistered = self.engine.deregister(&self.region);
+        self.engine.shutdown().context("stopping the target's engine")?;
+        deregistered.context("deregistering the target's memory")
+    }
+
+    fn stop_application(&mut self) {
+        let Some(Application { stop, runs }) = self.application.take() else { return };
+        stop.store(true, Ordering::Release);
+        // The application books its own failures; how its thread or task ended says nothing more.
+        match runs {
+            Runs::Thread(thread) => drop(thread.join()),
+            Runs::Lane(task) => drop(task.wait()),
+        }
+    }
+}
+
+impl Drop for EngineTarget {
+    fn drop(&mut self) {
+        // The thread holds handles of the engine: it would go on polling for nobody.
+        self.stop_application();
+    }
+}
+
+/// The target's application: polls for notifications, and answers those of the initiator.
+struct Answering {
+    engine: Engine,
+    peer: Peer,
+    arena: Arena,
+    ledger: Ledger,
+    stop: Arc<AtomicBool>,
+}
+
+impl Answering {
+    async fn run(&self, pause: impl AsyncFn(), relax: impl AsyncFn()) {
+        while !self.stop.load(Ordering::Relaxed) {
+            match self.poll() {
+                Err(error) => {
+                    return self.ledger.fail(format!("the target's application: {error:#}"));
+                }
+                Ok(0) if self.ledger.is_paused() => pause().await,
+                Ok(_) => relax().await,
+            }
+        }
+    }
+
+    fn poll(&self) -> Result<usize> {
+        let mut failure = None;
+        let taken = self.engine.take_notifications(|notification| {
+            let arrived = now_ns();
+            let Some(stamp) = Stamp::decode(&notification.payload) else {
+                failure =
+                    Some(anyhow::anyhow!("verification failed: a notification that nobody sent"));
+                return;
+            };
+            let intact = self.ledger.data_is_there(&self.arena, &stamp);
+            // The stamp is enough of an answer, and as much as the baseline sends.
+            if let Err(error) = self.peer.notify(&notification.payload[..Stamp::LEN]) {
+                failure = Some(error.into());
+            }
+            self.ledger.arrived(&stamp, arrived, intact);
+        })?;
+        failure.map_or(Ok(taken), Err)
+    }
+}

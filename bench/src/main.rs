@@ -1,0 +1,106 @@
+//! `corelane-bench`: measures corelane between two processes, and proves that the bytes arrived.
+//!
+//! ```text
+//!   loopback ──orders (pipe)──> client process ──control (TCP)──> server process
+//!   rounds, tables, files       lane + application                lane + application
+//!                                     └──────── engine under test ───────┘
+//! ```
+//!
+//! A *case* is one shape of one operation; a *run* is a case on a backend in a round. Between two *passes* of a run the
+//! contents are renewed and what arrived is compared byte for byte; the control connection is silent during a pass.
+//! docs/benchmarks.md describes the method.
+
+/// Writes a line to standard error. Unlike `eprintln!` it does not panic when nobody reads it any more.
+macro_rules! say {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($argument)*);
+    }};
+}
+use say;
+
+mod answering;
+mod arena;
+mod case;
+mod cli;
+mod client;
+mod clock;
+mod control;
+mod coordinator;
+mod cpu;
+mod engine_side;
+mod layout;
+mod loopback;
+mod manifest;
+mod measure;
+mod pattern;
+mod pinning;
+mod polling;
+mod process;
+mod progress;
+mod raw_tcp;
+mod report;
+mod sabotage;
+mod server;
+mod session;
+mod units;
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{Cli, Command};
+use crate::client::ClientOptions;
+use crate::session::Failure;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            say!("{}", cli::one_line(&error));
+            return ExitCode::from(2);
+        }
+        Err(help) => {
+            // A closed pipe behind `--help` is nobody's problem.
+            let _ = help.print();
+            return ExitCode::SUCCESS;
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Options(message)) => {
+            say!("corelane-bench: {message}");
+            ExitCode::from(2)
+        }
+        Err(Failure::Run(error)) => {
+            say!("corelane-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<(), Failure> {
+    if let Some(parent) = cli.parent_pid {
+        process::die_with(parent)?;
+    }
+    match cli.command {
+        Command::Server(options) => session::serve(&options),
+        Command::Client(options) => session::client(&options),
+        Command::Loopback(options) => session::loopback(&options),
+        Command::Worker(options) => Ok(loopback::work(ClientOptions {
+            connect: options.connect,
+            core: options.core,
+            caller_core: options.caller_core.0,
+            max_memory: options.max_memory,
+        })?),
+    }
+}

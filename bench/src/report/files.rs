@@ -1,0 +1,84 @@
+//! Output files: complete or not there at all.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// Where the files of a run go. Checked before anything is measured: a minute of measuring must not end in
+/// "permission denied".
+#[derive(Clone, Debug)]
+pub(crate) struct Output {
+    pub(crate) directory: PathBuf,
+    pub(crate) json: PathBuf,
+}
+
+impl Output {
+    /// Creates the directories and proves that they can be written to.
+    pub(crate) fn prepare(directory: &Path, json: Option<&Path>) -> Result<Self> {
+        let json = json.map_or_else(|| directory.join("results.json"), Path::to_path_buf);
+        let output = Self { directory: directory.to_path_buf(), json };
+        let json_directory = parent(&output.json);
+        for directory in [directory, json_directory] {
+            fs::create_dir_all(directory)
+                .with_context(|| format!("cannot create the directory {}", directory.display()))?;
+            let probe = directory.join(format!(".corelane-bench-{}", std::process::id()));
+            fs::write(&probe, b"")
+                .and_then(|()| fs::remove_file(&probe))
+                .with_context(|| format!("cannot write into {}", directory.display()))?;
+        }
+        anyhow::ensure!(
+            !output.json.is_dir(),
+            "{} is a directory: --json names a file",
+            output.json.display()
+        );
+        Ok(output)
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
+}
+
+/// Writes a file under a temporary name beside its own and renames it: readers see the old one or the new one.
+pub(crate) fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
+    let name = path.file_name().context("a file without a name")?.to_string_lossy();
+    let temporary = parent(path).join(format!(".{name}.{}.tmp", std::process::id()));
+    let written = fs::File::create(&temporary)
+        .and_then(|mut file| file.write_all(contents).and_then(|()| file.sync_data()))
+        .and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // The failure itself is reported below.
+        let _ = fs::remove_file(&temporary);
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_replaced_whole_and_leave_nothing_behind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("results.json");
+        write_atomically(&path, b"old").expect("writes");
+        write_atomically(&path, b"new").expect("replaces");
+        assert_eq!(fs::read(&path).expect("reads"), b"new");
+        assert_eq!(fs::read_dir(directory.path()).expect("lists").count(), 1);
+        let blocked = directory.path().join("missing").join("file");
+        assert!(write_atomically(&blocked, b"x").is_err());
+    }
+
+    #[test]
+    fn an_unusable_place_is_noticed_before_measuring() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let output = Output::prepare(&directory.path().join("a/b"), None).expect("creates");
+        assert_eq!(output.json, directory.path().join("a/b/results.json"));
+        let file = directory.path().join("file");
+        fs::write(&file, b"").expect("writes");
+        assert!(Output::prepare(&file, None).is_err());
+        assert!(Output::prepare(directory.path(), Some(directory.path())).is_err());
+    }
+}

@@ -1,0 +1,15 @@
+//! From outcomes to what people and programs read: a table, ratios, histogram files, results.json, five lines.
+
+mod files;
+mod hgrm;
+mod results;
+mod summary;
+mod table;
+mod tally;
+
+pub(crate) use files::{Output, write_atomically};
+pub(crate) use hgrm::percentile_distribution;
+pub(crate) use results::{Environment, Options, Results, SCHEMA_VERSION, Series};
+pub(crate) use summary::summary;
+pub(crate) use table::{comparison_table, series_table};
+pub(crate) use tally::{Tally, comparisons};

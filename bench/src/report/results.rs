@@ -1,0 +1,298 @@
+//! `results.json`: everything of a run that another program may want, under a versioned schema.
+//!
+//! Consumers should check [`SCHEMA_VERSION`]: it grows when a field changes its meaning or goes away, not when one is
+//! added. docs/benchmarks.md describes every field.
+
+use serde::{Deserialize, Serialize};
+
+use crate::case::{App, Backend, Operation, Scenario, TargetApp};
+use crate::manifest::Host;
+use crate::measure::Points;
+
+/// Version of the layout below.
+pub(crate) const SCHEMA_VERSION: u32 = 1;
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Results {
+    /// Always `corelane-bench`.
+    pub(crate) schema: String,
+    pub(crate) schema_version: u32,
+    /// False when a run failed: the series are those that had been measured by then.
+    pub(crate) complete: bool,
+    pub(crate) failure: Option<String>,
+    /// Seconds since 1970 at the start.
+    pub(crate) started_unix_s: u64,
+    pub(crate) elapsed_s: f64,
+    pub(crate) options: Options,
+    pub(crate) environment: Environment,
+    pub(crate) series: Vec<Series>,
+    pub(crate) comparisons: Vec<Comparison>,
+}
+
+/// The options in effect, defaults filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Options {
+    pub(crate) transport: String,
+    pub(crate) backend: Backend,
+    pub(crate) baseline: Option<Backend>,
+    pub(crate) rounds: usize,
+    /// Of one case on one backend in one round.
+    pub(crate) duration_ms: f64,
+    pub(crate) rate: Option<f64>,
+    pub(crate) app: App,
+    pub(crate) target_app: TargetApp,
+    pub(crate) engines: usize,
+    pub(crate) burn: bool,
+    pub(crate) spin: Option<String>,
+    pub(crate) seed: u64,
+}
+
+/// Both hosts, as the processes on them see them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Environment {
+    pub(crate) initiator: Host,
+    pub(crate) target: Host,
+}
+
+/// One row of the table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Series {
+    pub(crate) id: String,
+    pub(crate) backend: Backend,
+    pub(crate) scenario: Scenario,
+    pub(crate) operation: Operation,
+    pub(crate) blocks: usize,
+    pub(crate) block_bytes: usize,
+    pub(crate) window: usize,
+    pub(crate) notification_bytes: usize,
+    /// Initiator-target pairs that ran at the same time; their operations are added up.
+    pub(crate) pairs: usize,
+    pub(crate) placement: String,
+    pub(crate) operations: u64,
+    pub(crate) verified_operations: u64,
+    /// Due in an open loop but cut off; counted in the percentiles with the time they had waited.
+    pub(crate) unserved_operations: u64,
+    /// Latency; in an open loop from the intended start.
+    pub(crate) latency_us: Percentiles,
+    /// Open loop only: latency from the actual start.
+    pub(crate) service_us: Option<Percentiles>,
+    pub(crate) gigabytes_per_s: Option<f64>,
+    pub(crate) operations_per_s: Option<f64>,
+    /// CPU time of each process per GiB moved.
+    pub(crate) cpu_s_per_gib: Option<CpuCost>,
+    pub(crate) rounds: Vec<Round>,
+    /// File name of the percentile distribution, next to the other outputs.
+    pub(crate) hgrm: String,
+    /// Non-empty histogram buckets as [nanoseconds, count].
+    pub(crate) histogram_ns: Points,
+}
+
+/// Latency percentiles in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Percentiles {
+    pub(crate) min: f64,
+    pub(crate) p50: f64,
+    pub(crate) p90: f64,
+    pub(crate) p99: f64,
+    #[serde(rename = "p99.9")]
+    pub(crate) p999: f64,
+    #[serde(rename = "p99.99")]
+    pub(crate) p9999: f64,
+    pub(crate) max: f64,
+    pub(crate) mean: f64,
+    pub(crate) stddev: f64,
+}
+
+impl Percentiles {
+    /// Reads the percentiles off a histogram of nanoseconds.
+    pub(crate) fn of(histogram: &hdrhistogram::Histogram<u64>) -> Self {
+        let us = |ns: u64| ns as f64 / 1e3;
+        let at = |quantile| us(histogram.value_at_quantile(quantile));
+        if histogram.is_empty() {
+            return Self::default();
+        }
+        Self {
+            min: us(histogram.min()),
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            p999: at(0.999),
+            p9999: at(0.9999),
+            max: us(histogram.max()),
+            mean: histogram.mean() / 1e3,
+            stddev: histogram.stdev() / 1e3,
+        }
+    }
+}
+
+/// CPU seconds per GiB of payload.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CpuCost {
+    pub(crate) initiator: f64,
+    pub(crate) target: f64,
+}
+
+/// One round of a series.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Round {
+    pub(crate) operations: u64,
+    pub(crate) p50_us: f64,
+    pub(crate) p99_us: f64,
+}
+
+/// A series against the same series of the baseline.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Comparison {
+    pub(crate) id: String,
+    pub(crate) backend: Backend,
+    pub(crate) baseline: Backend,
+    pub(crate) rounds: usize,
+    /// Of the per-round ratios p50 / p50.
+    pub(crate) p50_ratio: Spread,
+    /// Of the per-round ratios p99 / p99.
+    pub(crate) p99_ratio: Spread,
+}
+
+/// Median and range of the per-round ratios.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Spread {
+    pub(crate) median: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
+}
+
+impl Spread {
+    /// `None` without values. The median of an even number is the mean of the middle two.
+    pub(crate) fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.retain(|value| value.is_finite());
+        values.sort_unstable_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let median = if values.len() % 2 == 1 {
+            values[middle]
+        } else {
+            (values[middle - 1] + values[middle]) / 2.0
+        };
+        Some(Self { median, min, max })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn series(id: &str, backend: Backend, p50: f64) -> Series {
+        Series {
+            id: id.to_owned(),
+            backend,
+            scenario: Scenario::Sizes,
+            operation: Operation::Read,
+            blocks: 1,
+            block_bytes: 64,
+            window: 1,
+            notification_bytes: 0,
+            pairs: 1,
+            placement: "initiator: lane on core 1; target: lane on core 0".to_owned(),
+            operations: 1000,
+            verified_operations: 1064,
+            unserved_operations: 0,
+            latency_us: Percentiles {
+                p50,
+                p90: p50,
+                p99: p50 * 2.0,
+                max: 123.456,
+                ..Percentiles::default()
+            },
+            service_us: None,
+            gigabytes_per_s: Some(0.0071),
+            operations_per_s: Some(111_000.0),
+            cpu_s_per_gib: Some(CpuCost { initiator: 140.0, target: 130.0 }),
+            rounds: vec![Round { operations: 500, p50_us: p50, p99_us: p50 * 2.0 }],
+            hgrm: format!("{}.{backend}.hgrm", id.replace('/', "-")),
+            histogram_ns: vec![(9000, 999), (123_456, 1)],
+        }
+    }
+
+    pub(crate) fn results() -> Results {
+        let ratio = Spread { median: 1.05, min: 1.0, max: 1.2 };
+        Results {
+            schema: "corelane-bench".to_owned(),
+            schema_version: SCHEMA_VERSION,
+            complete: true,
+            failure: None,
+            started_unix_s: 1_700_000_000,
+            elapsed_s: 12.5,
+            options: Options {
+                transport: "tcp".to_owned(),
+                backend: Backend::Corelane,
+                baseline: Some(Backend::RawTcp),
+                rounds: 5,
+                duration_ms: 200.0,
+                rate: None,
+                app: App::Thread,
+                target_app: TargetApp::Sleep,
+                engines: 2,
+                burn: false,
+                spin: None,
+                seed: 42,
+            },
+            environment: Environment::default(),
+            series: vec![
+                series("read/64B", Backend::Corelane, 9.1),
+                series("read/64B", Backend::RawTcp, 8.6),
+            ],
+            comparisons: vec![Comparison {
+                id: "read/64B".to_owned(),
+                backend: Backend::Corelane,
+                baseline: Backend::RawTcp,
+                rounds: 5,
+                p50_ratio: ratio,
+                p99_ratio: ratio,
+            }],
+        }
+    }
+
+    #[test]
+    fn results_survive_a_round_trip() {
+        let results = results();
+        let json = serde_json::to_string_pretty(&results).expect("encodes");
+        assert_eq!(serde_json::from_str::<Results>(&json).expect("decodes"), results);
+    }
+
+    #[test]
+    fn the_documented_names_are_in_the_file() {
+        let value = serde_json::to_value(results()).expect("encodes");
+        assert_eq!(value["schema"], "corelane-bench");
+        assert_eq!(value["schema_version"], 1);
+        let row = &value["series"][0];
+        for name in ["p50", "p90", "p99", "p99.9", "p99.99", "max"] {
+            assert!(row["latency_us"][name].is_number(), "{name}");
+        }
+        assert_eq!(row["backend"], "corelane");
+        assert_eq!(row["histogram_ns"][0][0], 9000);
+        assert_eq!(value["options"]["baseline"], "raw-tcp");
+        assert_eq!(value["comparisons"][0]["p50_ratio"]["median"], 1.05);
+    }
+
+    #[test]
+    fn medians_of_odd_even_and_no_values() {
+        let median = |values: &[f64]| Spread::of(values.to_vec()).map(|spread| spread.median);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+        assert_eq!(median(&[f64::NAN, f64::INFINITY, 7.0]), Some(7.0));
+        assert_eq!(median(&[]), None);
+        let spread = Spread::of(vec![2.0, 9.0, 1.0]).expect("values");
+        assert_eq!((spread.min, spread.max), (1.0, 9.0));
+    }
+
+    #[test]
+    fn percentiles_of_a_known_distribution() {
+        let mut histogram = crate::measure::histogram();
+        (1..=1000u64).for_each(|us| histogram.record(us * 1000).expect("in range"));
+        let percentiles = Percentiles::of(&histogram);
+        assert!((percentiles.p50 - 500.0).abs() < 1.0 && (percentiles.p99 - 990.0).abs() < 1.0);
+        assert!((percentiles.mean - 500.5).abs() < 1.0 && (percentiles.max - 1000.0).abs() < 1.0);
+        assert_eq!(Percentiles::of(&crate::measure::histogram()), Percentiles::default());
+    }
+}

@@ -1,0 +1,83 @@
+//! The five lines at the end: the figures people ask for first, and where the rest is.
+
+use std::path::Path;
+
+use super::results::{Results, Series};
+use crate::case::{Operation, Scenario};
+use crate::units::microseconds;
+
+/// Exactly five lines, whatever was measured.
+pub(crate) fn summary(results: &Results, json: &Path, directory: &Path) -> [String; 5] {
+    let ours = || results.series.iter().filter(|row| row.backend == results.options.backend);
+    let smallest = |operation| {
+        ours()
+            .filter(|row| row.scenario == Scenario::Sizes && row.operation == operation)
+            .min_by_key(|row| row.block_bytes)
+    };
+    let longest_list = |operation| {
+        ours()
+            .filter(|row| row.scenario == Scenario::Kv && row.operation == operation)
+            .max_by_key(|row| row.blocks)
+    };
+    let notification = ours().filter(|row| row.scenario == Scenario::Notify);
+    let fastest = ours().filter(|row| row.scenario == Scenario::Throughput).max_by(|a, b| {
+        a.gigabytes_per_s.unwrap_or(0.0).total_cmp(&b.gigabytes_per_s.unwrap_or(0.0))
+    });
+    let line = |name: &str, parts: Vec<String>| {
+        let parts = if parts.is_empty() { "not measured".to_owned() } else { parts.join("; ") };
+        format!("{name:<14}{parts}")
+    };
+    let latency = |row: &Series| describe(row, results);
+    let both = [Operation::Read, Operation::Write];
+    let small = both.into_iter().filter_map(smallest).map(latency).collect();
+    let lists = both.into_iter().filter_map(longest_list).map(latency).collect();
+    let verified: u64 = results.series.iter().map(|row| row.verified_operations).sum();
+    [
+        line("small", small),
+        line("KV blocks", lists),
+        line(
+            "notification",
+            notification.filter(|row| row.operation == Operation::Notify).map(latency).collect(),
+        ),
+        line("throughput", fastest.map(latency).into_iter().collect()),
+        format!(
+            "{:<14}{} and {} histograms (*.hgrm) in {}; {verified} operations verified",
+            "files",
+            json.display(),
+            results.series.len(),
+            directory.display()
+        ),
+    ]
+}
+
+fn describe(row: &Series, results: &Results) -> String {
+    let us = |value: f64| microseconds((value * 1e3).round() as u64);
+    let mut text =
+        format!("{} p50 {} us, p99 {}", row.id, us(row.latency_us.p50), us(row.latency_us.p99));
+    if let Some(rate) = row.gigabytes_per_s.filter(|&rate| rate >= 0.1) {
+        text += &format!(", {rate:.2} GB/s");
+    }
+    if let Some(comparison) = results.comparisons.iter().find(|comparison| comparison.id == row.id)
+    {
+        text += &format!(" ({:.2} x {})", comparison.p50_ratio.median, comparison.baseline);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::results::tests::results;
+
+    #[test]
+    fn five_lines_name_the_figures_and_the_files() {
+        let lines = summary(&results(), Path::new("out/results.json"), Path::new("out"));
+        assert_eq!(lines[0], "small         read/64B p50 9.10 us, p99 18.20 (1.05 x raw-tcp)");
+        assert_eq!(lines[1], "KV blocks     not measured");
+        assert!(
+            lines[4].contains("out/results.json") && lines[4].contains("2 histograms"),
+            "{}",
+            lines[4]
+        );
+    }
+}

@@ -1,0 +1,256 @@
+//! Adds up the outcomes of one case on one backend, over rounds and pairs.
+
+use anyhow::Result;
+use hdrhistogram::Histogram;
+
+use super::results::{Comparison, CpuCost, Percentiles, Round, Series, Spread};
+use crate::case::{Backend, Case};
+use crate::client::Outcome;
+use crate::measure::{Points, histogram, points_of, restore};
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Everything measured so far for one case on one backend.
+pub(crate) struct Tally {
+    pub(crate) case: Case,
+    pub(crate) backend: Backend,
+    pairs: usize,
+    placement: String,
+    operations: u64,
+    verified: u64,
+    unserved: u64,
+    bytes: u64,
+    span_ns: u64,
+    cpu_initiator_ns: u64,
+    cpu_target_ns: u64,
+    response: Measured,
+    service: Measured,
+    one_way: Measured,
+}
+
+/// One kind of latency: all rounds together, and what each contributed.
+struct Measured {
+    all: Histogram<u64>,
+    rounds: Vec<Round>,
+}
+
+impl Measured {
+    fn new() -> Self {
+        Self { all: histogram(), rounds: Vec::new() }
+    }
+
+    fn add_round<'a>(&mut self, pairs: impl Iterator<Item = Option<&'a Points>>) -> Result<()> {
+        let mut round = histogram();
+        for points in pairs.flatten() {
+            restore(&mut round, points)?;
+        }
+        if !round.is_empty() {
+            let Percentiles { p50, p99, .. } = Percentiles::of(&round);
+            self.rounds.push(Round { operations: round.len(), p50_us: p50, p99_us: p99 });
+            restore(&mut self.all, &points_of(&round))?;
+        }
+        Ok(())
+    }
+}
+
+impl Tally {
+    pub(crate) fn new(case: Case, backend: Backend) -> Self {
+        Self {
+            case,
+            backend,
+            pairs: 1,
+            placement: String::new(),
+            operations: 0,
+            verified: 0,
+            unserved: 0,
+            bytes: 0,
+            span_ns: 0,
+            cpu_initiator_ns: 0,
+            cpu_target_ns: 0,
+            response: Measured::new(),
+            service: Measured::new(),
+            one_way: Measured::new(),
+        }
+    }
+
+    /// Adds one round: the outcomes of all pairs that ran at the same time.
+    pub(crate) fn add_round(&mut self, outcomes: &[Outcome]) -> Result<()> {
+        self.pairs = outcomes.len().max(1);
+        let mut placements: Vec<&str> =
+            outcomes.iter().map(|outcome| outcome.placement.as_str()).collect();
+        placements.dedup();
+        self.placement = placements.join(" | ");
+        for outcome in outcomes {
+            self.operations += outcome.operations;
+            self.verified += outcome.verified;
+            self.unserved += outcome.unserved;
+            self.bytes += outcome.bytes;
+            self.span_ns += outcome.span_ns;
+            self.cpu_initiator_ns += outcome.cpu_initiator_ns;
+            self.cpu_target_ns += outcome.cpu_target_ns;
+        }
+        self.response.add_round(outcomes.iter().map(|outcome| Some(&outcome.response)))?;
+        self.service.add_round(outcomes.iter().map(|outcome| outcome.service.as_ref()))?;
+        self.one_way.add_round(outcomes.iter().map(|outcome| outcome.one_way.as_ref()))
+    }
+
+    /// The rows of this case: one, or two where the target saw something too.
+    pub(crate) fn series(&self) -> Vec<(Series, Histogram<u64>)> {
+        if self.response.all.is_empty() {
+            return Vec::new();
+        }
+        let id = self.case.id();
+        if !self.case.operation.notifies() {
+            return vec![(self.row(&id, &self.response, true), self.response.all.clone())];
+        }
+        let mut rows = Vec::new();
+        if !self.one_way.all.is_empty() {
+            rows.push((
+                self.row(&format!("{id}/one-way"), &self.one_way, false),
+                self.one_way.all.clone(),
+            ));
+        }
+        rows.push((
+            self.row(&format!("{id}/round-trip"), &self.response, true),
+            self.response.all.clone(),
+        ));
+        rows
+    }
+
+    fn row(&self, id: &str, measured: &Measured, rates: bool) -> Series {
+        // Pairs run side by side: the time that passed is the mean of theirs, the work is the sum.
+        let seconds = self.span_ns as f64 / 1e9 / self.pairs as f64;
+        let rate = |amount: f64| (rates && seconds > 0.0).then_some(amount / seconds);
+        let moved = (rates && self.bytes > 0).then_some(self.bytes as f64);
+        let cpu = |ns: u64, bytes: f64| ns as f64 / 1e9 / (bytes / GIB);
+        Series {
+            id: id.to_owned(),
+            backend: self.backend,
+            scenario: self.case.scenario,
+            operation: self.case.operation,
+            blocks: self.case.blocks,
+            block_bytes: self.case.block_bytes,
+            window: self.case.window,
+            notification_bytes: self.case.notification_bytes,
+            pairs: self.pairs,
+            placement: self.placement.clone(),
+            operations: self.operations,
+            verified_operations: self.verified,
+            unserved_operations: self.unserved,
+            latency_us: Percentiles::of(&measured.all),
+            service_us: (rates && !self.service.all.is_empty())
+                .then(|| Percentiles::of(&self.service.all)),
+            gigabytes_per_s: moved.and_then(|bytes| rate(bytes / 1e9)),
+            operations_per_s: rate(self.operations as f64),
+            cpu_s_per_gib: moved.map(|bytes| CpuCost {
+                initiator: cpu(self.cpu_initiator_ns, bytes),
+                target: cpu(self.cpu_target_ns, bytes),
+            }),
+            rounds: measured.rounds.clone(),
+            hgrm: format!("{}.{}.hgrm", id.replace('/', "-"), self.backend),
+            histogram_ns: points_of(&measured.all),
+        }
+    }
+}
+
+/// Every series of `backend` that `baseline` has too: the ratios are taken within a round, where both ran in turn
+/// under the same conditions, and only then summarised.
+pub(crate) fn comparisons(series: &[Series], baseline: Backend) -> Vec<Comparison> {
+    let candidates = series.iter().filter(|row| row.backend != baseline);
+    let compare = |row: &Series| {
+        let base = series.iter().find(|base| base.backend == baseline && base.id == row.id)?;
+        let ratios = |figure: fn(&Round) -> f64| {
+            let pairs = row.rounds.iter().zip(&base.rounds);
+            Spread::of(pairs.map(|(ours, theirs)| figure(ours) / figure(theirs)).collect())
+        };
+        Some(Comparison {
+            id: row.id.clone(),
+            backend: row.backend,
+            baseline,
+            rounds: row.rounds.len().min(base.rounds.len()),
+            p50_ratio: ratios(|round| round.p50_us)?,
+            p99_ratio: ratios(|round| round.p99_us)?,
+        })
+    };
+    candidates.filter_map(compare).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::tests::options;
+    use crate::case::{Operation, cases};
+
+    fn case(operation: Operation) -> Case {
+        cases(&options())
+            .into_iter()
+            .find(|case| case.operation == operation)
+            .expect("one of the cases")
+    }
+
+    fn outcome(latency_ns: u64) -> Outcome {
+        Outcome {
+            operations: 100,
+            verified: 164,
+            bytes: 100 << 20,
+            span_ns: 500_000_000,
+            cpu_initiator_ns: 400_000_000,
+            cpu_target_ns: 200_000_000,
+            response: vec![(latency_ns, 100)],
+            one_way: Some(vec![(latency_ns / 2, 100)]),
+            placement: "here".to_owned(),
+            ..Outcome::default()
+        }
+    }
+
+    #[test]
+    fn rounds_and_pairs_add_up() {
+        let mut tally = Tally::new(case(Operation::Read), Backend::Corelane);
+        tally.add_round(&[outcome(10_000), outcome(30_000)]).expect("adds");
+        tally.add_round(&[outcome(20_000), outcome(20_000)]).expect("adds");
+        let (row, histogram) = tally.series().remove(0);
+        assert_eq!(
+            (row.operations, histogram.len(), row.pairs, row.rounds.len()),
+            (400, 400, 2, 2)
+        );
+        // Two pairs, a second each: 400 operations of 1 MiB in one second of wall time.
+        assert_eq!(row.operations_per_s, Some(400.0));
+        assert!((row.gigabytes_per_s.expect("moved") - 0.4194304).abs() < 1e-9);
+        let cpu = row.cpu_s_per_gib.expect("moved");
+        assert!((cpu.initiator - 4.096).abs() < 1e-9 && (cpu.target - 2.048).abs() < 1e-9);
+        assert_eq!(row.placement, "here");
+    }
+
+    #[test]
+    fn notifications_give_a_one_way_and_a_round_trip_series() {
+        let mut tally = Tally::new(case(Operation::WriteNotify), Backend::Corelane);
+        tally.add_round(&[outcome(10_000)]).expect("adds");
+        let rows = tally.series();
+        let ids: Vec<&str> = rows.iter().map(|(row, _)| row.id.as_str()).collect();
+        assert_eq!(ids, ["write+notify/4KiB/one-way", "write+notify/4KiB/round-trip"]);
+        assert!(rows[0].0.latency_us.p50 < rows[1].0.latency_us.p50);
+        assert_eq!(rows[0].0.operations_per_s, None);
+        assert_eq!(rows[0].0.hgrm, "write+notify-4KiB-one-way.corelane.hgrm");
+    }
+
+    #[test]
+    fn ratios_are_taken_per_round_and_then_their_median() {
+        let tally = |backend, latencies: &[u64]| {
+            let mut tally = Tally::new(case(Operation::Read), backend);
+            latencies.iter().for_each(|&ns| tally.add_round(&[outcome(ns)]).expect("adds"));
+            tally.series().remove(0).0
+        };
+        // The third round was disturbed for both, the second for ours only.
+        let ours = tally(Backend::Corelane, &[11_000, 40_000, 110_000]);
+        let base = tally(Backend::RawTcp, &[10_000, 10_000, 100_000]);
+        let comparison = comparisons(&[ours, base], Backend::RawTcp).remove(0);
+        assert!((comparison.p50_ratio.median - 1.1).abs() < 0.01, "{comparison:?}");
+        assert!((comparison.p50_ratio.max - 4.0).abs() < 0.01);
+        assert_eq!(comparison.rounds, 3);
+    }
+
+    #[test]
+    fn nothing_measured_gives_no_row() {
+        assert!(Tally::new(case(Operation::Read), Backend::Corelane).series().is_empty());
+    }
+}

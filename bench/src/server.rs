@@ -1,0 +1,219 @@
+//! The target's process: opens cases for an initiator, renews and checks memory between passes.
+
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::answering::Ledger;
+use crate::arena::{self, Arena};
+use crate::case::{Backend, Operation, RunSpec};
+use crate::control::{self, Ask, Control, PROTOCOL, Reply, TargetAddress};
+use crate::cpu::Burners;
+use crate::engine_side::EngineTarget;
+use crate::layout::Layout;
+use crate::manifest::Host;
+use crate::raw_tcp::RawTarget;
+use crate::units::from_hex;
+
+/// How the target's process is placed and bounded.
+#[derive(Clone, Debug)]
+pub(crate) struct ServerOptions {
+    pub(crate) listen: SocketAddr,
+    /// Core of the lane and of the baseline's thread.
+    pub(crate) core: usize,
+    pub(crate) max_memory: usize,
+    /// Ends after the first initiator.
+    pub(crate) once: bool,
+    /// Says where it listens as one line of JSON instead of prose.
+    pub(crate) announce: bool,
+}
+
+/// What `announce` prints.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Announcement {
+    pub(crate) listening: SocketAddr,
+}
+
+/// How long a server waits for the next question of a connected initiator before it frees itself for another.
+const IDLE_LIMIT: Duration = Duration::from_secs(600);
+
+/// Serves initiators, one after the other.
+pub(crate) fn run(options: &ServerOptions) -> Result<()> {
+    let listener = TcpListener::bind(options.listen)
+        .with_context(|| format!("cannot listen on {}: choose another --listen", options.listen))?;
+    let listening = listener.local_addr().context("the control listener's address")?;
+    let mut stdout = std::io::stdout();
+    if options.announce {
+        control::write_line(&mut stdout, &Announcement { listening })?;
+    } else {
+        writeln!(
+            stdout,
+            "listening on {listening}, lane on core {}; stop with ctrl-c",
+            options.core
+        )
+        .context("writing to standard output")?;
+    }
+    let mut memory = None;
+    loop {
+        let (stream, peer) = listener.accept().context("accepting an initiator")?;
+        let served = serve(stream, options, &mut memory);
+        if options.once {
+            return served;
+        }
+        match served {
+            Ok(()) => writeln!(stdout, "{peer} is done").context("writing to standard output")?,
+            Err(error) => crate::say!("corelane-bench: {peer}: {error:#}"),
+        }
+    }
+}
+
+/// Serves one initiator until it closes its connection.
+fn serve(stream: TcpStream, options: &ServerOptions, memory: &mut Option<Arena>) -> Result<()> {
+    let mut control = Control::new(stream, Some(IDLE_LIMIT))?;
+    let mut greeted = false;
+    let mut open: Option<OpenCase> = None;
+    while let Some(ask) = control.next()? {
+        let answer = match ask {
+            Ask::Hello { .. } => {
+                greeted = true;
+                Ok(Reply::Welcome { protocol: PROTOCOL, host: Box::new(Host::describe()) })
+            }
+            _ if !greeted => bail!("a control connection that does not begin with a greeting"),
+            Ask::Open { spec } => {
+                // Closed first: two engines at a time would share the lane's core.
+                drop(open.take());
+                OpenCase::open(*spec, control.local_ip()?, options, memory).map(
+                    |(case, address)| {
+                        let placement = case.placement.clone();
+                        open = Some(case);
+                        Reply::Opened { address, placement }
+                    },
+                )
+            }
+            Ask::Introduce { metadata } => with(&mut open, |case| case.introduce(&metadata)),
+            Ask::Begin { sequence, slots } => with(&mut open, |case| case.begin(sequence, slots)),
+            Ask::End { sequence, slots, notifications } => {
+                with(&mut open, |case| case.end(sequence, slots, notifications))
+            }
+            Ask::Close => open.take().map_or(Ok(()), OpenCase::close).map(|()| Reply::Closed),
+        };
+        control.reply(
+            &answer.unwrap_or_else(|error| Reply::Failed { message: format!("{error:#}") }),
+        )?;
+    }
+    Ok(())
+}
+
+fn with(
+    open: &mut Option<OpenCase>,
+    act: impl FnOnce(&mut OpenCase) -> Result<Reply>,
+) -> Result<Reply> {
+    open.as_mut().context("no case is open").and_then(act)
+}
+
+enum Serving {
+    Engine(Box<EngineTarget>),
+    Raw(#[expect(dead_code, reason = "kept alive while the case is open")] RawTarget),
+}
+
+/// A case that is being served. Fields drop in this order: first whoever touches the memory, then the memory.
+struct OpenCase {
+    serving: Serving,
+    burners: Burners,
+    spec: RunSpec,
+    layout: Layout,
+    arena: Arena,
+    ledger: Ledger,
+    cpu_at_begin: u64,
+    placement: String,
+}
+
+impl OpenCase {
+    fn open(
+        spec: RunSpec,
+        ip: IpAddr,
+        options: &ServerOptions,
+        memory: &mut Option<Arena>,
+    ) -> Result<(Self, TargetAddress)> {
+        spec.validate(options.max_memory).map_err(anyhow::Error::msg)?;
+        let layout = Layout::new(&spec);
+        let arena = arena::grow(memory, layout.arena_bytes, options.max_memory + (1 << 20))?;
+        let ledger = Ledger::new();
+        ledger.set_paused(true);
+        let (serving, address, placement) = match spec.backend {
+            Backend::RawTcp => {
+                let target =
+                    RawTarget::start(ip, arena.clone(), Some(options.core), ledger.clone())?;
+                let address = TargetAddress::RawTcp { port: target.port() };
+                (Serving::Raw(target), address, format!("thread on core {}", options.core))
+            }
+            Backend::Corelane => {
+                let target =
+                    EngineTarget::start(&spec, arena.clone(), options.core, ip, ledger.clone())?;
+                let (address, placement) = (target.address(), target.placement(&spec));
+                (Serving::Engine(Box::new(target)), address, placement)
+            }
+        };
+        let burners = if spec.burn { Burners::start(&[options.core])? } else { Burners::none() };
+        let case =
+            Self { serving, burners, spec, layout, arena, ledger, cpu_at_begin: 0, placement };
+        Ok((case, address))
+    }
+
+    fn introduce(&mut self, metadata: &str) -> Result<Reply> {
+        let metadata =
+            from_hex(metadata).context("the client sent metadata that is not hexadecimal")?;
+        match &mut self.serving {
+            Serving::Engine(target) => target.introduce(&self.spec, &metadata)?,
+            Serving::Raw(_) => {}
+        }
+        Ok(Reply::Ready)
+    }
+
+    fn close(mut self) -> Result<()> {
+        match &mut self.serving {
+            Serving::Engine(target) => target.close(),
+            Serving::Raw(_) => Ok(()),
+        }
+    }
+
+    /// Offsets of the blocks of the first `slots` slots, with the index that their pattern is made of.
+    fn blocks(&self, slots: usize) -> Result<impl Iterator<Item = (u64, u64)> + '_> {
+        ensure!(slots <= self.layout.slots.len(), "{slots} slots of {}", self.layout.slots.len());
+        let blocks = self.layout.blocks().take(slots * self.spec.case.blocks);
+        Ok(blocks.map(|(index, _, remote)| (index, remote)))
+    }
+
+    fn begin(&mut self, sequence: u64, slots: usize) -> Result<Reply> {
+        let len = self.layout.block_bytes;
+        for (index, offset) in self.blocks(slots)? {
+            match self.spec.case.operation {
+                Operation::Read => self.arena.fill(offset, len, sequence, index),
+                _ => self.arena.poison(offset, len),
+            }
+        }
+        self.ledger.set_paused(false);
+        self.cpu_at_begin = self.burners.net_process_ns();
+        Ok(Reply::Ready)
+    }
+
+    fn end(&mut self, sequence: u64, slots: usize, notifications: u64) -> Result<Reply> {
+        let cpu_ns = self.burners.net_process_ns().saturating_sub(self.cpu_at_begin);
+        self.ledger.set_paused(true);
+        let one_way = self.ledger.settle(notifications)?;
+        if self.spec.case.operation != Operation::Read {
+            for (index, offset) in self.blocks(slots)? {
+                self.arena.check(offset, self.layout.block_bytes, sequence, index).map_err(|mismatch| {
+                    anyhow::anyhow!(
+                        "verification failed: {}: block {index} in the target's memory: {mismatch}",
+                        self.spec.case.id()
+                    )
+                })?;
+            }
+        }
+        Ok(Reply::Ended { cpu_ns, one_way })
+    }
+}

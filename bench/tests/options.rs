@@ -1,0 +1,94 @@
+//! Options that cannot be met: one line, exit code 2, nothing started.
+
+mod common;
+
+use common::{Bench, command, run};
+
+#[test]
+fn bad_options_are_one_line_and_exit_code_2() {
+    for arguments in [
+        "loopback --sizes 12parsecs",
+        "loopback --engines 3",
+        "loopback --nonsense",
+        "loopback --server-cores 1000",
+        "loopback --caller-core 1000",
+        "loopback --max-memory 1MiB",
+        "loopback --backend raw-tcp --baseline raw-tcp",
+        "loopback --transport pigeon",
+        "client",
+        "server --core 1000",
+        "fly",
+        "",
+    ] {
+        let bench = Bench::new();
+        let mut command = command(arguments);
+        if arguments.starts_with("loopback") {
+            command.arg("--out-dir").arg(bench.directory.path());
+        }
+        let ran = run(&mut command);
+        assert_eq!(ran.code, 2, "{arguments}: {}", ran.stderr);
+        assert_eq!(ran.stdout, "", "{arguments}");
+        if !arguments.is_empty() {
+            assert_eq!(ran.stderr.lines().count(), 1, "{arguments}: {}", ran.stderr);
+            assert!(ran.stderr.starts_with("corelane-bench: "), "{arguments}: {}", ran.stderr);
+        }
+        assert!(bench.files().is_empty(), "{arguments}");
+    }
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_noticed_first() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("file"), b"").expect("writes");
+    let begin = std::time::Instant::now();
+    let ran = run(command("loopback --out-dir").arg(bench.path("file")));
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
+    assert!(ran.stderr.contains("cannot create the directory"), "{}", ran.stderr);
+    assert!(begin.elapsed() < std::time::Duration::from_secs(10), "noticed only after measuring");
+}
+
+#[test]
+fn help_describes_every_public_option_and_hides_the_others() {
+    let ran = run(&mut command("loopback --help"));
+    assert_eq!(ran.code, 0);
+    for option in [
+        "--scenario",
+        "--sizes",
+        "--kv",
+        "--window",
+        "--baseline",
+        "--rounds",
+        "--app",
+        "--target-app",
+        "--engines",
+        "--burn",
+        "--rate",
+        "--transport",
+        "--out-dir",
+        "--json",
+        "--server-cores",
+        "--client-cores",
+        "--caller-core",
+    ] {
+        assert!(ran.stdout.contains(option), "{option}");
+    }
+    assert!(!ran.stdout.contains("--sabotage") && !ran.stdout.contains("--parent-pid"));
+    assert_eq!(run(&mut command("--version")).code, 0);
+}
+
+#[test]
+fn json_goes_where_it_is_asked_to() {
+    let bench = Bench::new();
+    let options = "loopback --backend raw-tcp --scenario sizes --sizes 64 --rounds 1 --duration 20ms --transport tcp";
+    let ran = run(command(options)
+        .arg("--json")
+        .arg(bench.path("deep/OUT"))
+        .arg("--out-dir")
+        .arg(bench.path("histograms")));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(
+        bench.path("deep/OUT").is_file()
+            && bench.path("histograms/read-64B.raw-tcp.hgrm").is_file()
+    );
+    assert!(!bench.path("histograms/results.json").exists());
+}

@@ -1,0 +1,300 @@
+//! The table of a lane's file descriptors: hot ones are tried every turn, quiet ones are watched by the ring.
+
+use std::os::fd::RawFd;
+
+use slab::Slab;
+
+use crate::{Interest, Readiness, Start};
+
+/// An idle descriptor goes quiet after this time, if it is not among the few that may stay hot.
+pub(crate) const HOT_IDLE_NS: u64 = 200_000;
+
+const NOT_HOT: u32 = u32::MAX;
+
+/// Names a descriptor of [`Cx::add_fd`](crate::Cx::add_fd). It stays harmless after the descriptor was removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FdId {
+    index: u32,
+    generation: u32,
+}
+
+/// A one-shot poll that the ring holds for a descriptor.
+#[derive(Clone, Copy)]
+struct Armed {
+    sequence: u32,
+    mask: u32,
+}
+
+struct Entry {
+    fd: RawFd,
+    token: u64,
+    generation: u32,
+    interest: Interest,
+    /// Position in the hot list.
+    hot_at: u32,
+    armed: Option<Armed>,
+    last_active_ns: u64,
+    /// What the ring reported since the last call of `on_fd`.
+    reported: Option<Readiness>,
+}
+
+/// Work for the ring, which only the lane's thread may touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RingOp {
+    Arm { fd: RawFd, mask: u32, user_data: u64 },
+    Cancel { user_data: u64 },
+}
+
+enum Pending {
+    Arm(FdId),
+    Cancel(u64),
+}
+
+pub(crate) struct FdTable {
+    entries: Slab<Entry>,
+    hot: Vec<u32>,
+    pending: Vec<Pending>,
+    scratch: Vec<(u64, u32)>,
+    next_generation: u32,
+    next_sequence: u32,
+}
+
+impl FdTable {
+    pub(crate) fn with_capacity(capacity: usize) -> Self {
+        Self {
+            entries: Slab::with_capacity(capacity),
+            hot: Vec::with_capacity(capacity),
+            pending: Vec::with_capacity(capacity),
+            scratch: Vec::with_capacity(capacity),
+            next_generation: 0,
+            next_sequence: 0,
+        }
+    }
+
+    pub(crate) fn add(
+        &mut self,
+        fd: RawFd,
+        token: u64,
+        interest: Interest,
+        start: Start,
+        now_ns: u64,
+    ) -> FdId {
+        self.next_generation = self.next_generation.wrapping_add(1);
+        let generation = self.next_generation;
+        let index = self.entries.insert(Entry {
+            fd,
+            token,
+            generation,
+            interest,
+            hot_at: NOT_HOT,
+            armed: None,
+            last_active_ns: now_ns,
+            reported: None,
+        }) as u32;
+        let id = FdId { index, generation };
+        match start {
+            _ if interest.is_none() => {}
+            Start::Hot => self.heat(index),
+            Start::Quiet => self.pending.push(Pending::Arm(id)),
+        }
+        id
+    }
+
+    pub(crate) fn remove(&mut self, id: FdId) -> bool {
+        if self.get(id).is_none() {
+            return false;
+        }
+        self.cool(id.index);
+        self.disarm(id.index);
+        self.entries.remove(id.index as usize);
+        true
+    }
+
+    pub(crate) fn set_interest(&mut self, id: FdId, interest: Interest, now_ns: u64) -> bool {
+        let Some(entry) = self.get(id) else { return false };
+        if entry.interest == interest {
+            return true;
+        }
+        let uncovered = entry.armed.is_some_and(|armed| interest.poll_mask() & !armed.mask != 0);
+        let (was_none, is_hot) = (entry.interest.is_none(), entry.hot_at != NOT_HOT);
+        self.entries[id.index as usize].interest = interest;
+        if interest.is_none() {
+            self.cool(id.index);
+            self.disarm(id.index);
+        } else if !is_hot && (uncovered || was_none) {
+            // Hot for a while: what is newly wanted may be possible already, and the new poll is armed when it cools.
+            self.disarm(id.index);
+            self.entries[id.index as usize].last_active_ns = now_ns;
+            self.heat(id.index);
+        }
+        true
+    }
+
+    /// Cheap when the descriptor is hot already.
+    pub(crate) fn make_hot(&mut self, id: FdId, now_ns: u64) -> bool {
+        let Some(entry) = self.get(id) else { return false };
+        let watched = !entry.interest.is_none();
+        self.entries[id.index as usize].last_active_ns = now_ns;
+        if watched {
+            self.heat(id.index);
+        }
+        true
+    }
+
+    #[inline]
+    pub(crate) fn hot_count(&self) -> usize {
+        self.hot.len()
+    }
+
+    /// The descriptor at `position` of the hot list, and why to call it now.
+    #[inline]
+    pub(crate) fn visit(&mut self, position: usize) -> Option<(FdId, u64, Readiness)> {
+        let index = *self.hot.get(position)?;
+        let entry = &mut self.entries[index as usize];
+        let readiness = entry.reported.take().unwrap_or(Readiness::Hot);
+        Some((FdId { index, generation: entry.generation }, entry.token, readiness))
+    }
+
+    #[inline]
+    pub(crate) fn made_progress(&mut self, id: FdId, now_ns: u64) {
+        if let Some(entry) = self.entries.get_mut(id.index as usize)
+            && entry.generation == id.generation
+        {
+            entry.last_active_ns = now_ns;
+        }
+    }
+
+    /// The ring completed a poll: the descriptor is hot again. False: it was of a descriptor or poll that is gone.
+    pub(crate) fn poll_completed(&mut self, user_data: u64, result: i32, now_ns: u64) -> bool {
+        let (index, sequence) = (user_data as u32, (user_data >> 32) as u32);
+        let Some(entry) = self.entries.get_mut(index as usize) else { return false };
+        if entry.armed.is_none_or(|armed| armed.sequence != sequence) {
+            return false;
+        }
+        entry.armed = None;
+        let events = result.max(0) as u32;
+        let has = |bits: libc::c_short| events & bits as u32 != 0;
+        entry.reported = Some(Readiness::Ready {
+            readable: has(libc::POLLIN | libc::POLLRDHUP),
+            writable: has(libc::POLLOUT),
+            // A poll that failed is reported so too: the driver's next try finds out why.
+            hangup: result < 0 || has(libc::POLLERR | libc::POLLHUP),
+        });
+        entry.last_active_ns = now_ns;
+        self.heat(index);
+        true
+    }
+
+    /// Whether the lane's thread has ring work to do.
+    #[inline]
+    pub(crate) fn has_ring_work(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Whether a hot descriptor is not watched by the ring: a lane must not stay parked then.
+    pub(crate) fn has_unwatched_hot(&self) -> bool {
+        self.hot.iter().any(|index| self.entries[*index as usize].armed.is_none())
+    }
+
+    /// Lane's thread: the next piece of ring work. A poll that is handed out counts as armed.
+    pub(crate) fn next_ring_op(&mut self) -> Option<RingOp> {
+        loop {
+            match self.pending.pop()? {
+                Pending::Cancel(user_data) => return Some(RingOp::Cancel { user_data }),
+                Pending::Arm(id) => {
+                    let wanted = self.get(id).is_some_and(|entry| {
+                        entry.hot_at == NOT_HOT
+                            && entry.armed.is_none()
+                            && !entry.interest.is_none()
+                    });
+                    if wanted {
+                        return Some(self.arm(id.index));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lane's thread: lets descriptors cool that have been idle for long, but keeps the `keep` most recently active ones
+    /// hot. `keep` is ignored (nothing stays hot) with `all`, which is for parking.
+    pub(crate) fn cool_idle(&mut self, now_ns: u64, keep: usize, all: bool) {
+        if all {
+            while let Some(index) = self.hot.last().copied() {
+                self.cool_and_watch(index);
+            }
+            return;
+        }
+        let excess = self.hot.len().saturating_sub(keep);
+        if excess == 0 {
+            return;
+        }
+        let mut idle = std::mem::take(&mut self.scratch);
+        idle.clear();
+        for index in &self.hot {
+            let last = self.entries[*index as usize].last_active_ns;
+            if now_ns.saturating_sub(last) > HOT_IDLE_NS {
+                idle.push((last, *index));
+            }
+        }
+        if idle.len() > excess {
+            idle.select_nth_unstable(excess);
+            idle.truncate(excess);
+        }
+        for (_, index) in &idle {
+            self.cool_and_watch(*index);
+        }
+        self.scratch = idle;
+    }
+
+    fn cool_and_watch(&mut self, index: u32) {
+        self.cool(index);
+        let entry = &self.entries[index as usize];
+        let missing = entry.armed.is_none_or(|armed| entry.interest.poll_mask() & !armed.mask != 0);
+        if missing {
+            let id = FdId { index, generation: entry.generation };
+            self.disarm(index);
+            self.pending.push(Pending::Arm(id));
+        }
+    }
+
+    fn arm(&mut self, index: u32) -> RingOp {
+        self.next_sequence = (self.next_sequence + 1) & 0x7fff_ffff;
+        let entry = &mut self.entries[index as usize];
+        let armed = Armed { sequence: self.next_sequence, mask: entry.interest.poll_mask() };
+        entry.armed = Some(armed);
+        RingOp::Arm { fd: entry.fd, mask: armed.mask, user_data: user_data(index, armed) }
+    }
+
+    fn disarm(&mut self, index: u32) {
+        if let Some(armed) = self.entries[index as usize].armed.take() {
+            self.pending.push(Pending::Cancel(user_data(index, armed)));
+        }
+    }
+
+    fn heat(&mut self, index: u32) {
+        let entry = &mut self.entries[index as usize];
+        if entry.hot_at == NOT_HOT {
+            entry.hot_at = self.hot.len() as u32;
+            self.hot.push(index);
+        }
+    }
+
+    fn cool(&mut self, index: u32) {
+        let at = std::mem::replace(&mut self.entries[index as usize].hot_at, NOT_HOT);
+        if at == NOT_HOT {
+            return;
+        }
+        self.hot.swap_remove(at as usize);
+        if let Some(moved) = self.hot.get(at as usize) {
+            self.entries[*moved as usize].hot_at = at;
+        }
+    }
+
+    fn get(&self, id: FdId) -> Option<&Entry> {
+        self.entries.get(id.index as usize).filter(|entry| entry.generation == id.generation)
+    }
+}
+
+fn user_data(index: u32, armed: Armed) -> u64 {
+    u64::from(index) | u64::from(armed.sequence) << 32
+}

@@ -1,0 +1,186 @@
+//! The lane's io_uring ring: it watches quiet descriptors and the doorbell, and the lane sleeps in it.
+//!
+//! Only readiness and sleeping go through it, so the kernel never holds a pointer into user memory. Touched by the lane's
+//! thread only.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use crate::fds::RingOp;
+
+const SUBMISSION_SLOTS: u32 = 256;
+const COMPLETION_SLOTS: u32 = 4096;
+/// User data of requests whose completion says nothing.
+const IGNORED: u64 = u64::MAX;
+const DOORBELL: u64 = u64::MAX - 1;
+
+/// An eventfd that ends a lane's sleep. Any thread may ring it; it costs a system call.
+#[derive(Debug)]
+pub(crate) struct Doorbell {
+    fd: OwnedFd,
+}
+
+impl Doorbell {
+    pub(crate) fn new() -> io::Result<Self> {
+        // SAFETY: no pointers; the result is checked before it becomes an owned descriptor.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a fresh descriptor that nobody else owns.
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+    }
+
+    pub(crate) fn ring(&self) {
+        let one = 1u64;
+        // SAFETY: eight readable bytes. The only failure is a full counter, which still wakes the lane.
+        unsafe { libc::write(self.fd.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+
+    fn silence(&self) {
+        let mut count = 0u64;
+        // SAFETY: eight writable bytes; non-blocking.
+        unsafe { libc::read(self.fd.as_raw_fd(), (&raw mut count).cast(), 8) };
+    }
+}
+
+pub(crate) struct Ring {
+    uring: IoUring,
+    doorbell: Arc<Doorbell>,
+    doorbell_watched: bool,
+}
+
+impl Ring {
+    /// Must run on the lane's thread: the ring belongs to the thread that makes it.
+    pub(crate) fn new(doorbell: Arc<Doorbell>) -> io::Result<Self> {
+        let mut result = Self::build(|builder| {
+            builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+        });
+        // Flags are probed, not assumed: a kernel or sandbox that knows fewer answers EINVAL.
+        if is_invalid(&result) {
+            result = Self::build(|builder| {
+                builder.setup_coop_taskrun().setup_taskrun_flag();
+            });
+        }
+        if is_invalid(&result) {
+            result = Self::build(|_| {});
+        }
+        Ok(Self { uring: result?, doorbell, doorbell_watched: false })
+    }
+
+    fn build(flags: impl FnOnce(&mut io_uring::Builder)) -> io::Result<IoUring> {
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_cqsize(COMPLETION_SLOTS).dontfork();
+        flags(&mut builder);
+        builder.build(SUBMISSION_SLOTS)
+    }
+
+    pub(crate) fn queue(&mut self, op: RingOp) -> io::Result<()> {
+        let entry = match op {
+            RingOp::Arm { fd, mask, user_data } => {
+                opcode::PollAdd::new(types::Fd(fd), mask).build().user_data(user_data)
+            }
+            RingOp::Cancel { user_data } => {
+                opcode::PollRemove::new(user_data).build().user_data(IGNORED)
+            }
+        };
+        self.push(&entry)
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: poll requests refer to no user memory.
+            if unsafe { self.uring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.submit()?;
+        }
+    }
+
+    /// Hands queued requests to the kernel; one system call if there are any.
+    pub(crate) fn submit(&mut self) -> io::Result<()> {
+        if self.uring.submission().is_empty() {
+            return Ok(());
+        }
+        match self.uring.submit() {
+            Ok(_) => Ok(()),
+            Err(error) if is_transient(&error) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether completions may wait. No system call.
+    #[inline]
+    pub(crate) fn has_completions(&mut self) -> bool {
+        !self.uring.completion().is_empty() || self.uring.submission().taskrun()
+    }
+
+    /// Calls `take` with each completed poll (user data, result). No system call when there are none.
+    pub(crate) fn reap(&mut self, mut take: impl FnMut(u64, i32)) -> io::Result<()> {
+        if self.uring.submission().taskrun() {
+            // SAFETY: no argument pointer. It lets the kernel post completions that are held back for this thread.
+            let entered = unsafe { self.uring.submitter().enter::<()>(0, 0, GETEVENTS, None) };
+            match entered {
+                Err(error) if !is_transient(&error) => return Err(error),
+                _ => {}
+            }
+        }
+        let mut rung = false;
+        for completion in self.uring.completion() {
+            match completion.user_data() {
+                IGNORED => {}
+                DOORBELL => rung = true,
+                user_data => take(user_data, completion.result()),
+            }
+        }
+        if rung {
+            self.doorbell_watched = false;
+            self.doorbell.silence();
+        }
+        Ok(())
+    }
+
+    /// Sleeps until a watched descriptor, the doorbell or `timeout` (None: no limit). Submits what is queued in the same
+    /// system call.
+    pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if !self.doorbell_watched {
+            let entry =
+                opcode::PollAdd::new(types::Fd(self.doorbell.fd.as_raw_fd()), libc::POLLIN as u32)
+                    .build()
+                    .user_data(DOORBELL);
+            self.push(&entry)?;
+            self.doorbell_watched = true;
+        }
+        let result = match timeout {
+            Some(timeout) => {
+                let timeout = types::Timespec::from(timeout);
+                let arguments = types::SubmitArgs::new().timespec(&timeout);
+                self.uring.submitter().submit_with_args(1, &arguments)
+            }
+            None => self.uring.submit_and_wait(1),
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(error) if is_transient(&error) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// `IORING_ENTER_GETEVENTS`
+const GETEVENTS: u32 = 1;
+
+fn is_invalid<T>(result: &io::Result<T>) -> bool {
+    matches!(result, Err(error) if error.raw_os_error() == Some(libc::EINVAL))
+}
+
+/// A timeout, a signal, or completions that want to be taken first: all of them mean "go on".
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN))
+}

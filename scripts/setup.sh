@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# The set-up that bench/run.sh and tests/run.sh share. Source this file, name what else is used with `need` and `want`
+# (packages.sh), then call `prepare_machine`. It changes nothing on a machine that has everything.
+
+# shellcheck source=scripts/common.sh
+. "${BASH_SOURCE[0]%/*}/common.sh"
+# shellcheck source=scripts/progress.sh
+. "$repo_root/scripts/progress.sh"
+# shellcheck source=scripts/packages.sh
+. "$repo_root/scripts/packages.sh"
+# shellcheck source=scripts/rust.sh
+. "$repo_root/scripts/rust.sh"
+
+rust_found=no    # a Rust that is new enough
+crates_found=no  # every crate of Cargo.lock
+
+prepare_machine() {
+    find_rust && rust_found=yes
+    [[ $rust_found == yes ]] && have_crates && crates_found=yes
+    need "a C compiler that links" can_link gcc libc6-dev
+    need "certificates for HTTPS" have_certificates ca-certificates
+    need "curl" have_what_rust_needs curl
+    install_packages
+    can_link || give_up "still no C compiler that links a program after installing gcc and libc6-dev: try 'cc hello.c'"
+    ensure_rust
+    use_linker
+    fetch_crates
+}

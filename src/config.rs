@@ -1,0 +1,256 @@
+//! What an engine can be told; the defaults are right for an inference server.
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+pub use corelane_runtime::{AssistMode, Spin};
+
+/// Which cores an engine's lanes run on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LaneSpec {
+    /// `count` lanes, each on a core of the affinity mask that no other engine of this host has
+    /// claimed; unpinned where none is free.
+    Auto {
+        /// Number of lanes, at least 1.
+        count: usize,
+    },
+    /// One lane on each of these cores.
+    Cores(Vec<usize>),
+    /// `count` lanes that the kernel may move.
+    Unpinned {
+        /// Number of lanes, at least 1.
+        count: usize,
+    },
+}
+
+impl LaneSpec {
+    pub(crate) fn count(&self) -> usize {
+        match self {
+            Self::Auto { count } | Self::Unpinned { count } => *count,
+            Self::Cores(cores) => cores.len(),
+        }
+    }
+}
+
+/// How bytes move to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum TransportKind {
+    /// Requests over TCP, served by the remote lane straight out of registered memory.
+    Tcp,
+}
+
+impl TransportKind {
+    /// The name used in options and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+        }
+    }
+
+    pub(crate) fn bit(self) -> u32 {
+        match self {
+            Self::Tcp => 1,
+        }
+    }
+}
+
+impl std::fmt::Display for TransportKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for TransportKind {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "tcp" => Ok(Self::Tcp),
+            other => Err(Error::Config(format!("unknown transport `{other}` (known: tcp)"))),
+        }
+    }
+}
+
+/// Where an engine listens and what it tells peers about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// Addresses to bind; empty: every interface, IPv4 and IPv6.
+    pub addresses: Vec<IpAddr>,
+    /// Only the addresses of this network interface are bound and advertised.
+    pub interface: Option<String>,
+    /// Ports to try, in order; `0..=0` lets the kernel choose.
+    pub ports: RangeInclusive<u16>,
+    /// What metadata says instead of the bound addresses (NAT, Kubernetes). Port 0 stands for the
+    /// bound port.
+    pub advertise: Vec<SocketAddr>,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self { addresses: Vec::new(), interface: None, ports: 0..=0, advertise: Vec::new() }
+    }
+}
+
+/// Bounds of everything that could grow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Peers known at the same time; a further one is refused.
+    pub peers: usize,
+    /// Registered regions; a further registration is refused.
+    pub regions: usize,
+    /// Descriptors in one plan, after expansion; a longer list is refused.
+    pub descriptors: usize,
+    /// Transfers in flight per peer; a further `post` yields until one has ended.
+    pub transfers: usize,
+    /// Notifications received and not yet taken by the application; then senders are stopped.
+    pub pending_notifications: usize,
+    /// Their bytes, likewise.
+    pub pending_notification_bytes: usize,
+    /// Notifications to one peer that it has not acknowledged; a further one is refused with
+    /// [`Error::Backpressure`].
+    pub unacknowledged_notifications: usize,
+    /// Their bytes, likewise.
+    pub unacknowledged_bytes: usize,
+    /// Connections that have not finished their handshake; the oldest is dropped for a new one.
+    pub half_open: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            peers: 4096,
+            regions: 65_536,
+            descriptors: 1 << 20,
+            transfers: 4096,
+            pending_notifications: 65_536,
+            pending_notification_bytes: 64 << 20,
+            unacknowledged_notifications: 65_536,
+            unacknowledged_bytes: 64 << 20,
+            half_open: 256,
+        }
+    }
+}
+
+/// The largest notification payload in bytes.
+pub const MAX_NOTIFICATION_BYTES: usize = 16 << 20;
+
+/// Everything an engine can be told. `EngineConfig::default()` is meant to be right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EngineConfig {
+    /// Cores of the lanes. Default: one lane, placed automatically.
+    pub lanes: LaneSpec,
+    /// How long an idle lane polls before it parks. Default 50 us.
+    pub spin: Spin,
+    /// Whether callers' threads drive a lane while they wait. Default: where cores are too few.
+    pub assist: AssistMode,
+    /// Transports, in order of preference.
+    pub transports: Vec<TransportKind>,
+    /// Listening addresses.
+    pub listen: Listen,
+    /// TCP streams that carry the bulk transfers to one peer. Default 2 (docs/benchmarks.md).
+    pub streams: usize,
+    /// Bytes of one request of a bulk transfer: what a small transfer waits for at most.
+    pub chunk_bytes: usize,
+    /// Transfers of at most this many bytes use the latency stream.
+    pub latency_bytes: usize,
+    /// A peer that is silent for so long is dead. Default 3 s, at least 50 ms.
+    pub liveness: Duration,
+    /// A transfer that takes longer fails. Default 30 s.
+    pub operation_timeout: Duration,
+    /// Connecting and handshake together. Default 3 s.
+    pub connect_timeout: Duration,
+    /// How long `disconnect` and `shutdown` wait for notifications to be acknowledged. Default 1 s.
+    pub linger: Duration,
+    /// How long `deregister` waits for accesses in progress. Default 5 s.
+    pub deregister_timeout: Duration,
+    /// Bulk streams that carry nothing for so long are closed. Default 10 s.
+    pub stream_idle: Duration,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            lanes: LaneSpec::Auto { count: 1 },
+            spin: Spin::For(Duration::from_micros(50)),
+            assist: AssistMode::Auto,
+            transports: vec![TransportKind::Tcp],
+            listen: Listen::default(),
+            streams: 2,
+            chunk_bytes: 256 << 10,
+            latency_bytes: 64 << 10,
+            liveness: Duration::from_secs(3),
+            operation_timeout: Duration::from_secs(30),
+            connect_timeout: Duration::from_secs(3),
+            linger: Duration::from_secs(1),
+            deregister_timeout: Duration::from_secs(5),
+            stream_idle: Duration::from_secs(10),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Longest agent name in bytes.
+pub const MAX_AGENT_NAME: usize = 1024;
+
+impl EngineConfig {
+    pub(crate) fn validate(&self, agent_name: &str) -> Result<()> {
+        let refuse = |why: String| Err(Error::Config(why));
+        if agent_name.is_empty() || agent_name.len() > MAX_AGENT_NAME {
+            return refuse(format!(
+                "the agent name has {} bytes; 1..={MAX_AGENT_NAME} are allowed",
+                agent_name.len()
+            ));
+        }
+        if self.lanes.count() == 0 || self.lanes.count() > 256 {
+            return refuse(format!("{} lanes asked for; 1..=256 are possible", self.lanes.count()));
+        }
+        if let LaneSpec::Cores(cores) = &self.lanes {
+            let mut sorted = cores.clone();
+            sorted.sort_unstable();
+            sorted.dedup();
+            if sorted.len() != cores.len() {
+                return refuse("a core is named twice in the list of lanes".into());
+            }
+        }
+        if self.transports.is_empty() {
+            return refuse("the list of transports is empty (known: tcp)".into());
+        }
+        if !(1..=64).contains(&self.streams) {
+            return refuse(format!("streams={} is outside 1..=64", self.streams));
+        }
+        if !(4096..=16 << 20).contains(&self.chunk_bytes) {
+            return refuse(format!("chunk_bytes={} is outside 4096..=16777216", self.chunk_bytes));
+        }
+        if self.latency_bytes > self.chunk_bytes {
+            return refuse(format!(
+                "latency_bytes={} is above chunk_bytes={}",
+                self.latency_bytes, self.chunk_bytes
+            ));
+        }
+        if self.liveness < Duration::from_millis(50) {
+            return refuse(format!("liveness={:?} is below 50 ms", self.liveness));
+        }
+        if self.operation_timeout.is_zero() || self.connect_timeout.is_zero() {
+            return refuse("operation_timeout and connect_timeout must not be zero".into());
+        }
+        if self.listen.ports.is_empty() {
+            return refuse("the port range is empty".into());
+        }
+        let limits = &self.limits;
+        let counts =
+            [limits.peers, limits.regions, limits.descriptors, limits.transfers, limits.half_open];
+        if counts.contains(&0) {
+            return refuse("a limit is zero".into());
+        }
+        if limits.regions > 1 << 24 || limits.peers > 1 << 20 || limits.transfers > 1 << 20 {
+            return refuse("a limit is beyond what the engine can number".into());
+        }
+        Ok(())
+    }
+}

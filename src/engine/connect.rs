@@ -1,0 +1,316 @@
+//! Links that we open.
+//!
+//! All addresses of the peer are candidates. The best one (a shared subnet) is tried first, the
+//! others together a moment later; the first that connects does the handshake while the others wait
+//! for it to fail.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use corelane_runtime::{Cx, Interest, TimerId};
+use smallvec::SmallVec;
+
+use super::lane::{CONNECT_TIMER, LaneDriver};
+use super::links::{Input, Phase, send_whole};
+use crate::session::handshake::{HandshakeError, Initiator};
+use crate::session::{ConnectFailure, LinkId};
+use crate::sys;
+use crate::transport::addresses;
+use crate::wire::hello::{LinkKind, Refusal};
+
+/// Head start of the best address.
+const STAGGER: Duration = Duration::from_millis(30);
+/// Pause before another try when both sides connected at the same time and the peer's link has not
+/// come.
+const AFTER_SIMULTANEOUS: Duration = Duration::from_millis(50);
+
+/// The attempts to open one session link.
+pub(super) struct Connector {
+    untried: VecDeque<SocketAddr>,
+    attempts: SmallVec<[LinkId; 4]>,
+    connected: VecDeque<LinkId>,
+    handshaking: Option<LinkId>,
+    errors: Vec<String>,
+    handshake_error: Option<HandshakeError>,
+    deadline: Instant,
+    timer: Option<TimerId>,
+}
+
+impl LaneDriver {
+    pub(super) fn start_connect(&mut self, slot: usize, kind: LinkKind, cx: &mut Cx<'_>) {
+        match kind {
+            LinkKind::Session => {
+                let deadline = cx.now() + self.engine.config.connect_timeout;
+                self.connect_session(slot, deadline, cx);
+            }
+            LinkKind::Bulk => self.connect_bulk(slot, cx),
+        }
+    }
+
+    fn connect_session(&mut self, slot: usize, deadline: Instant, cx: &mut Cx<'_>) {
+        let Some(peer) = self.peers.get(slot) else { return };
+        let Some(metadata) = peer.core.peer.metadata() else {
+            return self.give_up(slot, "its metadata has not been loaded".into(), None, cx);
+        };
+        let own = addresses::own_addresses(None).unwrap_or_default();
+        let untried: VecDeque<_> = addresses::preferred(&metadata.addresses, &own).into();
+        if untried.is_empty() {
+            return self.give_up(slot, "its metadata lists no address".into(), None, cx);
+        }
+        self.abort_connect(slot, cx);
+        let second = cx.now() + STAGGER;
+        let timer = cx.set_timer(second, CONNECT_TIMER | slot as u64);
+        self.peers[slot].connector = Some(Connector {
+            untried,
+            attempts: SmallVec::new(),
+            connected: VecDeque::new(),
+            handshaking: None,
+            errors: Vec::new(),
+            handshake_error: None,
+            deadline,
+            timer: Some(timer),
+        });
+        self.try_next(slot, cx);
+    }
+
+    /// Starts the next untried address; without any attempt left, gives up.
+    fn try_next(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        loop {
+            let Some(connector) = self.connector(slot) else { return };
+            let Some(address) = connector.untried.pop_front() else {
+                if connector.attempts.is_empty() {
+                    self.all_failed(slot, cx);
+                }
+                return;
+            };
+            match addresses::connect(address) {
+                Ok(fd) => {
+                    let phase = Phase::Connecting { peer: slot, kind: LinkKind::Session };
+                    let id = self.add_link(fd, address, phase, Interest::WRITABLE, cx);
+                    if let Some(connector) = self.connector(slot) {
+                        connector.attempts.push(id);
+                    }
+                    return;
+                }
+                Err(error) => connector.errors.push(format!("{address}: {error}")),
+            }
+        }
+    }
+
+    fn connector(&mut self, slot: usize) -> Option<&mut Connector> {
+        self.peers.get_mut(slot)?.connector.as_mut()
+    }
+
+    pub(super) fn connect_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let now = cx.now();
+        let Some(connector) = self.connector(slot) else { return };
+        connector.timer = None;
+        if connector.attempts.is_empty() && connector.untried.is_empty() {
+            // Waiting after a simultaneous connect.
+            let deadline = connector.deadline;
+            if now >= deadline {
+                return self.all_failed(slot, cx);
+            }
+            return self.connect_session(slot, deadline, cx);
+        }
+        while self.connector(slot).is_some_and(|connector| !connector.untried.is_empty()) {
+            self.try_next(slot, cx);
+        }
+    }
+
+    fn connect_bulk(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let address = self.peers.get(slot).and_then(|peer| {
+            // A peer that connected to us is reached where its metadata says.
+            let listed = || peer.core.peer.metadata()?.addresses.first().copied();
+            peer.address.or_else(listed)
+        });
+        let outcome = match address {
+            Some(address) => addresses::connect(address)
+                .map(|fd| (fd, address))
+                .map_err(|error| format!("{address}: {error}")),
+            None => Err("no address is known".into()),
+        };
+        match outcome {
+            Ok((fd, address)) => {
+                let phase = Phase::Connecting { peer: slot, kind: LinkKind::Bulk };
+                self.add_link(fd, address, phase, Interest::WRITABLE, cx);
+            }
+            Err(reason) => self.bulk_failed(slot, reason, None, cx),
+        }
+    }
+
+    fn bulk_failed(
+        &mut self,
+        slot: usize,
+        reason: String,
+        handshake: Option<HandshakeError>,
+        cx: &mut Cx<'_>,
+    ) {
+        tracing::warn!(slot, reason, "a bulk stream could not be opened");
+        let failure = ConnectFailure { reason, handshake };
+        self.connect_failed(slot, LinkKind::Bulk, &failure, cx);
+    }
+
+    /// The kernel has finished connecting, or may have.
+    pub(super) fn on_connecting(&mut self, id: LinkId, slot: usize, cx: &mut Cx<'_>) -> bool {
+        let Some(link) = self.link(id) else { return false };
+        let Phase::Connecting { kind, .. } = link.phase else { return false };
+        let socket = socket2::SockRef::from(&link.fd);
+        let failed = match socket.take_error() {
+            Ok(None) => match socket.peer_addr() {
+                Ok(_) => None,
+                Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => return false,
+                Err(e) => Some(e),
+            },
+            Ok(Some(e)) | Err(e) => Some(e),
+        };
+        if let Some(error) = failed {
+            self.attempt_failed(id, &error.to_string(), None, cx);
+            return true;
+        }
+        link.phase = Phase::Standby { peer: slot };
+        if kind == LinkKind::Bulk {
+            self.initiate(id, slot, kind, cx);
+            return true;
+        }
+        match self.connector(slot) {
+            Some(connector) if connector.handshaking.is_none() => {
+                connector.handshaking = Some(id);
+                self.initiate(id, slot, kind, cx);
+            }
+            Some(connector) => connector.connected.push_back(id),
+            None => drop(self.take_link(id, cx)),
+        }
+        true
+    }
+
+    /// Says hello on a connected socket.
+    fn initiate(&mut self, id: LinkId, slot: usize, kind: LinkKind, cx: &mut Cx<'_>) {
+        let identity = self.engine.identity.clone();
+        let (Some(peer), Ok(nonce), Ok(number)) =
+            (self.peers.get_mut(slot), sys::random::<32>(), sys::random::<8>())
+        else {
+            return self.attempt_failed(id, "no random bytes from the kernel", None, cx);
+        };
+        let Some(metadata) = peer.core.peer.metadata() else {
+            return self.attempt_failed(id, "its metadata has not been loaded", None, cx);
+        };
+        let intent = peer.core.intent(kind, u64::from_le_bytes(number));
+        let (machine, hello) = Initiator::start(identity, &metadata, intent, nonce);
+        let Some(link) = self.link(id) else { return };
+        match send_whole(&link.fd, &hello) {
+            Ok(()) => {
+                link.phase = Phase::Initiating {
+                    peer: slot,
+                    kind,
+                    machine: Box::new(machine),
+                    input: Input::default(),
+                };
+                self.watch_readable(id, cx);
+            }
+            Err(reason) => self.attempt_failed(id, &reason, None, cx),
+        }
+    }
+
+    /// An attempt has failed, wherever it was.
+    pub(super) fn attempt_failed(
+        &mut self,
+        id: LinkId,
+        reason: &str,
+        handshake: Option<HandshakeError>,
+        cx: &mut Cx<'_>,
+    ) {
+        let Some(link) = self.take_link(id, cx) else { return };
+        let Some(slot) = link.phase.peer() else { return };
+        let bulk = matches!(
+            link.phase,
+            Phase::Connecting { kind: LinkKind::Bulk, .. }
+                | Phase::Initiating { kind: LinkKind::Bulk, .. }
+        );
+        let reason = format!("{}: {reason}", link.remote);
+        if bulk {
+            return self.bulk_failed(slot, reason, handshake, cx);
+        }
+        let Some(connector) = self.connector(slot) else { return };
+        connector.attempts.retain(|attempt| *attempt != id);
+        connector.connected.retain(|attempt| *attempt != id);
+        connector.errors.push(reason);
+        connector.handshake_error = handshake.or(connector.handshake_error);
+        if connector.handshaking == Some(id) {
+            connector.handshaking = connector.connected.pop_front();
+            if let Some(next) = connector.handshaking {
+                return self.initiate(next, slot, LinkKind::Session, cx);
+            }
+        }
+        if self.connector(slot).is_some_and(|connector| connector.attempts.is_empty()) {
+            self.try_next(slot, cx);
+        }
+    }
+
+    fn all_failed(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let now = cx.now();
+        let Some(connector) = self.connector(slot) else { return };
+        let simultaneous =
+            connector.handshake_error == Some(HandshakeError::Refused(Refusal::Simultaneous));
+        if simultaneous && now < connector.deadline {
+            // The peer's own attempt is about to arrive; look again in case it does not.
+            connector.handshake_error = None;
+            let timer = cx.set_timer(now + AFTER_SIMULTANEOUS, CONNECT_TIMER | slot as u64);
+            connector.timer = Some(timer);
+            return;
+        }
+        let reason = connector.errors.join("; ");
+        let handshake = connector.handshake_error;
+        self.give_up(slot, reason, handshake, cx);
+    }
+
+    fn give_up(
+        &mut self,
+        slot: usize,
+        reason: String,
+        handshake: Option<HandshakeError>,
+        cx: &mut Cx<'_>,
+    ) {
+        self.abort_connect(slot, cx);
+        if let Some(peer) = self.peers.get(slot) {
+            tracing::warn!(peer = &*peer.core.peer.name, reason, "cannot connect");
+        }
+        self.connect_failed(slot, LinkKind::Session, &ConnectFailure { reason, handshake }, cx);
+    }
+
+    /// A link of ours is open: the other attempts are not needed.
+    pub(super) fn attempt_won(
+        &mut self,
+        id: LinkId,
+        slot: usize,
+        kind: LinkKind,
+        remote: SocketAddr,
+        cx: &mut Cx<'_>,
+    ) {
+        if kind == LinkKind::Bulk {
+            return;
+        }
+        if let Some(connector) = self.connector(slot) {
+            connector.attempts.retain(|attempt| *attempt != id);
+        }
+        self.abort_connect(slot, cx);
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.address = Some(remote);
+        }
+    }
+
+    /// Drops all attempts to open the session link.
+    pub(super) fn abort_connect(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(connector) = self.peers.get_mut(slot).and_then(|peer| peer.connector.take())
+        else {
+            return;
+        };
+        if let Some(timer) = connector.timer {
+            cx.cancel_timer(timer);
+        }
+        for attempt in connector.attempts {
+            drop(self.take_link(attempt, cx));
+        }
+    }
+}

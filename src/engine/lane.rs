@@ -1,0 +1,412 @@
+//! What one lane drives: its peers, their links, its copy of the region table.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use corelane_runtime::{Cx, Driver, Interest, Readiness, Start, TimerId};
+use slab::Slab;
+use smallvec::SmallVec;
+
+use super::EngineShared;
+use super::accept::Adopted;
+use super::connect::Connector;
+use super::links::Link;
+use crate::error::Error;
+use crate::memory::{LaneRegions, RegionInner};
+use crate::peer::{NO_SLOT, PeerShared};
+use crate::session::{ConnectTicket, Core, CoreConfig, Env, Event, LinkId};
+use crate::stats::Counters;
+use crate::sync::Ticket;
+use crate::transfer::TransferShared;
+use crate::transport::addresses::Listener;
+use crate::transport::link::Scratch;
+
+/// What other threads send to a lane.
+pub(crate) enum Message {
+    Post(Arc<TransferShared>),
+    Cancel(Arc<TransferShared>),
+    Notify(Box<(Arc<PeerShared>, Arc<[u8]>)>),
+    Connect(Arc<PeerShared>, ConnectTicket),
+    Disconnect(Arc<PeerShared>, Arc<Ticket<usize>>),
+    AddPeer(Arc<PeerShared>),
+    RemovePeer(Arc<PeerShared>),
+    AddRegion(Arc<RegionInner>),
+    CloseRegion(Arc<RegionInner>, Arc<Ticket<()>>),
+    ReopenRegion(Arc<RegionInner>),
+    /// A link that another lane accepted and that belongs here.
+    Adopt(Box<Adopted>),
+    /// The application has made room for notifications.
+    Drain,
+    /// The engine shuts down: leave all peers.
+    Leave,
+}
+
+/// Tokens of descriptors and timers: a tag above a 62-bit number.
+pub(super) const LISTENER: u64 = 1 << 63;
+pub(super) const PEER_TIMER: u64 = 1 << 63;
+pub(super) const CONNECT_TIMER: u64 = 1 << 62;
+const TAGS: u64 = LISTENER | CONNECT_TIMER;
+
+/// One peer on its lane.
+pub(super) struct LanePeer {
+    pub(super) core: Core,
+    pub(super) links: SmallVec<[LinkId; 4]>,
+    pub(super) connector: Option<Connector>,
+    /// The address that worked last: bulk links go there.
+    pub(super) address: Option<std::net::SocketAddr>,
+    timer: Option<(Instant, TimerId)>,
+    dirty: bool,
+}
+
+/// The state of one lane. All of it belongs to whoever holds the lane's pump.
+pub(crate) struct LaneDriver {
+    pub(super) engine: Arc<EngineShared>,
+    pub(super) index: usize,
+    pub(super) counters: Arc<Counters>,
+    pub(super) regions: LaneRegions,
+    pub(super) peers: Slab<LanePeer>,
+    pub(super) links: Slab<Link>,
+    pub(super) next_stamp: u32,
+    pub(super) scratch: Scratch,
+    /// Peers with something to do at the end of this turn.
+    dirty: Vec<usize>,
+    /// Some peer could not finish its sends in its share of the turn.
+    pub(super) busy: bool,
+    listeners: Vec<OwnedFd>,
+    /// Links that have not proven anything yet, oldest first.
+    pub(super) half_open: std::collections::VecDeque<LinkId>,
+    pub(super) mirror: Option<usize>,
+    leaving: bool,
+}
+
+impl LaneDriver {
+    pub(crate) fn new(
+        engine: Arc<EngineShared>,
+        index: usize,
+        listeners: Vec<Listener>,
+        cx: &mut Cx<'_>,
+    ) -> Self {
+        use std::os::fd::AsRawFd;
+        for (number, listener) in listeners.iter().enumerate() {
+            let token = LISTENER | number as u64;
+            cx.add_fd(listener.socket.as_raw_fd(), token, Interest::READABLE, Start::Quiet);
+        }
+        let counters = engine.counters[index].clone();
+        Self {
+            engine,
+            index,
+            counters,
+            regions: LaneRegions::default(),
+            peers: Slab::new(),
+            links: Slab::new(),
+            next_stamp: 0,
+            scratch: Scratch::new(),
+            dirty: Vec::with_capacity(64),
+            busy: false,
+            listeners: listeners.into_iter().map(|listener| listener.socket).collect(),
+            half_open: std::collections::VecDeque::new(),
+            mirror: None,
+            leaving: false,
+        }
+    }
+
+    pub(super) fn listener(&self, number: usize) -> Option<&OwnedFd> {
+        self.listeners.get(number)
+    }
+
+    /// Where a peer of this lane is; `None` after it was removed.
+    pub(super) fn slot_of(&self, peer: &Arc<PeerShared>) -> Option<usize> {
+        let slot = peer.slot.load(Ordering::Relaxed) as usize;
+        self.peers.get(slot).filter(|known| Arc::ptr_eq(&known.core.peer, peer)).map(|_| slot)
+    }
+
+    pub(super) fn add_peer(&mut self, peer: Arc<PeerShared>, mirror: bool) -> usize {
+        if let Some(slot) = self.slot_of(&peer) {
+            return slot;
+        }
+        let config = &self.engine.config;
+        let core = Core::new(
+            peer.clone(),
+            CoreConfig {
+                operation_timeout: config.operation_timeout,
+                stream_idle: config.stream_idle,
+                streams: config.streams,
+            },
+            self.engine.identity.incarnation,
+            !mirror,
+        );
+        let slot = self.peers.insert(LanePeer {
+            core,
+            links: SmallVec::new(),
+            connector: None,
+            address: None,
+            timer: None,
+            dirty: false,
+        });
+        peer.slot.store(slot as u32, Ordering::Relaxed);
+        slot
+    }
+
+    fn remove_peer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let links = self.peers[slot].links.clone();
+        for link in links {
+            self.close_link(link, "the peer was unloaded", cx);
+        }
+        self.abort_connect(slot, cx);
+        let mut peer = self.peers.remove(slot);
+        if let Some((_, timer)) = peer.timer.take() {
+            cx.cancel_timer(timer);
+        }
+        self.dirty.retain(|dirty| *dirty != slot);
+        let mut env = env(&mut self.regions, &self.engine, &self.counters, cx.now());
+        peer.core.abort(&Error::Cancelled, &mut env);
+        peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
+        peer.core.peer.connected.store(false, Ordering::Release);
+    }
+
+    pub(super) fn mark(&mut self, slot: usize) {
+        if let Some(peer) = self.peers.get_mut(slot)
+            && !peer.dirty
+        {
+            peer.dirty = true;
+            self.dirty.push(slot);
+        }
+    }
+
+    /// Calls into a peer's core.
+    pub(super) fn with_core<R>(
+        &mut self,
+        slot: usize,
+        cx: &mut Cx<'_>,
+        call: impl FnOnce(&mut Core, &mut Env<'_>) -> R,
+    ) -> Option<R> {
+        let now = cx.now();
+        let peer = self.peers.get_mut(slot)?;
+        let result =
+            call(&mut peer.core, &mut env(&mut self.regions, &self.engine, &self.counters, now));
+        self.mark(slot);
+        Some(result)
+    }
+
+    /// Does what the cores of the dirty peers ask for and sends what they have.
+    fn service(&mut self, cx: &mut Cx<'_>) -> bool {
+        let mut worked = false;
+        self.busy = false;
+        // Peers that become dirty on the way come at the end of the same list; what does not fit
+        // into this turn's share stays for the next.
+        let mut at = 0;
+        while let Some(&slot) = self.dirty.get(at) {
+            at += 1;
+            let Some(peer) = self.peers.get_mut(slot) else { continue };
+            peer.dirty = false;
+            self.handle_events(slot, cx);
+            worked |= self.flush_peer(slot, cx);
+            self.handle_events(slot, cx);
+            self.arm_timer(slot, cx);
+            if at >= 1024 {
+                break;
+            }
+        }
+        self.dirty.drain(..at);
+        worked
+    }
+
+    fn handle_events(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        while let Some(event) = self.peers.get_mut(slot).and_then(|p| p.core.poll_event()) {
+            match event {
+                Event::Connect(kind) => self.start_connect(slot, kind, cx),
+                Event::AbortConnect => self.abort_connect(slot, cx),
+                Event::Close { link, reason, after_flush } => {
+                    if after_flush {
+                        // One try: a peer that does not read learns it from the closed socket.
+                        let _ = self.flush_link(link, cx);
+                    }
+                    self.close_link(link, &reason, cx);
+                }
+                Event::Left => {}
+            }
+        }
+    }
+
+    fn arm_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(next) = peer.core.next_timeout() else { return };
+        if let Some((at, timer)) = peer.timer {
+            if at <= next {
+                // It fires early, finds nothing to do, and is set again.
+                return;
+            }
+            cx.cancel_timer(timer);
+        }
+        peer.timer = Some((next, cx.set_timer(next, PEER_TIMER | slot as u64)));
+    }
+
+    fn drain(&mut self, cx: &mut Cx<'_>) {
+        let backlogged: Vec<usize> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.core.is_backlogged())
+            .map(|(slot, _)| slot)
+            .collect();
+        for slot in backlogged {
+            self.with_core(slot, cx, |core, env| core.deliver(env));
+        }
+    }
+
+    fn leave(&mut self, cx: &mut Cx<'_>) {
+        self.leaving = true;
+        let deadline = cx.now() + self.engine.config.linger;
+        let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
+        for slot in slots {
+            self.with_core(slot, cx, |core, env| core.leave(deadline, Ticket::new(), env));
+        }
+    }
+
+    fn post(&mut self, transfer: Arc<TransferShared>, cx: &mut Cx<'_>) {
+        match self.slot_of(&transfer.plan.peer) {
+            Some(slot) => {
+                self.with_core(slot, cx, |core, env| core.post(transfer, env));
+            }
+            None => refuse(&transfer, &Error::Cancelled),
+        }
+    }
+
+    fn fail_everything(&mut self, error: &Error) {
+        let Self { peers, regions, engine, counters, .. } = self;
+        let mut env = env(regions, engine, counters, Instant::now());
+        for (_, peer) in peers.iter_mut() {
+            peer.core.abort(error, &mut env);
+            peer.core.peer.connected.store(false, Ordering::Release);
+        }
+    }
+}
+
+/// Ends a transfer that never reached a core.
+fn refuse(transfer: &TransferShared, error: &Error) {
+    let peer = &transfer.plan.peer;
+    if let Some(payload) = transfer.take_notification() {
+        peer.release(1, payload.len());
+    }
+    peer.leave();
+    transfer.slot.complete(Err(error.clone()));
+}
+
+pub(super) fn env<'a>(
+    regions: &'a mut LaneRegions,
+    engine: &'a EngineShared,
+    counters: &'a Counters,
+    now: Instant,
+) -> Env<'a> {
+    Env { now, regions, notifications: &engine.notifications, counters }
+}
+
+impl Driver for LaneDriver {
+    type Message = Message;
+
+    fn on_message(&mut self, cx: &mut Cx<'_>, message: Message) {
+        match message {
+            Message::Post(transfer) => self.post(transfer, cx),
+            Message::Cancel(transfer) => {
+                if let Some(slot) = self.slot_of(&transfer.plan.peer) {
+                    self.with_core(slot, cx, |core, env| core.cancel(&transfer, env));
+                }
+            }
+            Message::Notify(message) => {
+                let (peer, payload) = *message;
+                match self.slot_of(&peer) {
+                    Some(slot) => {
+                        self.with_core(slot, cx, |core, env| core.notify(payload, env));
+                    }
+                    None => peer.release(1, payload.len()),
+                }
+            }
+            Message::Connect(peer, ticket) => match self.slot_of(&peer) {
+                Some(slot) => {
+                    self.with_core(slot, cx, |core, env| core.request_connect(ticket, env));
+                }
+                None => ticket.complete(Err(Error::Cancelled)),
+            },
+            Message::Disconnect(peer, ticket) => match self.slot_of(&peer) {
+                Some(slot) => {
+                    let deadline = cx.now() + self.engine.config.linger;
+                    self.with_core(slot, cx, |core, env| core.leave(deadline, ticket, env));
+                }
+                None => ticket.complete(0),
+            },
+            Message::AddPeer(peer) => {
+                self.add_peer(peer, false);
+            }
+            Message::RemovePeer(peer) => {
+                if let Some(slot) = self.slot_of(&peer) {
+                    self.remove_peer(slot, cx);
+                }
+            }
+            Message::AddRegion(region) => self.regions.add(region),
+            Message::CloseRegion(region, ticket) => self.regions.close(&region, ticket),
+            Message::ReopenRegion(region) => self.regions.reopen(&region),
+            Message::Adopt(adopted) => self.adopt(*adopted, cx),
+            Message::Drain => self.drain(cx),
+            Message::Leave => self.leave(cx),
+        }
+    }
+
+    fn on_fd(&mut self, cx: &mut Cx<'_>, token: u64, readiness: Readiness) -> bool {
+        if token & LISTENER != 0 {
+            return self.accept((token & !TAGS) as usize, cx);
+        }
+        self.on_link(token, readiness, cx)
+    }
+
+    fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64) {
+        let slot = (token & !TAGS) as usize;
+        if token & PEER_TIMER != 0 {
+            if let Some(peer) = self.peers.get_mut(slot) {
+                peer.timer = None;
+            }
+            self.with_core(slot, cx, |core, env| core.on_timeout(env));
+        } else if token & CONNECT_TIMER != 0 {
+            self.connect_timer(slot, cx);
+        } else {
+            self.handshake_timeout(token, cx);
+        }
+    }
+
+    fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {
+        !self.dirty.is_empty() && self.service(cx)
+    }
+
+    fn must_poll(&self) -> bool {
+        self.busy || !self.dirty.is_empty()
+    }
+
+    fn on_stop(&mut self, cx: &mut Cx<'_>) -> bool {
+        if !self.leaving {
+            self.leave(cx);
+        }
+        self.links.is_empty()
+    }
+
+    fn on_abandoned(&mut self, message: Message) {
+        let gone = Error::Shutdown;
+        match message {
+            Message::Post(transfer) => refuse(&transfer, &gone),
+            Message::Notify(message) => message.0.release(1, message.1.len()),
+            Message::Connect(_, ticket) => ticket.complete(Err(gone)),
+            Message::Disconnect(_, ticket) => ticket.complete(0),
+            Message::CloseRegion(_, ticket) => ticket.complete(()),
+            _ => {}
+        }
+    }
+
+    fn on_panic(&mut self, message: &str) {
+        self.fail_everything(&Error::Backend(format!("lane {} failed: {message}", self.index)));
+    }
+}
+
+impl Drop for LaneDriver {
+    fn drop(&mut self) {
+        self.fail_everything(&Error::Shutdown);
+    }
+}

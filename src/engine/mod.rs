@@ -1,0 +1,525 @@
+//! The engine: lanes, memory, peers.
+
+mod accept;
+mod connect;
+mod lane;
+mod links;
+mod start;
+
+pub(crate) use lane::{LaneDriver, Message};
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use corelane_runtime::{Assist, Lane, LaneTask, LocalLane};
+
+use crate::config::{EngineConfig, MAX_AGENT_NAME};
+use crate::error::{Error, Result};
+use crate::memory::{LocalSegment, Region, Registry, RemoteSegment};
+use crate::notification::{Notification, NotificationQueue};
+use crate::peer::{Peer, PeerShared, PeerTable};
+use crate::plan::{LocalBlocks, LocalList, Operation, PlanBuilder, RemoteBlocks, RemoteList};
+use crate::session::handshake::Identity;
+use crate::stats::{Counters, EngineStats, PeerStats, Totals};
+use crate::sync::Ticket;
+use crate::sys;
+use crate::transfer::Plan;
+use crate::wire::{Access, MemoryKind, Metadata, RegionDescriptor, RegionKey};
+
+/// A task that runs on a lane; await it, or `wait()` from an ordinary thread.
+pub type Task<T> = LaneTask<T>;
+
+/// Counts forks: an engine of another generation belongs to a parent process.
+static FORKS: AtomicU64 = AtomicU64::new(0);
+
+fn watch_forks() {
+    extern "C" fn in_child() {
+        FORKS.fetch_add(1, Ordering::Relaxed);
+    }
+    static WATCH: OnceLock<()> = OnceLock::new();
+    WATCH.get_or_init(|| {
+        // SAFETY: the handler does one atomic addition, which is safe in a forked child.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    });
+}
+
+const RUNNING: u32 = 0;
+const STOPPING: u32 = 1;
+
+/// All that lanes and callers share.
+pub(crate) struct EngineShared {
+    pub(crate) name: Arc<str>,
+    pub(crate) config: EngineConfig,
+    pub(crate) identity: Identity,
+    pub(crate) notifications: NotificationQueue,
+    metadata: OnceLock<Vec<u8>>,
+    registry: RwLock<Registry>,
+    peers: Mutex<PeerTable>,
+    lanes: OnceLock<Vec<Lane<LaneDriver>>>,
+    counters: Vec<Arc<Counters>>,
+    forks: u64,
+    state: AtomicU32,
+}
+
+impl std::fmt::Debug for EngineShared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl EngineShared {
+    /// The engine belongs to this process.
+    #[inline]
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.forks == FORKS.load(Ordering::Relaxed) { Ok(()) } else { Err(Error::Shutdown) }
+    }
+
+    /// The engine works. Two loads.
+    #[inline]
+    pub(crate) fn check(&self) -> Result<()> {
+        self.check_process()?;
+        if self.state.load(Ordering::Relaxed) == RUNNING { Ok(()) } else { Err(self.dead()) }
+    }
+
+    /// Why a lane takes nothing any more.
+    pub(crate) fn dead(&self) -> Error {
+        let lanes = self.lanes.get().map_or(&[][..], Vec::as_slice);
+        match lanes.iter().find_map(Lane::failure) {
+            Some(message) => Error::Backend(format!("a lane has failed: {message}")),
+            None => Error::Shutdown,
+        }
+    }
+
+    pub(crate) fn lane(&self, index: usize) -> Result<&Lane<LaneDriver>> {
+        self.lanes.get().and_then(|lanes| lanes.get(index)).ok_or(Error::Shutdown)
+    }
+
+    /// Gives a lane that needs it a turn of this thread. Not on the lane itself, which runs anyway.
+    #[inline]
+    pub(crate) fn drive(&self, index: usize) -> Assist {
+        match self.lane(index) {
+            Ok(lane) if !lane.is_lane_thread() => lane.assist(),
+            _ => Assist::Busy,
+        }
+    }
+
+    pub(crate) fn lanes(&self) -> &[Lane<LaneDriver>] {
+        self.lanes.get().map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn peers(&self) -> MutexGuard<'_, PeerTable> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.state.load(Ordering::Relaxed) != RUNNING
+    }
+
+    fn registry_mut(&self) -> std::sync::RwLockWriteGuard<'_, Registry> {
+        self.registry.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn registry(&self) -> std::sync::RwLockReadGuard<'_, Registry> {
+        self.registry.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Shuts the engine down when the last handle is dropped.
+#[derive(Debug)]
+struct Guard(Arc<EngineShared>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Dropping cannot report; `shutdown` can.
+        let _ = shutdown(&self.0);
+    }
+}
+
+/// A transfer engine. Cheap to clone; any thread may call anything.
+///
+/// The last handle that is dropped shuts it down, like [`shutdown`](Self::shutdown).
+#[derive(Clone, Debug)]
+pub struct Engine {
+    shared: Arc<EngineShared>,
+    _guard: Arc<Guard>,
+}
+
+impl Engine {
+    /// Starts an engine: its lanes and its listener. Takes some milliseconds.
+    ///
+    /// `agent_name` is what peers see as the sender of notifications; 1..=1024 bytes.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Lane`] (io_uring forbidden, core outside the affinity mask, ...),
+    /// [`Error::Io`] (port in use, ...). Nothing is left behind.
+    pub fn new(agent_name: &str, config: EngineConfig) -> Result<Self> {
+        config.validate(agent_name)?;
+        watch_forks();
+        debug_assert!(agent_name.len() <= MAX_AGENT_NAME);
+        let shared = start::start(agent_name, config)?;
+        Ok(Self { _guard: Arc::new(Guard(shared.clone())), shared })
+    }
+
+    /// The name given at creation.
+    pub fn agent_name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// What a peer needs to connect: name, addresses, secret. The same bytes on every call. Who
+    /// holds them can connect: exchange them over a channel that you trust.
+    pub fn metadata(&self) -> Vec<u8> {
+        self.shared.metadata.get().cloned().unwrap_or_default()
+    }
+
+    /// Registers memory: makes it usable in plans and, as far as `access` goes, by peers that get
+    /// its descriptor. Costs a message to each lane; nothing is pinned or touched.
+    ///
+    /// Ranges may overlap and repeat.
+    ///
+    /// # Safety
+    /// The memory must stay mapped, and must not be used through Rust references in ways that
+    /// conflict with the transfers that the application and its peers start, until
+    /// [`deregister`](Self::deregister) has returned `Ok` or the engine is shut down.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] (null, empty, wraps around), [`Error::Limit`], [`Error::Shutdown`].
+    pub unsafe fn register(&self, ptr: *mut u8, len: usize, access: Access) -> Result<Region> {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { self.register_kind(ptr as u64, len as u64, MemoryKind::Dram, access) }
+    }
+
+    /// As [`register`](Self::register), for memory of any kind, by address.
+    ///
+    /// # Safety
+    /// As for [`register`](Self::register).
+    ///
+    /// # Errors
+    /// As for [`register`](Self::register).
+    pub unsafe fn register_kind(
+        &self,
+        base: u64,
+        len: u64,
+        kind: MemoryKind,
+        access: Access,
+    ) -> Result<Region> {
+        let shared = &self.shared;
+        shared.check()?;
+        if base == 0 || len == 0 || base.checked_add(len).is_none() || len > isize::MAX as u64 {
+            return Err(Error::InvalidArgument(format!(
+                "a region of {len} bytes at {base:#x} is null, empty or wraps around"
+            )));
+        }
+        let random = sys::random::<12>().map_err(|e| Error::io("reading random bytes", e))?;
+        let mut wide = [0; 16];
+        wide[..12].copy_from_slice(&random);
+        let random = u128::from_le_bytes(wide);
+        let incarnation = shared.identity.incarnation;
+        let region = shared.registry_mut().insert(|slot| RegionDescriptor {
+            incarnation,
+            key: RegionKey::new(slot, random),
+            base,
+            len,
+            kind,
+            access,
+        })?;
+        for lane in shared.lanes() {
+            if lane.submit(Message::AddRegion(region.clone())).is_err() {
+                return Err(shared.dead());
+            }
+        }
+        Ok(Region { inner: region })
+    }
+
+    /// Takes a registration back. When it returns `Ok`, nothing of this engine or of a peer touches
+    /// the memory any more, and descriptors of it are refused.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when accesses in progress did not end within
+    /// [`deregister_timeout`](EngineConfig::deregister_timeout): the region is kept, try again.
+    /// [`Error::InvalidArgument`] when it is not registered here (any more).
+    pub fn deregister(&self, region: &Region) -> Result<()> {
+        let shared = &self.shared;
+        shared.check_process()?;
+        if !shared.registry_mut().close(&region.inner) {
+            return Err(Error::InvalidArgument(format!(
+                "{region:?} is not registered with this engine (any more)"
+            )));
+        }
+        let deadline = Instant::now() + shared.config.deregister_timeout;
+        let tickets: Vec<Arc<Ticket<()>>> = shared.lanes().iter().map(|_| Ticket::new()).collect();
+        for (lane, ticket) in shared.lanes().iter().zip(&tickets) {
+            let message = Message::CloseRegion(region.inner.clone(), ticket.clone());
+            if lane.submit(message).is_err() {
+                // A lane that is gone touches nothing.
+                ticket.complete(());
+            }
+        }
+        let quiet = shared.lanes().iter().zip(&tickets).all(|(lane, ticket)| {
+            let assist = || {
+                lane.assist();
+            };
+            ticket.wait(deadline, assist).is_some() || !lane.is_alive()
+        });
+        if quiet {
+            shared.registry_mut().remove(&region.inner);
+            return Ok(());
+        }
+        for lane in shared.lanes() {
+            let _ = lane.submit(Message::ReopenRegion(region.inner.clone()));
+        }
+        shared.registry_mut().reopen(&region.inner);
+        Err(Error::Busy {
+            what: "the region",
+            hint: "; transfers or peers still use it: wait for them, cancel them, or try again",
+        })
+    }
+
+    /// Makes a peer known by its metadata. Cheap: nothing is connected. Loading the same metadata
+    /// again gives the same peer; other metadata under a known name replaces it.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`], [`Error::Limit`], [`Error::Config`] when no transport is shared.
+    pub fn load_peer(&self, metadata: &[u8]) -> Result<Peer> {
+        let shared = &self.shared;
+        shared.check()?;
+        let metadata = Metadata::decode(metadata)?;
+        if metadata.transports & shared.identity.transports == 0 {
+            return Err(Error::Config(format!(
+                "`{}` offers no transport that is allowed here; compare `transports` on both sides",
+                metadata.name
+            )));
+        }
+        let (peer, new) = shared.peers().load(metadata)?;
+        if new {
+            self.submit(peer.lane, Message::AddPeer(peer.clone()))?;
+        }
+        Ok(Peer { shared: peer, engine: shared.clone() })
+    }
+
+    /// The peer that was loaded under this name.
+    pub fn peer(&self, name: &str) -> Option<Peer> {
+        let shared = self.shared.peers().named(name).cloned()?;
+        Some(Peer { shared, engine: self.shared.clone() })
+    }
+
+    /// Disconnects a peer (see [`Peer::disconnect`]) and forgets it. Its plans can be posted no
+    /// more.
+    ///
+    /// # Errors
+    /// Those of [`Peer::disconnect`].
+    pub fn unload_peer(&self, peer: &Peer) -> Result<usize> {
+        let dropped = peer.disconnect();
+        self.shared.peers().remove(&peer.shared);
+        self.submit(peer.shared.lane, Message::RemovePeer(peer.shared.clone()))?;
+        dropped
+    }
+
+    /// Prepares a transfer of `local[i]` from or to `remote[i]`, for every `i`. All checks, merging
+    /// and splitting happen here, once; about 50 ns a descriptor.
+    ///
+    /// Starts connecting if need be, without waiting.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`], [`Error::NotRegistered`], [`Error::OutOfBounds`],
+    /// [`Error::Permission`], [`Error::StaleDescriptor`], [`Error::Limit`].
+    pub fn prepare(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        local: &[LocalSegment],
+        remote: &[RemoteSegment<'_>],
+    ) -> Result<Plan> {
+        self.build(operation, peer, local, remote)
+    }
+
+    /// As [`prepare`](Self::prepare), for lists of blocks.
+    ///
+    /// # Errors
+    /// As for [`prepare`](Self::prepare).
+    pub fn prepare_blocks(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        local: &LocalBlocks<'_>,
+        remote: &RemoteBlocks<'_>,
+    ) -> Result<Plan> {
+        local.check()?;
+        remote.check()?;
+        self.build(operation, peer, local, remote)
+    }
+
+    fn build<'d>(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        local: &(impl LocalList + ?Sized),
+        remote: &(impl RemoteList<'d> + ?Sized),
+    ) -> Result<Plan> {
+        let shared = &self.shared;
+        shared.check()?;
+        if !Arc::ptr_eq(&peer.engine, shared) {
+            return Err(Error::InvalidArgument("the peer belongs to another engine".into()));
+        }
+        let registry = shared.registry();
+        let builder = PlanBuilder {
+            operation,
+            peer: &peer.shared,
+            registry: &registry,
+            chunk_bytes: shared.config.chunk_bytes as u64,
+            latency_bytes: shared.config.latency_bytes as u64,
+            max_descriptors: shared.config.limits.descriptors,
+        };
+        let plan = Plan { inner: Arc::new(builder.build(local, remote)?), engine: shared.clone() };
+        drop(registry);
+        if !peer.is_connected() {
+            let warm_up = Message::Connect(peer.shared.clone(), Ticket::new());
+            self.submit(peer.shared.lane, warm_up)?;
+        }
+        Ok(plan)
+    }
+
+    /// All notifications that have arrived, oldest first per peer. Never blocks.
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`]; [`Error::Backend`] after a lane has failed.
+    pub fn notifications(&self) -> Result<Vec<Notification>> {
+        let mut all = Vec::new();
+        self.take_notifications(|notification| all.push(notification))?;
+        Ok(all)
+    }
+
+    /// As [`notifications`](Self::notifications), without a list. The answer is how many there were.
+    /// Costs one load when there are none, and where cores are few a turn of the lanes.
+    ///
+    /// # Errors
+    /// As for [`notifications`](Self::notifications).
+    pub fn take_notifications(&self, mut take: impl FnMut(Notification)) -> Result<usize> {
+        let shared = &self.shared;
+        shared.check_process()?;
+        let queue = &shared.notifications;
+        if queue.is_empty() {
+            shared.check()?;
+            for lane in 0..shared.lanes().len() {
+                shared.drive(lane);
+            }
+        }
+        let mut count = 0;
+        while let Some(notification) = queue.pop() {
+            take(notification);
+            count += 1;
+        }
+        if queue.take_stalled() {
+            for lane in shared.lanes() {
+                let _ = lane.submit(Message::Drain);
+            }
+        }
+        Ok(count)
+    }
+
+    /// Runs a task on the lane that owns `peer`: no thread is crossed on the way to its sockets.
+    /// Transfers are posted as anywhere else and awaited with
+    /// [`Transfer::completed`](crate::Transfer::completed).
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`].
+    pub fn spawn_on<F, Fut, T>(&self, peer: &Peer, task: F) -> Result<Task<T>>
+    where
+        F: FnOnce(LocalEngine) -> Fut + Send + 'static,
+        Fut: Future<Output = T> + 'static,
+        T: Send + 'static,
+    {
+        self.shared.check()?;
+        let lane = self.shared.lane(peer.shared.lane)?;
+        Ok(lane.spawn(move |local| task(LocalEngine { local })))
+    }
+
+    /// Counters, queue levels and the state of every peer.
+    pub fn stats(&self) -> EngineStats {
+        let shared = &self.shared;
+        let mut totals = Totals::default();
+        for counters in &shared.counters {
+            totals.add(counters);
+        }
+        let peers = shared.peers().all().map(|peer| peer_stats(peer)).collect();
+        EngineStats {
+            totals,
+            regions: shared.registry().len(),
+            peers,
+            pending_notifications: shared.notifications.len(),
+            pending_notification_bytes: shared.notifications.bytes(),
+            notifications_received: shared.notifications.delivered(),
+            lanes: shared.lanes().iter().map(Lane::stats).collect(),
+        }
+    }
+
+    /// The core of each lane; `None` for one that is not pinned.
+    pub fn lane_cores(&self) -> Vec<Option<usize>> {
+        self.shared.lanes().iter().map(Lane::core).collect()
+    }
+
+    /// Says goodbye to all peers (notifications are flushed for at most `linger`), ends all
+    /// transfers, stops the lanes and joins their threads. Idempotent, bounded.
+    ///
+    /// # Errors
+    /// [`Error::Lane`] when a lane had failed or did not stop in time.
+    pub fn shutdown(&self) -> Result<()> {
+        shutdown(&self.shared)
+    }
+
+    fn submit(&self, lane: usize, message: Message) -> Result<()> {
+        self.shared.lane(lane)?.submit(message).map_err(|_| self.shared.dead())
+    }
+}
+
+fn peer_stats(peer: &PeerShared) -> PeerStats {
+    let (unacknowledged, unacknowledged_bytes) = peer.unacknowledged();
+    PeerStats {
+        name: peer.name.to_string(),
+        connected: peer.connected.load(Ordering::Acquire),
+        lane: peer.lane,
+        in_flight: peer.in_flight(),
+        unacknowledged,
+        unacknowledged_bytes,
+        last_error: peer.last_error(),
+    }
+}
+
+fn shutdown(shared: &EngineShared) -> Result<()> {
+    shared.check_process()?;
+    if shared.state.swap(STOPPING, Ordering::AcqRel) == STOPPING {
+        return Ok(());
+    }
+    // A lane leaves its peers for `linger`; the rest is for its thread to wind down.
+    let deadline = shared.config.linger + Duration::from_secs(2);
+    let lanes = shared.lanes();
+    for lane in lanes {
+        // Lanes that are dead already need no telling.
+        let _ = lane.submit(Message::Leave);
+    }
+    let mut outcome = Ok(());
+    for lane in lanes {
+        if let Err(error) = lane.stop(deadline) {
+            outcome = Err(error.into());
+        }
+    }
+    outcome
+}
+
+/// An engine as seen by a task on one of its lanes.
+#[derive(Clone)]
+pub struct LocalEngine {
+    local: LocalLane<LaneDriver>,
+}
+
+impl LocalEngine {
+    /// Sleeps without stopping the lane.
+    pub async fn sleep(&self, duration: Duration) {
+        self.local.sleep(duration).await;
+    }
+
+    /// Lets the lane and its other tasks run.
+    pub async fn yield_now(&self) {
+        self.local.yield_now().await;
+    }
+}

@@ -1,0 +1,128 @@
+//! Starting an engine.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+use corelane_runtime::{Lane, LaneConfig, placement};
+
+use super::{EngineShared, FORKS, LaneDriver, RUNNING};
+use crate::config::{EngineConfig, LaneSpec, TransportKind};
+use crate::error::{Error, Result};
+use crate::memory::Registry;
+use crate::notification::NotificationQueue;
+use crate::peer::PeerTable;
+use crate::session::handshake::Identity;
+use crate::stats::Counters;
+use crate::sys;
+use crate::transport::addresses::{self, Listener};
+use crate::wire::Metadata;
+
+/// The core of one lane, and the lock that keeps other engines off it.
+struct Place {
+    core: Option<usize>,
+    claim: Option<placement::CoreClaim>,
+}
+
+/// Where the lanes go. Cores that were asked for are taken even if another engine has claimed them.
+fn places(spec: &LaneSpec) -> Vec<Place> {
+    let free = |core: Option<usize>| Place { core, claim: None };
+    match spec {
+        LaneSpec::Unpinned { count } => (0..*count).map(|_| free(None)).collect(),
+        LaneSpec::Cores(cores) => cores
+            .iter()
+            .map(|&core| Place {
+                core: Some(core),
+                claim: placement::claim_core(core).ok().flatten(),
+            })
+            .collect(),
+        LaneSpec::Auto { count } => (0..*count)
+            .map(|_| match placement::auto_core().ok().flatten() {
+                Some(claim) => Place { core: Some(claim.core()), claim: Some(claim) },
+                None => free(None),
+            })
+            .collect(),
+    }
+}
+
+pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<EngineShared>> {
+    let random = |what| move |e| Error::io(format!("reading random bytes for {what}"), e);
+    let incarnation = u128::from_le_bytes(sys::random().map_err(random("the incarnation"))?).max(1);
+    let secret = sys::random().map_err(random("the secret"))?;
+    let transports =
+        config.transports.iter().fold(0, |bits, kind: &TransportKind| bits | kind.bit());
+    let identity = Identity {
+        name: agent_name.to_owned(),
+        incarnation,
+        secret,
+        transports,
+        liveness_ms: config.liveness.as_millis().min(u128::from(u32::MAX)) as u32,
+    };
+    let lanes = config.lanes.count();
+    let listeners = addresses::listen(&config.listen)?;
+    let advertised = addresses::advertised(&config.listen, &listeners)?;
+    let metadata = Metadata {
+        name: agent_name.to_owned(),
+        incarnation,
+        secret,
+        transports,
+        addresses: advertised.clone(),
+    };
+    let shared = Arc::new(EngineShared {
+        name: agent_name.into(),
+        identity,
+        notifications: NotificationQueue::new(
+            config.limits.pending_notifications,
+            config.limits.pending_notification_bytes,
+        ),
+        metadata: OnceLock::from(metadata.encode()),
+        registry: RwLock::new(Registry::new(config.limits.regions)),
+        peers: Mutex::new(PeerTable::new(lanes, config.limits.clone())),
+        lanes: OnceLock::new(),
+        counters: (0..lanes).map(|_| Arc::new(Counters::default())).collect(),
+        forks: FORKS.load(Ordering::Relaxed),
+        state: AtomicU32::new(RUNNING),
+        config,
+    });
+    start_lanes(&shared, listeners)?;
+    let cores: Vec<String> = shared
+        .lanes()
+        .iter()
+        .map(|lane| lane.core().map_or("unpinned".into(), |core| format!("core {core}")))
+        .collect();
+    tracing::info!(
+        agent = agent_name,
+        lanes = %cores.join(", "),
+        addresses = ?advertised,
+        transports = ?shared.config.transports,
+        "engine started"
+    );
+    Ok(shared)
+}
+
+fn start_lanes(shared: &Arc<EngineShared>, listeners: Vec<Listener>) -> Result<()> {
+    let mut listeners = Some(listeners);
+    let mut started: Vec<Lane<LaneDriver>> = Vec::new();
+    for (index, place) in places(&shared.config.lanes).into_iter().enumerate() {
+        let config = LaneConfig {
+            name: format!("corelane-{index}"),
+            core: place.core,
+            claim: place.claim,
+            spin: shared.config.spin,
+            assist: shared.config.assist,
+            ..LaneConfig::default()
+        };
+        let (engine, listening) = (shared.clone(), listeners.take().unwrap_or_default());
+        let lane = Lane::start(config, move |cx| LaneDriver::new(engine, index, listening, cx));
+        match lane {
+            Ok(lane) => started.push(lane),
+            Err(error) => {
+                for lane in started {
+                    let _ = lane.stop(std::time::Duration::from_secs(1));
+                }
+                return Err(error.into());
+            }
+        }
+    }
+    let _ = shared.lanes.set(started);
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! corelane: a transfer engine for LLM inference.
+//!
+//! A decode node must fetch thousands of scattered KV-cache blocks from a prefill node, learn within
+//! microseconds that they have arrived, and never hang when the other side dies. corelane does that
+//! with one pinned, io_uring-driven executor per core (a *lane*); every peer belongs to one lane, and
+//! every transfer runs on the lane that owns its peer, so the hot path has no contended lock.
+//!
+//! ```text
+//!  application thread                 lane (one core)                       remote lane
+//!  ┌────────────────┐  post: one     ┌──────────────────────┐   TCP        ┌──────────────────┐
+//!  │ Plan, Transfer │ ─ pointer ───> │ session core: cuts   │ ── READ ───> │ checks the key,  │
+//!  │                │                │ requests, counts     │              │ sends straight   │
+//!  │ status: 1 load │ <── Done ───── │ answers              │ <── DATA ─── │ out of the region│
+//!  └────────────────┘                └──────────────────────┘  into region └──────────────────┘
+//! ```
+//!
+//! ```
+//! use corelane::{Access, Engine, EngineConfig, Operation};
+//! use std::time::Duration;
+//!
+//! # fn main() -> corelane::Result<()> {
+//! # let config = || {
+//! #     let mut config = EngineConfig::default();
+//! #     config.listen.addresses = vec![std::net::Ipv4Addr::LOCALHOST.into()];
+//! #     config
+//! # };
+//! let prefill = Engine::new("prefill", config())?;
+//! let decode = Engine::new("decode", config())?;
+//!
+//! let mut cache = vec![7u8; 1 << 20];
+//! let mut pages = vec![0u8; 1 << 20];
+//! // SAFETY: both buffers outlive their registrations and are not touched while transfers run.
+//! let (source, target) = unsafe {
+//!     (
+//!         prefill.register(cache.as_mut_ptr(), cache.len(), Access::REMOTE_READ)?,
+//!         decode.register(pages.as_mut_ptr(), pages.len(), Access::LOCAL)?,
+//!     )
+//! };
+//!
+//! // Metadata and descriptors travel over a channel of the application.
+//! let peer = decode.load_peer(&prefill.metadata())?;
+//! let remote = source.descriptor();
+//!
+//! let plan = decode.prepare(
+//!     Operation::Read,
+//!     &peer,
+//!     &[target.segment(0, 4096), target.segment(8192, 4096)],
+//!     &[remote.segment(65536, 4096), remote.segment(0, 4096)],
+//! )?;
+//! let transfer = plan.transfer();
+//! transfer.post_with_notification(b"request 1: blocks fetched")?;
+//! transfer.wait(Duration::from_secs(10))?;
+//!
+//! decode.deregister(&target)?;
+//! prefill.deregister(&source)?;
+//! assert_eq!(pages[8192], 7);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Where things are: [`Engine`] starts everything; [`Peer`], [`Region`], [`Plan`] and [`Transfer`]
+//! are the words of the API, one module each. `session` is the protocol without sockets and clocks,
+//! `transport` moves its frames, `engine` drives both on a lane of `corelane-runtime`. The bytes on
+//! the wire are in docs/protocol.md.
+
+#![warn(clippy::pedantic)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::module_name_repetitions,
+    clippy::must_use_candidate,
+    clippy::missing_panics_doc
+)]
+
+mod config;
+mod engine;
+mod error;
+mod memory;
+mod notification;
+mod peer;
+mod plan;
+mod session;
+mod stats;
+mod sync;
+mod sys;
+mod transfer;
+mod transport;
+mod wire;
+
+pub use config::{
+    AssistMode, EngineConfig, LaneSpec, Limits, Listen, MAX_AGENT_NAME, MAX_NOTIFICATION_BYTES,
+    Spin, TransportKind,
+};
+pub use engine::{Engine, LocalEngine, Task};
+pub use error::{Error, Result};
+pub use memory::{Access, LocalSegment, MemoryKind, Region, RegionDescriptor, RemoteSegment};
+pub use notification::Notification;
+pub use peer::Peer;
+pub use plan::{LocalBlocks, Operation, RemoteBlocks};
+pub use stats::{EngineStats, PeerStats, Totals};
+pub use transfer::{Plan, Status, Transfer};

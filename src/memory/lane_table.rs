@@ -1,0 +1,199 @@
+//! The regions as one lane sees them: no lock on the way to a byte.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::RegionInner;
+use crate::sync::Ticket;
+use crate::sys::IoSegment;
+use crate::wire::frame::{ServeStatus, WireSegment};
+use crate::wire::{Access, RegionKey};
+
+struct Entry {
+    region: Arc<RegionInner>,
+    /// Requests and transfers of this lane that touch the region now.
+    users: u32,
+    /// Somebody waits for `users` to reach zero; nothing new may start.
+    closing: Option<Arc<Ticket<()>>>,
+}
+
+/// This lane's copy of the region table, kept up to date by messages.
+#[derive(Default)]
+pub(crate) struct LaneRegions {
+    slots: Vec<Option<Entry>>,
+}
+
+/// Proof that a region is counted as in use; must be given back to [`LaneRegions::release`].
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct RegionUse {
+    slot: u32,
+}
+
+/// The regions that one request or transfer uses. One or two are the rule.
+pub(crate) type RegionUses = SmallVec<[RegionUse; 2]>;
+
+impl LaneRegions {
+    pub(crate) fn add(&mut self, region: Arc<RegionInner>) {
+        let slot = region.slot();
+        if self.slots.len() <= slot {
+            self.slots.resize_with(slot + 1, || None);
+        }
+        self.slots[slot] = Some(Entry { region, users: 0, closing: None });
+    }
+
+    /// Refuses new uses; completes `ticket` when the last one has ended, perhaps at once.
+    pub(crate) fn close(&mut self, region: &Arc<RegionInner>, ticket: Arc<Ticket<()>>) {
+        match self.entry(region.key()) {
+            Some(entry) if entry.users > 0 => entry.closing = Some(ticket),
+            Some(_) => {
+                self.slots[region.slot()] = None;
+                ticket.complete(());
+            }
+            None => ticket.complete(()),
+        }
+    }
+
+    /// Takes back a `close` that has not completed.
+    pub(crate) fn reopen(&mut self, region: &Arc<RegionInner>) {
+        match self.entry(region.key()) {
+            Some(entry) => entry.closing = None,
+            None => self.add(region.clone()),
+        }
+    }
+
+    fn entry(&mut self, key: RegionKey) -> Option<&mut Entry> {
+        // The key is compared as a whole and without early exit: it is what a peer has to know.
+        self.slots.get_mut(key.slot())?.as_mut().filter(|entry| (entry.region.key().0 ^ key.0) == 0)
+    }
+
+    /// Counts a use of one of this engine's own regions by its own transfer.
+    pub(crate) fn use_own(&mut self, region: &RegionInner) -> Option<RegionUse> {
+        let entry = self.entry(region.key()).filter(|entry| entry.closing.is_none())?;
+        entry.users += 1;
+        Some(RegionUse { slot: region.slot() as u32 })
+    }
+
+    /// Checks one segment that a peer asks for. On success the region is counted as used, unless
+    /// `uses` shows that this request counts it already.
+    pub(crate) fn admit(
+        &mut self,
+        segment: &WireSegment,
+        needs: Access,
+        uses: &mut RegionUses,
+    ) -> Result<IoSegment, ServeStatus> {
+        let key = RegionKey(segment.key);
+        let entry =
+            self.entry(key).filter(|e| e.closing.is_none()).ok_or(ServeStatus::UnknownKey)?;
+        let descriptor = &entry.region.descriptor;
+        if !descriptor.access.allows(needs) {
+            return Err(ServeStatus::Denied);
+        }
+        if !descriptor.contains(segment.addr, segment.len) {
+            return Err(ServeStatus::OutOfBounds);
+        }
+        let slot = key.slot() as u32;
+        // Segments of one key stand together, so looking at the last use is enough in practice;
+        // counting a region twice is harmless.
+        if uses.last().is_none_or(|last| last.slot != slot) {
+            entry.users += 1;
+            uses.push(RegionUse { slot });
+        }
+        Ok(IoSegment::new(segment.addr, segment.len))
+    }
+
+    pub(crate) fn release(&mut self, uses: impl IntoIterator<Item = RegionUse>) {
+        for RegionUse { slot } in uses {
+            let Some(Some(entry)) = self.slots.get_mut(slot as usize) else {
+                debug_assert!(false, "a used region was forgotten");
+                continue;
+            };
+            entry.users -= 1;
+            if entry.users == 0
+                && let Some(ticket) = entry.closing.take()
+            {
+                self.slots[slot as usize] = None;
+                ticket.complete(());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{MemoryKind, RegionDescriptor};
+
+    fn region(slot: u32, access: Access) -> Arc<RegionInner> {
+        Arc::new(RegionInner {
+            descriptor: RegionDescriptor {
+                incarnation: 1,
+                key: RegionKey::new(slot, 77),
+                base: 1000,
+                len: 100,
+                kind: MemoryKind::Dram,
+                access,
+            },
+        })
+    }
+
+    fn segment(of: &RegionInner, addr: u64, len: u64) -> WireSegment {
+        WireSegment { key: of.key().0, addr, len }
+    }
+
+    #[test]
+    fn key_bounds_and_permission_are_checked() {
+        let mut table = LaneRegions::default();
+        let readable = region(3, Access::REMOTE_READ);
+        table.add(readable.clone());
+        let mut uses = RegionUses::new();
+        let mut admit = |segment: WireSegment, needs| table.admit(&segment, needs, &mut uses);
+        let read = Access::REMOTE_READ;
+        assert!(admit(segment(&readable, 1000, 100), read).is_ok());
+        assert!(admit(segment(&readable, 1100, 0), read).is_ok());
+        let refused = |r: Result<IoSegment, ServeStatus>| r.unwrap_err();
+        assert_eq!(refused(admit(segment(&readable, 1001, 100), read)), ServeStatus::OutOfBounds);
+        assert_eq!(refused(admit(segment(&readable, 999, 1), read)), ServeStatus::OutOfBounds);
+        assert_eq!(
+            refused(admit(segment(&readable, 1000, 1), Access::REMOTE_WRITE)),
+            ServeStatus::Denied
+        );
+        let mut forged = segment(&readable, 1000, 1);
+        forged.key ^= 1 << 90;
+        assert_eq!(refused(admit(forged, read)), ServeStatus::UnknownKey);
+        let elsewhere = WireSegment { key: RegionKey::new(900, 77).0, ..forged };
+        assert_eq!(refused(admit(elsewhere, read)), ServeStatus::UnknownKey);
+        table.release(uses);
+    }
+
+    #[test]
+    fn closing_waits_for_the_last_use_and_refuses_new_ones() {
+        let mut table = LaneRegions::default();
+        let own = region(0, Access::READ_WRITE);
+        table.add(own.clone());
+        let first = table.use_own(&own).unwrap();
+        let ticket = Ticket::new();
+        table.close(&own, ticket.clone());
+        assert!(!ticket.is_complete());
+        assert!(table.use_own(&own).is_none());
+        table.release([first]);
+        assert!(ticket.is_complete());
+        assert!(table.use_own(&own).is_none(), "gone for good");
+    }
+
+    #[test]
+    fn a_close_that_is_taken_back_leaves_the_region_usable() {
+        let mut table = LaneRegions::default();
+        let own = region(0, Access::READ_WRITE);
+        table.add(own.clone());
+        let first = table.use_own(&own).unwrap();
+        let ticket = Ticket::new();
+        table.close(&own, ticket.clone());
+        table.reopen(&own);
+        table.release([first]);
+        assert!(!ticket.is_complete());
+        let again = table.use_own(&own).unwrap();
+        table.release([again]);
+    }
+}

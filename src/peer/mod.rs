@@ -1,0 +1,106 @@
+//! Peers: remote engines.
+
+mod shared;
+mod table;
+
+pub(crate) use shared::{NO_SLOT, PeerShared};
+pub(crate) use table::{PeerTable, home_lane};
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::{EngineShared, Message};
+use crate::error::{Error, Result};
+use crate::sync::Ticket;
+use crate::transfer::check_notification;
+
+/// A remote engine, known by its metadata. Cheap to clone; any thread.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub(crate) shared: Arc<PeerShared>,
+    pub(crate) engine: Arc<EngineShared>,
+}
+
+impl Peer {
+    /// Agent name of the peer.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Whether a session is up now.
+    pub fn is_connected(&self) -> bool {
+        self.shared.connected.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// The lane of this engine that owns the peer's connections.
+    pub fn lane(&self) -> usize {
+        self.shared.lane
+    }
+
+    /// Connects now and waits for it. Never needed: the first transfer or notification connects.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] with every address and what it said, [`Error::Timeout`] after `timeout`.
+    pub fn connect(&self, timeout: Duration) -> Result<()> {
+        self.engine.check()?;
+        if self.is_connected() {
+            return Ok(());
+        }
+        let ticket = Ticket::new();
+        let lane = self.engine.lane(self.shared.lane)?;
+        lane.submit(Message::Connect(self.shared.clone(), ticket.clone()))
+            .map_err(|_| self.engine.dead())?;
+        let assist = || {
+            lane.assist();
+        };
+        ticket.wait(Instant::now() + timeout, assist).unwrap_or_else(|| {
+            Err(Error::Timeout {
+                what: "connecting",
+                peer: self.shared.name.clone(),
+                after: timeout,
+            })
+        })
+    }
+
+    /// Sends `payload` to the peer's application: exactly once within the session, in the order in
+    /// which this thread sends. Returns at once; connects if need be.
+    ///
+    /// # Errors
+    /// [`Error::Backpressure`] when too many are not acknowledged, [`Error::Limit`] above 16 MiB.
+    pub fn notify(&self, payload: &[u8]) -> Result<()> {
+        check_notification(payload)?;
+        self.engine.check()?;
+        let lane = self.engine.lane(self.shared.lane)?;
+        self.shared.reserve(payload.len())?;
+        let message = Message::Notify(Box::new((self.shared.clone(), payload.into())));
+        if lane.submit(message).is_err() {
+            self.shared.release(1, payload.len());
+            return Err(self.engine.dead());
+        }
+        self.engine.drive(self.shared.lane);
+        Ok(())
+    }
+
+    /// Ends the session: transfers in flight are cancelled, notifications are flushed for at most
+    /// `linger`. The answer is how many notifications were dropped. The peer stays usable: the next
+    /// transfer connects again, in a new session.
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`].
+    pub fn disconnect(&self) -> Result<usize> {
+        self.engine.check()?;
+        let ticket = Ticket::new();
+        let lane = self.engine.lane(self.shared.lane)?;
+        lane.submit(Message::Disconnect(self.shared.clone(), ticket.clone()))
+            .map_err(|_| self.engine.dead())?;
+        let limit = self.engine.config.linger + Duration::from_secs(2);
+        let assist = || {
+            lane.assist();
+        };
+        ticket.wait(Instant::now() + limit, assist).ok_or_else(|| Error::Timeout {
+            what: "disconnecting",
+            peer: self.shared.name.clone(),
+            after: limit,
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! What callers and a lane know of a peer together.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::config::Limits;
+use crate::error::{Error, Result};
+use crate::wire::Metadata;
+
+/// A peer has no place on its lane yet.
+pub(crate) const NO_SLOT: u32 = u32::MAX;
+
+/// One incarnation of a remote engine.
+#[derive(Debug)]
+pub(crate) struct PeerShared {
+    pub(crate) name: Arc<str>,
+    pub(crate) incarnation: u128,
+    /// The lane that owns all of this peer's links.
+    pub(crate) lane: usize,
+    /// Where the lane keeps the peer; set once by the lane.
+    pub(crate) slot: AtomicU32,
+    /// Known once the application has loaded it; a peer that only connected to us has none.
+    metadata: Mutex<Option<Arc<Metadata>>>,
+    pub(crate) connected: AtomicBool,
+    in_flight: AtomicUsize,
+    unacknowledged: AtomicUsize,
+    unacknowledged_bytes: AtomicUsize,
+    last_error: Mutex<Option<String>>,
+    max_in_flight: usize,
+    max_unacknowledged: usize,
+    max_unacknowledged_bytes: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl PeerShared {
+    pub(crate) fn new(
+        name: Arc<str>,
+        incarnation: u128,
+        lane: usize,
+        metadata: Option<Arc<Metadata>>,
+        limits: &Limits,
+    ) -> Self {
+        Self {
+            name,
+            incarnation,
+            lane,
+            slot: AtomicU32::new(NO_SLOT),
+            metadata: Mutex::new(metadata),
+            connected: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            unacknowledged: AtomicUsize::new(0),
+            unacknowledged_bytes: AtomicUsize::new(0),
+            last_error: Mutex::new(None),
+            max_in_flight: limits.transfers,
+            max_unacknowledged: limits.unacknowledged_notifications,
+            max_unacknowledged_bytes: limits.unacknowledged_bytes,
+        }
+    }
+
+    pub(crate) fn metadata(&self) -> Option<Arc<Metadata>> {
+        lock(&self.metadata).clone()
+    }
+
+    pub(crate) fn set_metadata(&self, metadata: Arc<Metadata>) {
+        *lock(&self.metadata) = Some(metadata);
+    }
+
+    pub(crate) fn set_last_error(&self, error: Option<String>) {
+        *lock(&self.last_error) = error;
+    }
+
+    pub(crate) fn last_error(&self) -> Option<String> {
+        lock(&self.last_error).clone()
+    }
+
+    /// Takes a place for a transfer; false: the limit is reached, yield and try again.
+    pub(crate) fn try_enter(&self) -> bool {
+        let before = self.in_flight.fetch_add(1, Ordering::AcqRel);
+        if before >= self.max_in_flight {
+            self.in_flight.fetch_sub(1, Ordering::AcqRel);
+            return false;
+        }
+        true
+    }
+
+    pub(crate) fn leave(&self) {
+        self.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Acquire)
+    }
+
+    /// Reserves room for one notification in the resend buffer. An empty buffer takes any size.
+    ///
+    /// # Errors
+    /// [`Error::Backpressure`]: the peer has not acknowledged enough.
+    pub(crate) fn reserve(&self, bytes: usize) -> Result<()> {
+        let count = self.unacknowledged.fetch_add(1, Ordering::AcqRel);
+        let held = self.unacknowledged_bytes.fetch_add(bytes, Ordering::AcqRel);
+        let over_bytes = held.saturating_add(bytes) > self.max_unacknowledged_bytes;
+        if count >= self.max_unacknowledged || (over_bytes && count > 0) {
+            self.release(1, bytes);
+            return Err(Error::Backpressure {
+                what: "the notification buffer",
+                peer: self.name.clone(),
+                limit: format!(
+                    "{} notifications or {} bytes",
+                    self.max_unacknowledged, self.max_unacknowledged_bytes
+                ),
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn release(&self, count: usize, bytes: usize) {
+        self.unacknowledged.fetch_sub(count, Ordering::AcqRel);
+        self.unacknowledged_bytes.fetch_sub(bytes, Ordering::AcqRel);
+    }
+
+    pub(crate) fn unacknowledged(&self) -> (usize, usize) {
+        (
+            self.unacknowledged.load(Ordering::Acquire),
+            self.unacknowledged_bytes.load(Ordering::Acquire),
+        )
+    }
+
+    pub(crate) fn gone(&self, reason: impl Into<String>) -> Error {
+        Error::RemoteDisconnect { peer: self.name.clone(), reason: reason.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_resend_budget_is_bounded_in_count_and_bytes() {
+        let limits = Limits {
+            unacknowledged_notifications: 2,
+            unacknowledged_bytes: 100,
+            transfers: 1,
+            ..Limits::default()
+        };
+        let peer = PeerShared::new("p".into(), 1, 0, None, &limits);
+        peer.reserve(500).unwrap();
+        assert!(matches!(peer.reserve(1), Err(Error::Backpressure { .. })));
+        peer.release(1, 500);
+        peer.reserve(50).unwrap();
+        peer.reserve(50).unwrap();
+        assert!(peer.reserve(0).is_err());
+        assert_eq!(peer.unacknowledged(), (2, 100));
+        assert!(peer.try_enter() && !peer.try_enter());
+        peer.leave();
+        assert!(peer.try_enter());
+    }
+}

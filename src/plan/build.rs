@@ -1,0 +1,334 @@
+//! Building a plan: checks, merges, splits and encodes two lists of descriptors in one pass.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::{Class, Operation, Piece, PlanInner};
+use crate::error::{Error, Result};
+use crate::memory::{LocalSegment, RegionInner, Registry, RemoteSegment};
+use crate::peer::PeerShared;
+use crate::sys::IoSegment;
+use crate::wire::frame::{FrameKind, Header, KEY_BYTES, MAX_SEGMENTS, SEGMENT_BYTES};
+use crate::wire::{Access, MemoryKind, RegionDescriptor};
+
+/// A list of local descriptors, expanded one at a time.
+pub(crate) trait LocalList {
+    fn len(&self) -> usize;
+    fn get(&self, index: usize) -> LocalSegment;
+}
+
+/// A list of remote descriptors, expanded one at a time.
+pub(crate) trait RemoteList<'a> {
+    fn len(&self) -> usize;
+    fn get(&self, index: usize) -> RemoteSegment<'a>;
+}
+
+impl LocalList for [LocalSegment] {
+    fn len(&self) -> usize {
+        <[LocalSegment]>::len(self)
+    }
+
+    fn get(&self, index: usize) -> LocalSegment {
+        self[index]
+    }
+}
+
+impl<'a> RemoteList<'a> for [RemoteSegment<'a>] {
+    fn len(&self) -> usize {
+        <[RemoteSegment<'a>]>::len(self)
+    }
+
+    fn get(&self, index: usize) -> RemoteSegment<'a> {
+        self[index]
+    }
+}
+
+/// What a plan is built with.
+pub(crate) struct PlanBuilder<'e> {
+    pub(crate) operation: Operation,
+    pub(crate) peer: &'e Arc<PeerShared>,
+    pub(crate) registry: &'e Registry,
+    pub(crate) chunk_bytes: u64,
+    pub(crate) latency_bytes: u64,
+    pub(crate) max_descriptors: usize,
+}
+
+/// The request that is being filled.
+struct Open {
+    local_start: u32,
+    body_start: u32,
+    bytes: u64,
+    keys: Vec<u128>,
+    /// Address, length, key index.
+    segments: Vec<(u64, u32, u32)>,
+}
+
+struct Output {
+    pieces: Vec<Piece>,
+    local: Vec<IoSegment>,
+    bodies: Vec<u8>,
+    regions: SmallVec<[Arc<RegionInner>; 2]>,
+    open: Open,
+}
+
+impl PlanBuilder<'_> {
+    /// Builds the plan.
+    ///
+    /// Neighbours that are contiguous in one address space and inside one registration become one
+    /// segment there, whatever the other side looks like: a TCP request is a stream of bytes.
+    pub(crate) fn build<'d>(
+        &self,
+        local: &(impl LocalList + ?Sized),
+        remote: &(impl RemoteList<'d> + ?Sized),
+    ) -> Result<PlanInner> {
+        let count = local.len();
+        if count != remote.len() {
+            return Err(Error::InvalidArgument(format!(
+                "{count} local and {} remote descriptors: the lists must have the same length",
+                remote.len()
+            )));
+        }
+        if count == 0 {
+            return Err(Error::InvalidArgument("the descriptor lists are empty".into()));
+        }
+        if count > self.max_descriptors {
+            return Err(Error::Limit {
+                what: "descriptors in one plan",
+                value: count as u64,
+                limit: self.max_descriptors as u64,
+            });
+        }
+        let mut out = Output::new(count);
+        let (mut region, mut checked) = (None, None);
+        for index in 0..count {
+            let (l, r) = (local.get(index), remote.get(index));
+            if l.len != r.len {
+                return Err(Error::InvalidArgument(format!(
+                    "descriptor {index} has {} bytes locally and {} remotely",
+                    l.len, r.len
+                )));
+            }
+            self.check_remote(index, &r, &mut checked)?;
+            let own = self.find_local(index, &l, &mut region)?;
+            out.add_region(own);
+            let crosses = MemoryKind::Dram;
+            if own.descriptor.kind != crosses || r.region.kind != crosses {
+                return Err(Error::InvalidArgument(format!(
+                    "descriptor {index} is GPU memory, which no transport of this build can move"
+                )));
+            }
+            self.add_pair(&mut out, l.addr, own, &r);
+        }
+        self.finish_piece(&mut out);
+        Ok(self.finish(out, count))
+    }
+
+    fn find_local<'r>(
+        &'r self,
+        index: usize,
+        segment: &LocalSegment,
+        last: &mut Option<&'r Arc<RegionInner>>,
+    ) -> Result<&'r Arc<RegionInner>> {
+        let LocalSegment { addr, len } = *segment;
+        if addr.checked_add(len).is_none() {
+            return Err(Error::InvalidArgument(format!(
+                "descriptor {index}: {len} bytes at {addr:#x} wrap around the address space"
+            )));
+        }
+        if let Some(region) = *last
+            && region.descriptor.contains(addr, len)
+        {
+            return Ok(region);
+        }
+        let region = self.registry.find(addr, len).ok_or_else(|| {
+            // A range that starts inside a region is the more common mistake: say so.
+            match self.registry.find(addr, 1) {
+                Some(region) if len > 0 => out_of_bounds("local", addr, len, &region.descriptor),
+                _ => Error::NotRegistered { addr, len },
+            }
+        })?;
+        *last = Some(region);
+        Ok(region)
+    }
+
+    fn check_remote<'d>(
+        &self,
+        index: usize,
+        segment: &RemoteSegment<'d>,
+        last: &mut Option<&'d RegionDescriptor>,
+    ) -> Result<()> {
+        let region = segment.region;
+        if !last.is_some_and(|last| std::ptr::eq(last, region)) {
+            if region.incarnation != self.peer.incarnation {
+                return Err(Error::StaleDescriptor { peer: self.peer.name.clone() });
+            }
+            let needs = match self.operation {
+                Operation::Read => Access::REMOTE_READ,
+                Operation::Write => Access::REMOTE_WRITE,
+            };
+            if !region.access.allows(needs) {
+                return Err(Error::Permission {
+                    peer: self.peer.name.clone(),
+                    reason: "the region was registered without this permission",
+                });
+            }
+            *last = Some(region);
+        }
+        if segment.addr.checked_add(segment.len).is_none() {
+            return Err(Error::InvalidArgument(format!(
+                "descriptor {index}: {} bytes at {:#x} wrap around the address space",
+                segment.len, segment.addr
+            )));
+        }
+        if !region.contains(segment.addr, segment.len) {
+            return Err(out_of_bounds("remote", segment.addr, segment.len, region));
+        }
+        Ok(())
+    }
+
+    /// Adds one pair of equally long ranges, opening new requests where one is full.
+    fn add_pair(
+        &self,
+        out: &mut Output,
+        local: u64,
+        own: &RegionInner,
+        remote: &RemoteSegment<'_>,
+    ) {
+        let bounds = &own.descriptor;
+        let mut done = 0;
+        while done < remote.len {
+            let len = (remote.len - done).min(self.chunk_bytes - out.open.bytes);
+            if len == 0 || out.is_full() {
+                self.finish_piece(out);
+                continue;
+            }
+            out.push_local(local + done, len, bounds);
+            out.push_remote(remote.region.key.0, remote.addr + done, len, remote.region);
+            out.open.bytes += len;
+            done += len;
+        }
+    }
+
+    fn finish_piece(&self, out: &mut Output) {
+        let Open { local_start, body_start, bytes, .. } = out.open;
+        if bytes == 0 {
+            return;
+        }
+        let kind = match self.operation {
+            Operation::Read => FrameKind::Read,
+            Operation::Write => FrameKind::Write,
+        };
+        let mut header = Header { len: bytes, ..Header::new(kind) };
+        if let [(addr, _, _)] = out.open.segments[..] {
+            (header.key, header.addr) = (out.open.keys[0], addr);
+        } else {
+            for key in &out.open.keys {
+                out.bodies.extend_from_slice(&key.to_le_bytes());
+            }
+            for (addr, len, key) in &out.open.segments {
+                out.bodies.extend_from_slice(&addr.to_le_bytes());
+                out.bodies.extend_from_slice(&len.to_le_bytes());
+                out.bodies.extend_from_slice(&key.to_le_bytes());
+            }
+            header.keys = out.open.keys.len() as u32;
+            header.segments = out.open.segments.len() as u32;
+            header.body =
+                (out.open.keys.len() * KEY_BYTES + out.open.segments.len() * SEGMENT_BYTES) as u32;
+        }
+        let (local_end, body_end) = (out.local.len() as u32, out.bodies.len() as u32);
+        out.pieces.push(Piece {
+            header,
+            local: local_start..local_end,
+            body: body_start..body_end,
+        });
+        out.open.local_start = local_end;
+        out.open.body_start = body_end;
+        out.open.bytes = 0;
+        out.open.keys.clear();
+        out.open.segments.clear();
+    }
+
+    fn finish(&self, out: Output, descriptors: usize) -> PlanInner {
+        let bytes = out.pieces.iter().map(|piece| piece.header.len).sum();
+        let small = out.pieces.len() <= 1 && bytes <= self.latency_bytes;
+        PlanInner {
+            operation: self.operation,
+            class: if small { Class::Latency } else { Class::Bulk },
+            peer: self.peer.clone(),
+            pieces: out.pieces.into_boxed_slice(),
+            bytes,
+            descriptors,
+            regions: out.regions,
+            local: out.local.into_boxed_slice(),
+            bodies: out.bodies.into_boxed_slice(),
+        }
+    }
+}
+
+fn out_of_bounds(side: &'static str, addr: u64, len: u64, region: &RegionDescriptor) -> Error {
+    let (base, end) = (region.base, region.base + region.len);
+    Error::OutOfBounds { side, addr, len, base, end }
+}
+
+impl Output {
+    fn new(descriptors: usize) -> Self {
+        Self {
+            pieces: Vec::new(),
+            local: Vec::with_capacity(descriptors),
+            bodies: Vec::new(),
+            regions: SmallVec::new(),
+            open: Open {
+                local_start: 0,
+                body_start: 0,
+                bytes: 0,
+                keys: Vec::new(),
+                segments: Vec::new(),
+            },
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        let local = self.local.len() - self.open.local_start as usize;
+        local >= MAX_SEGMENTS || self.open.segments.len() >= MAX_SEGMENTS
+    }
+
+    fn add_region(&mut self, region: &Arc<RegionInner>) {
+        if !self.regions.iter().rev().any(|known| Arc::ptr_eq(known, region)) {
+            self.regions.push(region.clone());
+        }
+    }
+
+    fn push_local(&mut self, addr: u64, len: u64, bounds: &RegionDescriptor) {
+        let first = self.open.local_start as usize;
+        if let Some(last) = self.local.get_mut(first..).and_then(<[_]>::last_mut)
+            && last.addr() + last.len() as u64 == addr
+            && bounds.contains(last.addr(), last.len() as u64 + len)
+        {
+            *last = IoSegment::new(last.addr(), last.len() as u64 + len);
+            return;
+        }
+        self.local.push(IoSegment::new(addr, len));
+    }
+
+    fn push_remote(&mut self, key: u128, addr: u64, len: u64, bounds: &RegionDescriptor) {
+        if let Some((start, size, index)) = self.open.segments.last_mut()
+            && *start + u64::from(*size) == addr
+            && self.open.keys.get(*index as usize) == Some(&key)
+            && bounds.contains(*start, u64::from(*size) + len)
+        {
+            *size += len as u32;
+            return;
+        }
+        let known = self.open.keys.iter().rposition(|known| *known == key);
+        let index = known.unwrap_or_else(|| {
+            self.open.keys.push(key);
+            self.open.keys.len() - 1
+        });
+        self.open.segments.push((addr, len as u32, index as u32));
+    }
+}
+
+#[cfg(test)]
+#[path = "build_tests.rs"]
+mod tests;

@@ -1,0 +1,80 @@
+//! Plans: prepared descriptor lists.
+//!
+//! Everything that can be done once is done here: checks, merging, splitting, encoding. Posting a
+//! plan touches nothing but what is sent.
+
+mod build;
+mod strided;
+
+pub use strided::{LocalBlocks, RemoteBlocks};
+
+pub(crate) use build::{LocalList, PlanBuilder, RemoteList};
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::memory::RegionInner;
+use crate::peer::PeerShared;
+use crate::sys::IoSegment;
+use crate::wire::frame::Header;
+
+/// Which way a transfer moves bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// From the peer's memory into ours.
+    Read,
+    /// From our memory into the peer's.
+    Write,
+}
+
+/// The class of traffic of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// One small request on the session's stream.
+    Latency,
+    /// Requests of `chunk_bytes` on the bulk streams.
+    Bulk,
+}
+
+/// One request of a plan: a range of the local list and an encoded list of remote segments.
+#[derive(Debug, Clone)]
+pub(crate) struct Piece {
+    /// Everything but request and transfer number.
+    pub(crate) header: Header,
+    local: std::ops::Range<u32>,
+    body: std::ops::Range<u32>,
+}
+
+/// What `prepare` makes; shared by all transfers of the plan.
+#[derive(Debug)]
+pub(crate) struct PlanInner {
+    pub(crate) operation: Operation,
+    pub(crate) class: Class,
+    pub(crate) peer: Arc<PeerShared>,
+    pub(crate) pieces: Box<[Piece]>,
+    pub(crate) bytes: u64,
+    pub(crate) descriptors: usize,
+    /// The local regions that the plan touches.
+    pub(crate) regions: SmallVec<[Arc<RegionInner>; 2]>,
+    local: Box<[IoSegment]>,
+    bodies: Box<[u8]>,
+}
+
+impl PlanInner {
+    /// Where the bytes of a piece lie in this engine's memory.
+    pub(crate) fn local(&self, piece: u32) -> &[IoSegment] {
+        self.pieces.get(piece as usize).map_or(&[], |piece| {
+            let range = piece.local.start as usize..piece.local.end as usize;
+            self.local.get(range).unwrap_or(&[])
+        })
+    }
+
+    /// The segment table of a piece, as it goes on the wire.
+    pub(crate) fn body(&self, piece: u32) -> &[u8] {
+        self.pieces.get(piece as usize).map_or(&[], |piece| {
+            let range = piece.body.start as usize..piece.body.end as usize;
+            self.bodies.get(range).unwrap_or(&[])
+        })
+    }
+}

@@ -1,0 +1,225 @@
+//! The links of a peer and what is sent on them next.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use super::requests::Queue;
+use super::{
+    ACK_COUNT, BULK_WINDOW, Core, Env, Event, LinkId, MAX_OUTSTANDING, Phase, Sent, TxFrame,
+    TxPayload,
+};
+use crate::memory::RegionUses;
+use crate::session::outbox::Fragment;
+use crate::sys::IoSegment;
+use crate::wire::frame::{FLAG_COUNTED, FLAG_VOID, FrameKind, Header};
+use crate::wire::hello::LinkKind;
+
+/// An answer to a request of the peer.
+pub(super) enum Reply {
+    Status(Header),
+    Data { header: Header, segments: smallvec::SmallVec<[IoSegment; 4]>, uses: RegionUses },
+}
+
+/// A link that is up.
+pub(super) struct CoreLink {
+    pub(super) id: LinkId,
+    pub(super) kind: LinkKind,
+    /// We opened it: on a bulk link only the opener sends requests.
+    pub(super) ours: bool,
+    /// Our requests on it without an answer.
+    pub(super) outstanding: usize,
+    /// Answers that we owe.
+    pub(super) replies: VecDeque<Reply>,
+    pub(super) last_use: Instant,
+}
+
+impl Core {
+    pub(super) fn add_link(&mut self, id: LinkId, kind: LinkKind, ours: bool, now: Instant) {
+        self.links.push(CoreLink {
+            id,
+            kind,
+            ours,
+            outstanding: 0,
+            replies: VecDeque::new(),
+            last_use: now,
+        });
+    }
+
+    pub(super) fn link(&mut self, id: LinkId) -> Option<&mut CoreLink> {
+        self.links.iter_mut().find(|link| link.id == id)
+    }
+
+    pub(super) fn session_link(&self) -> Option<LinkId> {
+        self.links.iter().find(|link| link.kind == LinkKind::Session).map(|link| link.id)
+    }
+
+    pub(super) fn own_bulk_links(&self) -> usize {
+        self.links.iter().filter(|link| link.kind == LinkKind::Bulk && link.ours).count()
+    }
+
+    pub(super) fn close(&mut self, link: LinkId, reason: impl Into<String>, after_flush: bool) {
+        self.events.push_back(Event::Close { link, reason: reason.into(), after_flush });
+    }
+
+    /// A bulk link of ours came up.
+    pub(crate) fn bulk_up(&mut self, id: LinkId, ours: bool, env: &mut Env<'_>) {
+        if ours {
+            self.bulk_connecting = self.bulk_connecting.saturating_sub(1);
+        }
+        if self.session_link().is_none() {
+            return self.close(id, "its session is gone", false);
+        }
+        self.add_link(id, LinkKind::Bulk, ours, env.now);
+    }
+
+    /// The next frame for this link. `batched`: others are sent with it, so that an
+    /// acknowledgement costs nothing extra.
+    pub(crate) fn poll_transmit(
+        &mut self,
+        id: LinkId,
+        batched: bool,
+        env: &mut Env<'_>,
+    ) -> Option<TxFrame> {
+        let index = self.links.iter().position(|link| link.id == id)?;
+        match (self.links[index].kind, self.links[index].ours) {
+            (LinkKind::Session, _) => self.poll_session(index, batched, env),
+            (LinkKind::Bulk, true) => self.next_request(index, Queue::Bulk, BULK_WINDOW, env),
+            (LinkKind::Bulk, false) => self.next_reply(index, env),
+        }
+    }
+
+    fn poll_session(&mut self, index: usize, batched: bool, env: &mut Env<'_>) -> Option<TxFrame> {
+        if let Some(header) = self.control.pop_front() {
+            return Some(TxFrame::header(&header));
+        }
+        for _ in 0..3 {
+            self.turn = (self.turn + 1) % 3;
+            let frame = match self.turn {
+                0 => self.next_reply(index, env),
+                1 => self.next_request(index, Queue::Latency, MAX_OUTSTANDING, env),
+                _ => self.next_notification(env),
+            };
+            if frame.is_some() {
+                return frame;
+            }
+        }
+        if self.bulk_over_session
+            && let Some(frame) = self.next_request(index, Queue::Bulk, 2, env)
+        {
+            return Some(frame);
+        }
+        self.next_acknowledgement(batched, env)
+    }
+
+    fn next_reply(&mut self, index: usize, env: &mut Env<'_>) -> Option<TxFrame> {
+        let link = &mut self.links[index];
+        link.last_use = env.now;
+        match link.replies.pop_front()? {
+            Reply::Status(header) => Some(TxFrame::header(&header)),
+            Reply::Data { header, segments, uses } => Some(TxFrame {
+                payload: TxPayload::Served(segments),
+                sent: Sent::Served(uses),
+                ..TxFrame::header(&header)
+            }),
+        }
+    }
+
+    fn next_notification(&mut self, env: &mut Env<'_>) -> Option<TxFrame> {
+        let Fragment { seq, payload, range, bound, void } = self.outbox.next_fragment()?;
+        let mut header = Header::new(FrameKind::Notify);
+        header.aux = seq;
+        header.id = range.start as u64;
+        header.len = range.len() as u64;
+        if void {
+            header.flags = FLAG_VOID;
+        } else {
+            header.addr = payload.len() as u64;
+        }
+        if let (Some(bound), false) = (bound, void) {
+            header.flags |= FLAG_COUNTED;
+            header.key = u128::from(bound.transfer) | u128::from(bound.pieces) << 64;
+        }
+        if range.end == payload.len() && !void {
+            env.counters.notifications_sent.add(1);
+        }
+        Some(TxFrame { payload: TxPayload::Bytes(payload, range), ..TxFrame::header(&header) })
+    }
+
+    fn next_acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<TxFrame> {
+        let due = self.ack_due?;
+        let many = self.inbox.expects().saturating_sub(self.ack_base) >= ACK_COUNT;
+        if !batched && !many && due > env.now {
+            return None;
+        }
+        self.ack_due = None;
+        let below = self.inbox.acknowledgement()?;
+        self.ack_base = below;
+        Some(TxFrame::header(&Header { aux: below, ..Header::new(FrameKind::Ack) }))
+    }
+
+    /// The driver is done with a frame: it was sent, or its link is gone.
+    pub(crate) fn on_sent(&mut self, sent: Sent, env: &mut Env<'_>) {
+        match sent {
+            Sent::Nothing => {}
+            Sent::Served(uses) => env.regions.release(uses),
+            Sent::Write(id) => self.write_sent(id, env),
+        }
+    }
+
+    /// A link is gone. The driver has called `on_sent` for all its frames.
+    pub(crate) fn link_down(&mut self, id: LinkId, reason: &str, env: &mut Env<'_>) {
+        let Some(index) = self.links.iter().position(|link| link.id == id) else { return };
+        let link = self.links.swap_remove(index);
+        env.counters.links_down.add(1);
+        for reply in link.replies {
+            if let Reply::Data { uses, .. } = reply {
+                env.regions.release(uses);
+            }
+        }
+        self.fail_requests_of(id, reason, env);
+        if link.kind == LinkKind::Session {
+            self.session_down(reason, env);
+        }
+    }
+
+    pub(super) fn idle_deadline(&self, link: &CoreLink) -> Option<Instant> {
+        let idle = link.kind == LinkKind::Bulk && link.ours && link.outstanding == 0;
+        idle.then(|| link.last_use + self.config.stream_idle)
+    }
+
+    pub(super) fn close_idle_links(&mut self, env: &Env<'_>) {
+        if !self.bulk.is_empty() {
+            for link in &mut self.links {
+                link.last_use = link.last_use.max(env.now);
+            }
+        }
+        let idle: smallvec::SmallVec<[LinkId; 8]> = self
+            .links
+            .iter()
+            .filter(|link| self.idle_deadline(link).is_some_and(|at| at <= env.now))
+            .map(|link| link.id)
+            .collect();
+        for id in idle {
+            self.close(id, "idle", false);
+            // One that is closing takes no further request.
+            if let Some(link) = self.link(id) {
+                link.last_use = env.now;
+                link.ours = false;
+            }
+        }
+    }
+
+    /// Opens bulk links when something waits for them.
+    pub(super) fn want_bulk(&mut self) {
+        let ready = matches!(self.phase, Phase::Up) && self.session_link().is_some();
+        if !ready || self.bulk.is_empty() || self.bulk_over_session {
+            return;
+        }
+        if self.own_bulk_links() + self.bulk_connecting == 0 {
+            for _ in 0..self.config.streams {
+                self.bulk_connecting += 1;
+                self.events.push_back(Event::Connect(LinkKind::Bulk));
+            }
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The protocol core of one peer. See the module above for its place.
+
+mod links;
+mod requests;
+mod serve;
+mod session;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+
+use self::links::CoreLink;
+use self::requests::{Active, ActiveKey, Request};
+use super::inbox::{Inbox, InboxError};
+use super::liveness::Liveness;
+use super::outbox::Outbox;
+use crate::error::Error;
+use crate::memory::{LaneRegions, RegionUses};
+use crate::notification::NotificationQueue;
+use crate::peer::PeerShared;
+use crate::plan::PlanInner;
+use crate::stats::Counters;
+use crate::sync::Ticket;
+use crate::sys::IoSegment;
+use crate::wire::frame::{FrameError, HEADER_BYTES, Header};
+use crate::wire::hello::LinkKind;
+
+pub(crate) use self::serve::Dest;
+pub(crate) use self::session::ConnectFailure;
+
+/// Requests that one side may have outstanding on one link. Part of the protocol: a peer that
+/// exceeds it is cut off, so that what a server remembers is bounded.
+pub(crate) const MAX_OUTSTANDING: usize = 128;
+/// Requests that we have outstanding on a bulk link: enough to keep it busy while answers travel.
+const BULK_WINDOW: usize = 16;
+/// How long an acknowledgement waits for another frame to travel with.
+const ACK_DELAY: Duration = Duration::from_millis(2);
+/// Notifications that arrive before an acknowledgement is sent by itself.
+const ACK_COUNT: u64 = 64;
+/// First and longest pause between attempts to connect for notifications that wait.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// A link, as the driver names it.
+pub(crate) type LinkId = u64;
+
+/// What the core of a peer needs to know of the engine's configuration.
+#[derive(Debug, Clone)]
+pub(crate) struct CoreConfig {
+    pub(crate) operation_timeout: Duration,
+    pub(crate) stream_idle: Duration,
+    pub(crate) streams: usize,
+}
+
+/// What the core works on besides its own state; owned by the lane.
+pub(crate) struct Env<'a> {
+    pub(crate) now: Instant,
+    pub(crate) regions: &'a mut LaneRegions,
+    pub(crate) notifications: &'a NotificationQueue,
+    pub(crate) counters: &'a Counters,
+}
+
+/// What the driver has to do.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Open a link of this kind; answer with a link or `connect_failed`.
+    Connect(LinkKind),
+    /// Give up attempts to connect the session.
+    AbortConnect,
+    /// Close the link; `after_flush`: once all frames taken so far are sent. Answer: `link_down`.
+    Close { link: LinkId, reason: String, after_flush: bool },
+    /// The session has been left as asked.
+    Left,
+}
+
+/// The peer broke the protocol: the link is closed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ProtocolError {
+    #[error("protocol error: {0}")]
+    Frame(#[from] FrameError),
+    #[error("protocol error: {0}")]
+    Inbox(#[from] InboxError),
+    #[error("protocol error: {0}")]
+    Rule(&'static str),
+}
+
+/// The payload of a frame to send.
+#[derive(Debug)]
+pub(crate) enum TxPayload {
+    None,
+    /// This engine's memory, by a piece of a plan.
+    Plan(Arc<PlanInner>, u32),
+    /// This engine's memory, as a peer asked for it.
+    Served(smallvec::SmallVec<[IoSegment; 4]>),
+    /// Bytes of a notification.
+    Bytes(Arc<[u8]>, std::ops::Range<usize>),
+}
+
+/// What to tell the core when a frame is wholly in the kernel's hands, or will never be.
+#[derive(Debug)]
+#[must_use]
+pub(crate) enum Sent {
+    Nothing,
+    /// A WRITE: its local memory is not read any more.
+    Write(u64),
+    /// A DATA: the regions are not read any more.
+    Served(RegionUses),
+}
+
+/// One frame to send.
+#[derive(Debug)]
+pub(crate) struct TxFrame {
+    pub(crate) header: [u8; HEADER_BYTES],
+    /// A segment table, by a piece of a plan.
+    pub(crate) body: Option<(Arc<PlanInner>, u32)>,
+    pub(crate) payload: TxPayload,
+    pub(crate) sent: Sent,
+}
+
+impl TxFrame {
+    fn header(header: &Header) -> Self {
+        Self { header: header.encode(), body: None, payload: TxPayload::None, sent: Sent::Nothing }
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    Idle,
+    Connecting,
+    Up,
+    /// `disconnect` was called: notifications are flushed until the deadline.
+    Leaving {
+        deadline: Instant,
+        connecting: bool,
+    },
+}
+
+/// A free-standing call that waits for the session.
+pub(crate) type ConnectTicket = Arc<Ticket<Result<(), Error>>>;
+
+/// The conversation with one peer.
+pub(crate) struct Core {
+    pub(crate) peer: Arc<PeerShared>,
+    config: CoreConfig,
+    /// Whether this core may open links: false for the passive half of a connection to ourselves.
+    active_side: bool,
+    own_incarnation: u128,
+
+    phase: Phase,
+    /// Random number of the session; 0: none.
+    session: u64,
+    liveness: Option<Liveness>,
+    outbox: Outbox,
+    inbox: Inbox,
+    ack_due: Option<Instant>,
+    ack_base: u64,
+    /// When to connect again for notifications that wait (`None`: under way), and the last pause.
+    retry: Option<(Option<Instant>, Duration)>,
+    connecting: Vec<ConnectTicket>,
+    leaving: Vec<Arc<Ticket<usize>>>,
+
+    links: Vec<CoreLink>,
+    bulk_connecting: usize,
+    /// Bulk links cannot be had: bulk goes over the session link.
+    bulk_over_session: bool,
+    /// Frames of the session link that go before all others.
+    control: VecDeque<Header>,
+    /// Takes turns between answers, requests and notifications on the session link.
+    turn: u8,
+
+    active: Slab<Active>,
+    next_stamp: u32,
+    next_transfer: u64,
+    requests: Slab<Request>,
+    latency: VecDeque<ActiveKey>,
+    bulk: VecDeque<ActiveKey>,
+    /// Deadlines in order; entries of ended transfers are skipped.
+    deadlines: VecDeque<(Instant, ActiveKey)>,
+
+    events: VecDeque<Event>,
+}
+
+impl Core {
+    pub(crate) fn new(
+        peer: Arc<PeerShared>,
+        config: CoreConfig,
+        own_incarnation: u128,
+        active_side: bool,
+    ) -> Self {
+        Self {
+            peer,
+            config,
+            active_side,
+            own_incarnation,
+            phase: Phase::Idle,
+            session: 0,
+            liveness: None,
+            outbox: Outbox::default(),
+            inbox: Inbox::default(),
+            ack_due: None,
+            ack_base: 0,
+            retry: None,
+            connecting: Vec::new(),
+            leaving: Vec::new(),
+            links: Vec::new(),
+            bulk_connecting: 0,
+            bulk_over_session: false,
+            control: VecDeque::new(),
+            turn: 0,
+            active: Slab::new(),
+            next_stamp: 0,
+            next_transfer: 1,
+            requests: Slab::new(),
+            latency: VecDeque::new(),
+            bulk: VecDeque::new(),
+            deadlines: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Bytes of the peer have arrived.
+    #[inline]
+    pub(crate) fn heard(&mut self, now: Instant) {
+        if let Some(liveness) = &mut self.liveness {
+            liveness.heard(now);
+        }
+    }
+
+    /// What the driver has to do; call until `None` after every other call.
+    #[inline]
+    pub(crate) fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// When to call `on_timeout`.
+    pub(crate) fn next_timeout(&self) -> Option<Instant> {
+        let leaving = match self.phase {
+            Phase::Leaving { deadline, .. } => Some(deadline),
+            _ => None,
+        };
+        let idle = self.links.iter().filter_map(|link| self.idle_deadline(link)).min();
+        [
+            self.liveness.as_ref().map(Liveness::next),
+            self.deadlines.front().map(|(at, _)| *at),
+            self.ack_due,
+            self.retry.and_then(|(at, _)| at),
+            leaving,
+            idle,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Does what time has made due.
+    pub(crate) fn on_timeout(&mut self, env: &mut Env<'_>) {
+        self.check_liveness(env);
+        self.expire_transfers(env);
+        self.close_idle_links(env);
+        if self.retry.is_some_and(|(at, _)| at.is_some_and(|at| at <= env.now)) {
+            self.connect();
+        }
+        if let Phase::Leaving { deadline, .. } = self.phase
+            && deadline <= env.now
+        {
+            self.finish_leaving(env);
+        }
+    }
+
+    /// A stopped or dead lane: everything ends now, with this error.
+    pub(crate) fn abort(&mut self, error: &Error, env: &mut Env<'_>) {
+        let keys: Vec<usize> = self.active.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            self.fail(key, error.clone(), env);
+        }
+        for ticket in self.connecting.drain(..) {
+            ticket.complete(Err(error.clone()));
+        }
+        for ticket in self.leaving.drain(..) {
+            ticket.complete(self.outbox.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,487 @@
+//! Our transfers: posting, cutting into requests, answers, ends.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::links::CoreLink;
+use super::{Core, Env, Event, LinkId, Phase, ProtocolError, Sent, TxFrame, TxPayload};
+use crate::error::Error;
+use crate::memory::RegionUses;
+use crate::plan::{Class, Operation, PlanInner};
+use crate::session::outbox::{Bound, MAX_IN_BAND};
+use crate::sys::IoSegment;
+use crate::transfer::TransferShared;
+use crate::wire::frame::{FLAG_COUNTED, FrameKind, Header, ServeStatus};
+use crate::wire::hello::LinkKind;
+
+/// Names an active transfer; the stamp tells it from a later one in the same place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ActiveKey {
+    pub(super) slot: usize,
+    stamp: u32,
+}
+
+/// Which transfers a link may take requests from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Queue {
+    Latency,
+    Bulk,
+}
+
+/// A posted transfer that has not ended.
+pub(super) struct Active {
+    shared: Arc<TransferShared>,
+    plan: Arc<PlanInner>,
+    stamp: u32,
+    next_piece: u32,
+    /// Requests without an answer.
+    outstanding: u32,
+    /// WRITE frames that still read local memory.
+    unsent: u32,
+    /// It will end in this error as soon as its memory is quiet.
+    ending: Option<Error>,
+    /// Number of the transfer in this session, for the count of its pieces.
+    number: u64,
+    notification: Option<Arc<[u8]>>,
+    /// Sequence number of the bound notification once it is queued.
+    notified: Option<u64>,
+    uses: RegionUses,
+}
+
+/// A request that was sent.
+pub(super) struct Request {
+    active: ActiveKey,
+    piece: u32,
+    len: u64,
+    operation: Operation,
+    stamp: u32,
+    link: LinkId,
+    unsent: bool,
+    /// Its transfer has ended or is ending: the answer is awaited and thrown away.
+    orphan: bool,
+}
+
+fn request_id(slot: usize, stamp: u32) -> u64 {
+    u64::from(stamp) << 32 | slot as u64
+}
+
+impl Core {
+    /// Starts a transfer. It ends exactly once, perhaps before this returns.
+    pub(crate) fn post(&mut self, shared: Arc<TransferShared>, env: &mut Env<'_>) {
+        env.counters.posted.add(1);
+        let plan = shared.plan.clone();
+        let notification = shared.take_notification();
+        let mut uses = RegionUses::new();
+        for region in &plan.regions {
+            match env.regions.use_own(region) {
+                Some(one) => uses.push(one),
+                None => {
+                    env.regions.release(uses);
+                    let d = &region.descriptor;
+                    let error = Error::NotRegistered { addr: d.base, len: d.len };
+                    return self.refuse(&shared, notification, error, env);
+                }
+            }
+        }
+        if matches!(self.phase, Phase::Leaving { .. }) {
+            env.regions.release(uses);
+            return self.refuse(&shared, notification, Error::Cancelled, env);
+        }
+        let stamp = self.stamp();
+        let class = plan.class;
+        let empty = plan.pieces.is_empty();
+        let number = self.next_transfer;
+        self.next_transfer += 1;
+        let slot = self.active.insert(Active {
+            shared,
+            plan,
+            stamp,
+            next_piece: 0,
+            outstanding: 0,
+            unsent: 0,
+            ending: None,
+            number,
+            notification,
+            notified: None,
+            uses,
+        });
+        let key = ActiveKey { slot, stamp };
+        self.active[slot].shared.set_lane_key(slot);
+        if empty {
+            return self.finish(slot, env);
+        }
+        self.push_deadline(env.now + self.config.operation_timeout, key);
+        match class {
+            Class::Latency => self.latency.push_back(key),
+            Class::Bulk => {
+                self.bulk.push_back(key);
+                self.want_bulk();
+            }
+        }
+        self.ensure_connected(env);
+    }
+
+    fn stamp(&mut self) -> u32 {
+        self.next_stamp = self.next_stamp.wrapping_add(1);
+        self.next_stamp
+    }
+
+    /// Deadlines are in order because the timeout is constant; those of ended transfers are
+    /// dropped before the queue would grow, so that its length stays within twice the number of
+    /// transfers in flight.
+    fn push_deadline(&mut self, at: Instant, key: ActiveKey) {
+        while let Some((_, front)) = self.deadlines.front()
+            && !self.is_active(*front)
+        {
+            self.deadlines.pop_front();
+        }
+        if self.deadlines.len() > 64 + 2 * self.active.len() {
+            let active = &self.active;
+            self.deadlines
+                .retain(|(_, key)| active.get(key.slot).is_some_and(|a| a.stamp == key.stamp));
+        }
+        self.deadlines.push_back((at, key));
+    }
+
+    fn is_active(&self, key: ActiveKey) -> bool {
+        self.active.get(key.slot).is_some_and(|active| active.stamp == key.stamp)
+    }
+
+    fn refuse(
+        &mut self,
+        shared: &TransferShared,
+        notification: Option<Arc<[u8]>>,
+        error: Error,
+        env: &Env<'_>,
+    ) {
+        if let Some(payload) = notification {
+            self.peer.release(1, payload.len());
+        }
+        env.counters.failed.add(1);
+        self.peer.leave();
+        shared.slot.complete(Err(error));
+    }
+
+    /// Asks for the end of a transfer: what is not issued is dropped, what is issued is waited for.
+    pub(crate) fn cancel(&mut self, shared: &Arc<TransferShared>, env: &mut Env<'_>) {
+        let slot = shared.lane_key();
+        if self.active.get(slot).is_some_and(|active| Arc::ptr_eq(&active.shared, shared)) {
+            self.fail(slot, Error::Cancelled, env);
+        }
+    }
+
+    /// Ends a transfer in an error, at once or when its memory is quiet.
+    ///
+    /// Payloads arrive by calls that this lane makes, so that nothing can arrive any more once its
+    /// requests are orphans; only frames that are partly in a socket still need local memory.
+    pub(super) fn fail(&mut self, slot: usize, error: Error, env: &mut Env<'_>) {
+        let Some(active) = self.active.get_mut(slot) else { return };
+        if active.ending.is_none() {
+            active.ending = Some(error);
+            let key = ActiveKey { slot, stamp: active.stamp };
+            // A scan: failing is rare and the slab is bounded by the windows of the links.
+            for (_, request) in self.requests.iter_mut() {
+                request.orphan |= request.active == key;
+            }
+        }
+        if self.active[slot].unsent == 0 {
+            self.finish(slot, env);
+        }
+    }
+
+    /// The one place where transfers end.
+    fn finish(&mut self, slot: usize, env: &mut Env<'_>) {
+        let active = self.active.remove(slot);
+        env.regions.release(active.uses);
+        self.peer.leave();
+        match active.ending {
+            None => {
+                let bytes = active.plan.bytes;
+                match active.plan.operation {
+                    Operation::Read => env.counters.bytes_read.add(bytes),
+                    Operation::Write => env.counters.bytes_written.add(bytes),
+                }
+                env.counters.completed.add(1);
+                match (active.notified, active.notification) {
+                    (Some(seq), _) => self.outbox.confirm(seq),
+                    (None, Some(payload)) => self.notify(payload, env),
+                    (None, None) => {}
+                }
+                active.shared.slot.complete(Ok(()));
+            }
+            Some(error) => {
+                match (active.notified, active.notification) {
+                    (Some(seq), _) => self.outbox.void(seq),
+                    (None, Some(payload)) => {
+                        self.peer.release(1, payload.len());
+                        let counted = active.plan.operation == Operation::Write
+                            && active.next_piece > 0
+                            && self.session_link().is_some();
+                        if counted {
+                            self.control.push_back(Header {
+                                aux: active.number,
+                                ..Header::new(FrameKind::Abandon)
+                            });
+                        }
+                    }
+                    (None, None) => {}
+                }
+                env.counters.failed.add(1);
+                active.shared.slot.complete(Err(error));
+            }
+        }
+    }
+
+    /// Cuts the next request out of the transfer whose turn it is.
+    pub(super) fn next_request(
+        &mut self,
+        link: usize,
+        queue: Queue,
+        window: usize,
+        env: &mut Env<'_>,
+    ) -> Option<TxFrame> {
+        if self.links[link].outstanding >= window {
+            return None;
+        }
+        let key = loop {
+            let queue = match queue {
+                Queue::Latency => &mut self.latency,
+                Queue::Bulk => &mut self.bulk,
+            };
+            let key = queue.pop_front()?;
+            let live = self
+                .active
+                .get(key.slot)
+                .is_some_and(|active| active.stamp == key.stamp && active.ending.is_none());
+            if live {
+                break key;
+            }
+        };
+        let stamp = self.stamp();
+        let slot = self.requests.vacant_key();
+        let id = request_id(slot, stamp);
+        let active = &mut self.active[key.slot];
+        let piece = active.next_piece;
+        active.next_piece += 1;
+        active.outstanding += 1;
+        let last = active.next_piece as usize == active.plan.pieces.len();
+        let mut header = active.plan.pieces[piece as usize].header;
+        header.id = id;
+        let write = active.plan.operation == Operation::Write;
+        if write && active.notification.as_ref().is_some_and(|n| n.len() <= MAX_IN_BAND) {
+            header.aux = active.number;
+            header.flags |= FLAG_COUNTED;
+            if last && let Some(payload) = active.notification.take() {
+                let bound = Bound { transfer: active.number, pieces: active.next_piece };
+                active.notified = Some(self.outbox.push(payload, Some(bound)));
+            }
+        }
+        active.unsent += u32::from(write);
+        let link: &mut CoreLink = &mut self.links[link];
+        link.outstanding += 1;
+        link.last_use = env.now;
+        self.requests.insert(Request {
+            active: key,
+            piece,
+            len: header.len,
+            operation: active.plan.operation,
+            stamp,
+            link: link.id,
+            unsent: write,
+            orphan: false,
+        });
+        let frame = TxFrame {
+            header: header.encode(),
+            body: (header.body > 0).then(|| (active.plan.clone(), piece)),
+            payload: if write {
+                TxPayload::Plan(active.plan.clone(), piece)
+            } else {
+                TxPayload::None
+            },
+            sent: if write { Sent::Write(id) } else { Sent::Nothing },
+        };
+        if !last {
+            match queue {
+                Queue::Latency => self.latency.push_back(key),
+                Queue::Bulk => self.bulk.push_back(key),
+            }
+        }
+        env.counters.requests_sent.add(1);
+        Some(frame)
+    }
+
+    fn request(&mut self, id: u64) -> Option<&mut Request> {
+        let request = self.requests.get_mut((id & u64::from(u32::MAX)) as usize)?;
+        (request.stamp == (id >> 32) as u32).then_some(request)
+    }
+
+    /// Local memory of a WRITE is not read any more.
+    pub(super) fn write_sent(&mut self, id: u64, env: &mut Env<'_>) {
+        let Some(request) = self.request(id) else { return };
+        if !request.unsent {
+            return;
+        }
+        request.unsent = false;
+        let key = request.active;
+        if let Some(active) = self.active.get_mut(key.slot)
+            && active.stamp == key.stamp
+        {
+            active.unsent -= 1;
+            if active.unsent == 0 && active.ending.is_some() {
+                self.finish(key.slot, env);
+            }
+        }
+    }
+
+    /// Checks a DATA header against the request that it answers.
+    pub(super) fn check_data(
+        &mut self,
+        link: LinkId,
+        header: &Header,
+    ) -> Result<(), ProtocolError> {
+        let request = self.request(header.id).ok_or(ProtocolError::Rule("DATA for no request"))?;
+        if request.link != link || request.operation != Operation::Read {
+            return Err(ProtocolError::Rule("DATA for another request"));
+        }
+        if request.len != header.len {
+            return Err(ProtocolError::Rule("DATA of another length than asked for"));
+        }
+        Ok(())
+    }
+
+    /// Where the payload of a DATA goes: nowhere, once its transfer has ended.
+    #[inline]
+    pub(crate) fn destination(&mut self, id: u64) -> Option<&[IoSegment]> {
+        let request = self.request(id).filter(|request| !request.orphan)?;
+        let (key, piece) = (request.active, request.piece);
+        self.active.get(key.slot).map(|active| active.plan.local(piece))
+    }
+
+    /// The payload of a DATA has arrived, or could not be written into local memory.
+    pub(super) fn data_arrived(&mut self, id: u64, fault: Option<u64>, env: &mut Env<'_>) {
+        let error = fault.map(|addr| Error::Fault { addr });
+        self.answered(id, error, env);
+    }
+
+    /// A STATUS has arrived.
+    pub(super) fn on_status(
+        &mut self,
+        link: LinkId,
+        header: &Header,
+        env: &mut Env<'_>,
+    ) -> Result<(), ProtocolError> {
+        let peer = self.peer.name.clone();
+        let status = ServeStatus::from_u16(header.status)
+            .ok_or(ProtocolError::Rule("unknown status of a request"))?;
+        let request =
+            self.request(header.id).ok_or(ProtocolError::Rule("STATUS for no request"))?;
+        if request.link != link || request.unsent {
+            return Err(ProtocolError::Rule("STATUS for another request"));
+        }
+        if request.operation == Operation::Read && status == ServeStatus::Ok {
+            return Err(ProtocolError::Rule("STATUS ok for a READ"));
+        }
+        let error = match status {
+            ServeStatus::Ok => None,
+            refused => Some(Error::Permission { peer, reason: refused.reason() }),
+        };
+        self.answered(header.id, error, env);
+        Ok(())
+    }
+
+    fn answered(&mut self, id: u64, error: Option<Error>, env: &mut Env<'_>) {
+        let slot = (id & u64::from(u32::MAX)) as usize;
+        let request = self.requests.remove(slot);
+        let now = env.now;
+        if let Some(link) = self.link(request.link) {
+            link.outstanding -= 1;
+            link.last_use = now;
+        }
+        if request.orphan {
+            return;
+        }
+        let key = request.active;
+        let active = &mut self.active[key.slot];
+        active.outstanding -= 1;
+        if let Some(error) = error {
+            return self.fail(key.slot, error, env);
+        }
+        if active.outstanding == 0 && active.next_piece as usize == active.plan.pieces.len() {
+            self.finish(key.slot, env);
+        }
+    }
+
+    /// The requests of a link that is gone: their transfers fail, nobody will answer.
+    pub(super) fn fail_requests_of(&mut self, link: LinkId, reason: &str, env: &mut Env<'_>) {
+        let lost: Vec<usize> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.link == link)
+            .map(|(slot, _)| slot)
+            .collect();
+        for slot in lost {
+            let request = self.requests.remove(slot);
+            if self.is_active(request.active) {
+                let error = self.peer.gone(reason);
+                self.fail(request.active.slot, error, env);
+            }
+        }
+    }
+
+    /// Ends the transfers that wait for a connection which cannot be had.
+    pub(super) fn fail_all(&mut self, error: &Error, env: &mut Env<'_>) {
+        let slots: Vec<usize> = self.active.iter().map(|(slot, _)| slot).collect();
+        for slot in slots {
+            if self.active.contains(slot) {
+                self.fail(slot, error.clone(), env);
+            }
+        }
+        self.latency.clear();
+        self.bulk.clear();
+    }
+
+    pub(super) fn has_transfers(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    /// Fails what is past its deadline. A WRITE that is stuck in a socket costs the socket: nothing
+    /// else makes its memory quiet.
+    pub(super) fn expire_transfers(&mut self, env: &mut Env<'_>) {
+        while let Some((at, key)) = self.deadlines.front().copied() {
+            if self.is_active(key) && at > env.now {
+                break;
+            }
+            self.deadlines.pop_front();
+            if !self.is_active(key) {
+                continue;
+            }
+            let what = if self.session_link().is_some() { "a transfer" } else { "connecting" };
+            let (peer, after) = (self.peer.name.clone(), self.config.operation_timeout);
+            self.fail(key.slot, Error::Timeout { what, peer, after }, env);
+            if self.is_active(key) {
+                let stuck: Vec<LinkId> = self
+                    .requests
+                    .iter()
+                    .filter(|(_, request)| request.active == key && request.unsent)
+                    .map(|(_, request)| request.link)
+                    .collect();
+                for link in stuck {
+                    self.events.push_back(Event::Close {
+                        link,
+                        reason: "a transfer stuck in its socket passed the operation timeout"
+                            .into(),
+                        after_flush: false,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Whether a link of this kind could be used by something that waits.
+    pub(super) fn wants(&self, kind: LinkKind) -> bool {
+        match kind {
+            LinkKind::Session => self.has_transfers() || !self.outbox.is_empty(),
+            LinkKind::Bulk => !self.bulk.is_empty(),
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Frames of the peer: its requests are served, its answers and notifications taken.
+
+use smallvec::SmallVec;
+
+use super::links::Reply;
+use super::{ACK_DELAY, Core, Env, LinkId, MAX_OUTSTANDING, ProtocolError};
+use crate::memory::RegionUses;
+use crate::notification::Notification;
+use crate::session::inbox::Arrival;
+use crate::session::outbox::Bound;
+use crate::sys::IoSegment;
+use crate::wire::Access;
+use crate::wire::frame::{
+    FLAG_COUNTED, FLAG_VOID, FrameKind, Header, ServeStatus, WireSegment, segments,
+};
+use crate::wire::hello::LinkKind;
+
+/// How a WRITE is answered once its payload is off the wire.
+#[derive(Debug)]
+pub(crate) struct ServedWrite {
+    id: u64,
+    status: ServeStatus,
+    /// The transfer to count the piece for.
+    counted: Option<u64>,
+    uses: RegionUses,
+}
+
+/// Where the payload of a frame goes. Given back to `on_payload` when it has arrived.
+#[derive(Debug)]
+#[must_use]
+pub(crate) enum Dest {
+    /// There is no payload; nothing is given back.
+    None,
+    /// The answer to one of our READs: ask `destination` before every byte.
+    Request(u64),
+    /// Memory of ours that the peer writes.
+    Region { segments: SmallVec<[IoSegment; 4]>, write: ServedWrite },
+    /// A WRITE that was refused: its payload is thrown away.
+    Refused(ServedWrite),
+    /// A notification; the buffer has the payload's length.
+    Notification { arrival: Arrival, payload: Vec<u8> },
+}
+
+impl Core {
+    /// Takes a header and its body.
+    ///
+    /// # Errors
+    /// The peer broke the protocol: close the link.
+    pub(crate) fn on_frame(
+        &mut self,
+        link: LinkId,
+        header: &Header,
+        body: &[u8],
+        env: &mut Env<'_>,
+    ) -> Result<Dest, ProtocolError> {
+        let (kind, ours) = match self.link(link) {
+            Some(link) => (link.kind, link.ours),
+            None => return Err(ProtocolError::Rule("a frame on a link that is closing")),
+        };
+        let session = kind == LinkKind::Session;
+        match header.kind {
+            FrameKind::Read if session || !ours => self.on_read(link, header, body, env)?,
+            FrameKind::Write if session || !ours => return self.on_write(link, header, body, env),
+            FrameKind::Data if session || ours => {
+                self.check_data(link, header)?;
+                return Ok(Dest::Request(header.id));
+            }
+            FrameKind::Status if session || ours => self.on_status(link, header, env)?,
+            FrameKind::Notify if session => return self.on_notify(header),
+            FrameKind::Ack if session => {
+                let freed = self
+                    .outbox
+                    .acknowledge(header.aux)
+                    .ok_or(ProtocolError::Rule("ACK for a notification that was not sent"))?;
+                self.peer.release(freed.count, freed.bytes);
+                self.try_finish_leaving(env);
+            }
+            FrameKind::Ping if session => {
+                if self.control.len() >= 2 * MAX_OUTSTANDING {
+                    return Err(ProtocolError::Rule("too many unanswered PINGs"));
+                }
+                self.control.push_back(Header { id: header.id, ..Header::new(FrameKind::Pong) });
+            }
+            FrameKind::Pong if session => {}
+            FrameKind::Goodbye if session => self.on_goodbye(env),
+            FrameKind::Abandon if session => self.inbox.abandon(header.aux),
+            _ => return Err(ProtocolError::Rule("a frame that does not belong on this link")),
+        }
+        Ok(Dest::None)
+    }
+
+    fn push_reply(&mut self, link: LinkId, reply: Reply) -> Result<(), ProtocolError> {
+        let Some(link) = self.link(link) else { return Ok(()) };
+        if link.replies.len() >= MAX_OUTSTANDING {
+            return Err(ProtocolError::Rule("more requests outstanding than allowed"));
+        }
+        link.replies.push_back(reply);
+        Ok(())
+    }
+
+    /// Checks all segments of a request. Either all are admitted, or none.
+    fn admit(
+        header: &Header,
+        body: &[u8],
+        needs: Access,
+        env: &mut Env<'_>,
+    ) -> Result<Result<(SmallVec<[IoSegment; 4]>, RegionUses), ServeStatus>, ProtocolError> {
+        let mut admitted = SmallVec::new();
+        let mut uses = RegionUses::new();
+        let mut total = 0u64;
+        let mut outcome = Ok(());
+        for segment in segments(header, body) {
+            let segment: WireSegment = segment?;
+            total = total.saturating_add(segment.len);
+            if outcome.is_ok() {
+                match env.regions.admit(&segment, needs, &mut uses) {
+                    Ok(memory) => admitted.push(memory),
+                    Err(status) => outcome = Err(status),
+                }
+            }
+        }
+        if total != header.len {
+            env.regions.release(uses);
+            return Err(ProtocolError::Rule("the segments do not add up to the length"));
+        }
+        match outcome {
+            Ok(()) => {
+                env.counters.requests_served.add(1);
+                Ok(Ok((admitted, uses)))
+            }
+            Err(status) => {
+                env.regions.release(uses);
+                env.counters.requests_refused.add(1);
+                tracing::debug!(reason = status.reason(), "refused a request of a peer");
+                Ok(Err(status))
+            }
+        }
+    }
+
+    fn on_read(
+        &mut self,
+        link: LinkId,
+        header: &Header,
+        body: &[u8],
+        env: &mut Env<'_>,
+    ) -> Result<(), ProtocolError> {
+        let reply = match Self::admit(header, body, Access::REMOTE_READ, env)? {
+            Ok((segments, uses)) => {
+                env.counters.bytes_served_read.add(header.len);
+                let answer =
+                    Header { id: header.id, len: header.len, ..Header::new(FrameKind::Data) };
+                Reply::Data { header: answer, segments, uses }
+            }
+            Err(status) => Reply::Status(status_header(header.id, status)),
+        };
+        self.push_reply(link, reply)
+    }
+
+    fn on_write(
+        &mut self,
+        link: LinkId,
+        header: &Header,
+        body: &[u8],
+        env: &mut Env<'_>,
+    ) -> Result<Dest, ProtocolError> {
+        if self.link(link).is_some_and(|link| link.replies.len() >= MAX_OUTSTANDING) {
+            return Err(ProtocolError::Rule("more requests outstanding than allowed"));
+        }
+        let counted = (header.flags & FLAG_COUNTED != 0).then_some(header.aux);
+        let mut write = ServedWrite {
+            id: header.id,
+            status: ServeStatus::Ok,
+            counted,
+            uses: RegionUses::new(),
+        };
+        match Self::admit(header, body, Access::REMOTE_WRITE, env)? {
+            Ok((segments, uses)) => {
+                write.uses = uses;
+                Ok(Dest::Region { segments, write })
+            }
+            Err(status) => {
+                write.status = status;
+                Ok(Dest::Refused(write))
+            }
+        }
+    }
+
+    fn on_notify(&mut self, header: &Header) -> Result<Dest, ProtocolError> {
+        let bound = (header.flags & FLAG_COUNTED != 0)
+            .then_some(Bound { transfer: header.key as u64, pieces: (header.key >> 64) as u32 });
+        let arrival = Arrival {
+            seq: header.aux,
+            offset: header.id,
+            len: header.len,
+            total: header.addr,
+            bound,
+            void: header.flags & FLAG_VOID != 0,
+        };
+        self.inbox.check(&arrival)?;
+        // At most MAX_PAYLOAD, checked with the header; `check` has bounded it by the total.
+        Ok(Dest::Notification { arrival, payload: vec![0; header.len as usize] })
+    }
+
+    /// A payload is off the wire. `fault`: an address that could not be written.
+    pub(crate) fn on_payload(
+        &mut self,
+        link: LinkId,
+        dest: Dest,
+        fault: Option<u64>,
+        env: &mut Env<'_>,
+    ) -> Result<(), ProtocolError> {
+        match dest {
+            Dest::None => Ok(()),
+            Dest::Request(id) => {
+                self.data_arrived(id, fault, env);
+                Ok(())
+            }
+            Dest::Region { segments, mut write } => {
+                if fault.is_some() {
+                    write.status = ServeStatus::Fault;
+                }
+                let len: usize = segments.iter().map(IoSegment::len).sum();
+                env.counters.bytes_served_write.add(len as u64);
+                self.finish_write(link, write, env)
+            }
+            Dest::Refused(write) => self.finish_write(link, write, env),
+            Dest::Notification { arrival, payload } => {
+                self.inbox.arrive(&arrival, payload)?;
+                self.deliver(env);
+                Ok(())
+            }
+        }
+    }
+
+    /// A payload will never be complete: its link is gone.
+    pub(crate) fn drop_payload(&mut self, dest: Dest, env: &mut Env<'_>) {
+        if let Dest::Region { write, .. } | Dest::Refused(write) = dest {
+            env.regions.release(write.uses);
+        }
+    }
+
+    fn finish_write(
+        &mut self,
+        link: LinkId,
+        write: ServedWrite,
+        env: &mut Env<'_>,
+    ) -> Result<(), ProtocolError> {
+        env.regions.release(write.uses);
+        if let Some(transfer) = write.counted {
+            self.inbox.piece(transfer, write.status == ServeStatus::Ok)?;
+            self.deliver(env);
+        }
+        self.push_reply(link, Reply::Status(status_header(write.id, write.status)))
+    }
+
+    /// Hands notifications to the application's queue, and plans their acknowledgement.
+    pub(crate) fn deliver(&mut self, env: &mut Env<'_>) {
+        let from = &self.peer.name;
+        self.inbox.deliver(|payload| {
+            env.notifications
+                .push(Notification { from: from.clone(), payload })
+                .map_err(|back| back.payload)
+        });
+        if self.ack_due.is_none() {
+            self.ack_due = Some(env.now + ACK_DELAY);
+        }
+    }
+
+    /// Whether notifications wait for room in the application's queue.
+    pub(crate) fn is_backlogged(&self) -> bool {
+        self.inbox.is_backlogged()
+    }
+}
+
+fn status_header(id: u64, status: ServeStatus) -> Header {
+    Header { id, status: status as u16, ..Header::new(FrameKind::Status) }
+}

@@ -1,0 +1,318 @@
+//! What lanes and callers share: the state of one posting, and tickets for slow calls.
+
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+#[cfg(corelane_loom)]
+use loom::sync::{
+    Mutex,
+    atomic::{AtomicU32, Ordering},
+};
+#[cfg(not(corelane_loom))]
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU32, Ordering},
+};
+
+use crate::error::Error;
+
+const IDLE: u32 = 0;
+const POSTED: u32 = 1;
+const DONE: u32 = 2;
+const FAILED: u32 = 3;
+const STATE: u32 = 3;
+/// A waker is registered: whoever completes must wake it.
+const WAITING: u32 = 4;
+
+/// Where a posting stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SlotState {
+    Idle,
+    Posted,
+    Done,
+    Failed,
+}
+
+/// The state of one posting, shared by caller and lane.
+///
+/// `begin` (caller) and `complete` (lane) alternate: a posting ends exactly once. Everything that
+/// the lane wrote before `complete` is visible to whoever sees `Done` or `Failed`. One cache line;
+/// an unfinished check is one load.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(crate) struct Slot {
+    state: AtomicU32,
+    waker: Mutex<Option<Waker>>,
+    error: Mutex<Option<Error>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> impl std::ops::DerefMut<Target = T> + '_ {
+    // Nothing panics while it holds one of these locks, and their contents are valid anyway.
+    match mutex.lock() {
+        Ok(guard) => guard,
+        Err(poisoned) => poisoned.into_inner(),
+    }
+}
+
+impl Slot {
+    pub(crate) fn new() -> Self {
+        Self { state: AtomicU32::new(IDLE), waker: Mutex::new(None), error: Mutex::new(None) }
+    }
+
+    #[inline]
+    pub(crate) fn state(&self) -> SlotState {
+        match self.state.load(Ordering::Acquire) & STATE {
+            IDLE => SlotState::Idle,
+            POSTED => SlotState::Posted,
+            DONE => SlotState::Done,
+            _ => SlotState::Failed,
+        }
+    }
+
+    /// Takes the slot for a new posting; false: one is in flight.
+    pub(crate) fn begin(&self) -> bool {
+        let mut seen = self.state.load(Ordering::Relaxed);
+        while seen & STATE != POSTED {
+            match self.state.compare_exchange_weak(
+                seen,
+                POSTED,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
+                Ok(FAILED) => {
+                    *lock(&self.error) = None;
+                    return true;
+                }
+                Ok(_) => return true,
+                Err(now) => seen = now,
+            }
+        }
+        false
+    }
+
+    /// Takes back a `begin` whose posting never reached the lane.
+    pub(crate) fn abort(&self) {
+        let before = self.state.swap(IDLE, Ordering::AcqRel);
+        self.wake(before);
+    }
+
+    /// Ends the posting. The lane calls this exactly once per `begin`.
+    pub(crate) fn complete(&self, outcome: Result<(), Error>) {
+        let state = match outcome {
+            Ok(()) => DONE,
+            Err(error) => {
+                *lock(&self.error) = Some(error);
+                FAILED
+            }
+        };
+        let before = self.state.swap(state, Ordering::AcqRel);
+        debug_assert_eq!(before & STATE, POSTED, "a transfer ended twice");
+        self.wake(before);
+    }
+
+    fn wake(&self, before: u32) {
+        if before & WAITING != 0 {
+            let waker = lock(&self.waker).take();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Registers a waker for the end of the posting; false: it has ended (or never began).
+    pub(crate) fn register(&self, waker: &Waker) -> bool {
+        *lock(&self.waker) = Some(waker.clone());
+        let mut seen = self.state.load(Ordering::Acquire);
+        while seen & STATE == POSTED {
+            match self.state.compare_exchange_weak(
+                seen,
+                seen | WAITING,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return true,
+                Err(now) => seen = now,
+            }
+        }
+        false
+    }
+
+    /// The error of a failed posting.
+    pub(crate) fn error(&self) -> Option<Error> {
+        lock(&self.error).clone()
+    }
+}
+
+/// The answer to a slow call (connect, deregister), given once by a lane.
+#[derive(Debug)]
+pub(crate) struct Ticket<T> {
+    slot: Slot,
+    value: Mutex<Option<T>>,
+}
+
+impl<T> Ticket<T> {
+    pub(crate) fn new() -> Arc<Self> {
+        let ticket = Self { slot: Slot::new(), value: Mutex::new(None) };
+        ticket.slot.begin();
+        Arc::new(ticket)
+    }
+
+    /// Gives the answer; a second one is ignored.
+    pub(crate) fn complete(&self, value: T) {
+        let mut place = lock(&self.value);
+        if place.is_some() || self.is_complete() {
+            return;
+        }
+        *place = Some(value);
+        drop(place);
+        self.slot.complete(Ok(()));
+    }
+
+    pub(crate) fn is_complete(&self) -> bool {
+        self.slot.state() == SlotState::Done
+    }
+
+    /// Waits until the answer is there or `deadline` passes. `progress` is called again and again
+    /// at first (it may drive a lane); then the thread sleeps, a millisecond at a time, so that a
+    /// lane which needs driving gets it.
+    pub(crate) fn wait(&self, deadline: Instant, mut progress: impl FnMut()) -> Option<T> {
+        let start = Instant::now();
+        loop {
+            if self.is_complete() {
+                return lock(&self.value).take();
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return None;
+            }
+            progress();
+            if now - start > Duration::from_micros(200) && !self.is_complete() {
+                park(&self.slot, (deadline - now).min(Duration::from_millis(1)));
+            }
+        }
+    }
+}
+
+/// Sleeps until the slot's posting has ended, at most for `timeout`.
+#[cfg(not(corelane_loom))]
+pub(crate) fn park(slot: &Slot, timeout: Duration) {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    if slot.register(&Waker::from(Arc::new(Unpark(std::thread::current())))) {
+        std::thread::park_timeout(timeout);
+    }
+}
+
+#[cfg(corelane_loom)]
+pub(crate) fn park(_slot: &Slot, _timeout: Duration) {
+    loom::thread::yield_now();
+}
+
+#[cfg(all(test, not(corelane_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_can_be_used_again_and_keeps_its_answer() {
+        let slot = Slot::new();
+        assert_eq!(slot.state(), SlotState::Idle);
+        assert!(slot.begin() && !slot.begin());
+        slot.complete(Err(Error::Cancelled));
+        assert_eq!(slot.state(), SlotState::Failed);
+        assert!(matches!(slot.error(), Some(Error::Cancelled)));
+        assert!(matches!(slot.error(), Some(Error::Cancelled)), "asking again gives the same");
+        assert!(slot.begin());
+        assert!(slot.error().is_none());
+        slot.complete(Ok(()));
+        assert_eq!(slot.state(), SlotState::Done);
+        assert!(!slot.register(Waker::noop()));
+    }
+
+    #[test]
+    fn a_ticket_answers_once_and_gives_up_at_the_deadline() {
+        let ticket = Ticket::<u32>::new();
+        assert_eq!(ticket.wait(Instant::now() + Duration::from_millis(3), || ()), None);
+        let other = ticket.clone();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            other.complete(5);
+            other.complete(6);
+        });
+        assert_eq!(ticket.wait(Instant::now() + Duration::from_secs(20), || ()), Some(5));
+        thread.join().unwrap();
+    }
+}
+
+/// `RUSTFLAGS="--cfg corelane_loom" cargo test --release --lib loom`
+#[cfg(all(test, corelane_loom))]
+mod loom_tests {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::sync::atomic::AtomicUsize;
+
+    struct Count(std::sync::Arc<std::sync::atomic::AtomicUsize>);
+    impl std::task::Wake for Count {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn loom_what_the_lane_wrote_is_seen_with_done() {
+        loom::model(|| {
+            let slot = Arc::new(Slot::new());
+            let data = Arc::new(AtomicUsize::new(0));
+            assert!(slot.begin());
+            let lane = {
+                let (slot, data) = (slot.clone(), data.clone());
+                loom::thread::spawn(move || {
+                    data.store(42, Ordering::Relaxed);
+                    slot.complete(Ok(()));
+                })
+            };
+            if slot.state() == SlotState::Done {
+                assert_eq!(data.load(Ordering::Relaxed), 42);
+            }
+            lane.join().unwrap();
+            assert_eq!(slot.state(), SlotState::Done);
+        });
+    }
+
+    #[test]
+    fn loom_a_registered_waker_is_always_woken() {
+        loom::model(|| {
+            let slot = Arc::new(Slot::new());
+            let woken = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+            assert!(slot.begin());
+            let lane = {
+                let slot = slot.clone();
+                loom::thread::spawn(move || slot.complete(Err(Error::Cancelled)))
+            };
+            let waker = Waker::from(std::sync::Arc::new(Count(woken.clone())));
+            let registered = slot.register(&waker);
+            lane.join().unwrap();
+            let wakes = woken.load(std::sync::atomic::Ordering::SeqCst);
+            assert_eq!(wakes, usize::from(registered));
+            assert!(matches!(slot.error(), Some(Error::Cancelled)));
+        });
+    }
+
+    #[test]
+    fn loom_two_posters_never_both_begin() {
+        loom::model(|| {
+            let slot = Arc::new(Slot::new());
+            let other = {
+                let slot = slot.clone();
+                loom::thread::spawn(move || slot.begin())
+            };
+            let mine = slot.begin();
+            let theirs = other.join().unwrap();
+            assert!(mine ^ theirs);
+        });
+    }
+}

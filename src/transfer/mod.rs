@@ -1,0 +1,319 @@
+//! Transfers: postings of a plan.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use corelane_runtime::Assist;
+
+use crate::config::MAX_NOTIFICATION_BYTES;
+use crate::engine::{EngineShared, Message};
+use crate::error::{Error, Result};
+use crate::plan::{Class, Operation, PlanInner};
+use crate::sync::{Slot, SlotState, park};
+
+/// A caller that waits polls at least this long before it sleeps.
+const POLL_BEFORE_SLEEP: Duration = Duration::from_millis(1);
+/// A sleeping caller looks again after this long, whatever happened to its wake-up.
+const SLEEP: Duration = Duration::from_millis(100);
+
+/// What caller and lane share of one transfer.
+#[derive(Debug)]
+pub(crate) struct TransferShared {
+    pub(crate) slot: Slot,
+    pub(crate) plan: Arc<PlanInner>,
+    notification: Mutex<Option<Arc<[u8]>>>,
+    /// Where the lane keeps it while it is in flight; written and read by the lane.
+    lane_key: AtomicU32,
+}
+
+impl TransferShared {
+    pub(crate) fn new(plan: Arc<PlanInner>) -> Self {
+        Self {
+            slot: Slot::new(),
+            plan,
+            notification: Mutex::new(None),
+            lane_key: AtomicU32::new(u32::MAX),
+        }
+    }
+
+    fn notification(&self) -> impl std::ops::DerefMut<Target = Option<Arc<[u8]>>> + '_ {
+        self.notification.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn take_notification(&self) -> Option<Arc<[u8]>> {
+        self.notification().take()
+    }
+
+    pub(crate) fn set_lane_key(&self, key: usize) {
+        self.lane_key.store(key as u32, Ordering::Relaxed);
+    }
+
+    pub(crate) fn lane_key(&self) -> usize {
+        self.lane_key.load(Ordering::Relaxed) as usize
+    }
+}
+
+/// A prepared list of descriptors, bound to one peer. Cheap to clone; any thread.
+///
+/// It outlives connections: posting it after a reconnect works. It keeps no memory registered:
+/// posting it after one of its regions was deregistered fails.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub(crate) inner: Arc<PlanInner>,
+    pub(crate) engine: Arc<EngineShared>,
+}
+
+impl Plan {
+    /// Payload in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.inner.bytes
+    }
+
+    /// Descriptors it was prepared from.
+    pub fn descriptors(&self) -> usize {
+        self.inner.descriptors
+    }
+
+    /// Requests it was cut into.
+    pub fn requests(&self) -> usize {
+        self.inner.pieces.len()
+    }
+
+    /// Direction.
+    pub fn operation(&self) -> Operation {
+        self.inner.operation
+    }
+
+    /// A posting slot. Allocates once; the transfer can be posted again and again. One plan may
+    /// have several, in flight at the same time.
+    pub fn transfer(&self) -> Transfer {
+        Transfer {
+            shared: Arc::new(TransferShared::new(self.inner.clone())),
+            engine: self.engine.clone(),
+        }
+    }
+}
+
+/// Where a transfer stands.
+#[derive(Debug, Clone)]
+pub enum Status {
+    /// Never posted.
+    Idle,
+    /// Posted and not ended.
+    InProgress,
+    /// All bytes are where they belong.
+    Done,
+    /// Ended in an error; the destination's bytes are unspecified.
+    Failed(Error),
+}
+
+/// A reusable posting slot of a [`Plan`].
+///
+/// Any thread may call any method. Every posting ends exactly once, and after its end nothing reads
+/// or writes its local memory. Dropping a transfer in flight cancels it; its memory must stay
+/// registered and mapped until [`Engine::deregister`](crate::Engine::deregister) has returned.
+#[derive(Debug)]
+pub struct Transfer {
+    shared: Arc<TransferShared>,
+    engine: Arc<EngineShared>,
+}
+
+impl Transfer {
+    /// The plan that is posted.
+    pub fn plan(&self) -> Plan {
+        Plan { inner: self.shared.plan.clone(), engine: self.engine.clone() }
+    }
+
+    /// Starts the transfer. Costs one message to the lane; a small transfer is handed to the kernel
+    /// before this returns when the caller may drive the lane. Allocates nothing.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while it is in flight, [`Error::Shutdown`]. All that has to do with the peer
+    /// is reported by [`status`](Self::status).
+    pub fn post(&self) -> Result<()> {
+        self.start(None)
+    }
+
+    /// As [`post`](Self::post), and the peer's application sees `payload` as a notification once
+    /// all bytes have arrived: for a write after the data has landed there, for a read after it has
+    /// landed here.
+    ///
+    /// # Errors
+    /// Those of `post`; [`Error::Backpressure`] when too many notifications to this peer are not
+    /// acknowledged, [`Error::Limit`] above 16 MiB. Then no data has moved.
+    pub fn post_with_notification(&self, payload: &[u8]) -> Result<()> {
+        check_notification(payload)?;
+        self.start(Some(payload))
+    }
+
+    fn start(&self, notification: Option<&[u8]>) -> Result<()> {
+        self.engine.check()?;
+        let (shared, peer) = (&self.shared, &self.shared.plan.peer);
+        if !shared.slot.begin() {
+            return Err(Error::Busy {
+                what: "the transfer",
+                hint: "; wait for its end, or use another transfer of the same plan",
+            });
+        }
+        let admitted = self.enter().and_then(|()| match notification {
+            None => Ok(()),
+            Some(payload) => {
+                peer.reserve(payload.len()).inspect_err(|_| peer.leave())?;
+                *shared.notification() = Some(payload.into());
+                Ok(())
+            }
+        });
+        if let Err(error) = admitted {
+            shared.slot.abort();
+            return Err(error);
+        }
+        let lane = self.engine.lane(peer.lane)?;
+        if let Err(refused) = lane.submit(Message::Post(shared.clone())) {
+            drop(refused);
+            if let Some(payload) = shared.take_notification() {
+                peer.release(1, payload.len());
+            }
+            peer.leave();
+            shared.slot.abort();
+            return Err(self.engine.dead());
+        }
+        if shared.plan.class == Class::Latency {
+            self.engine.drive(peer.lane);
+        }
+        Ok(())
+    }
+
+    /// Takes a place among the transfers in flight to the peer; yields while there is none.
+    fn enter(&self) -> Result<()> {
+        let peer = &self.shared.plan.peer;
+        if peer.try_enter() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + self.engine.config.operation_timeout;
+        let lane = self.engine.lane(peer.lane)?;
+        let busy = Error::Busy {
+            what: "every transfer slot of the peer",
+            hint: "; wait for transfers to end, or raise limits.transfers",
+        };
+        if lane.is_lane_thread() {
+            // Waiting here would stop the lane that has to end them.
+            return Err(busy);
+        }
+        loop {
+            if !matches!(lane.assist(), Assist::Worked) {
+                std::thread::yield_now();
+            }
+            if peer.try_enter() {
+                return Ok(());
+            }
+            self.engine.check()?;
+            if Instant::now() > deadline {
+                return Err(busy);
+            }
+        }
+    }
+
+    /// Where the transfer stands. Of a finished one: one load. Of an unfinished one: one load, and
+    /// where cores are few a turn of the lane on this thread. The same answer however often asked.
+    pub fn status(&self) -> Status {
+        let mut state = self.shared.slot.state();
+        if state == SlotState::Posted && self.engine.check().is_ok() {
+            self.engine.drive(self.shared.plan.peer.lane);
+            state = self.shared.slot.state();
+        }
+        self.describe(state)
+    }
+
+    fn describe(&self, state: SlotState) -> Status {
+        match state {
+            SlotState::Idle => Status::Idle,
+            SlotState::Posted => match self.engine.check_process() {
+                Ok(()) => Status::InProgress,
+                Err(error) => Status::Failed(error),
+            },
+            SlotState::Done => Status::Done,
+            SlotState::Failed => {
+                Status::Failed(self.shared.slot.error().unwrap_or(Error::Shutdown))
+            }
+        }
+    }
+
+    /// Waits for the end: polls for a millisecond after the last progress, then sleeps.
+    ///
+    /// # Errors
+    /// The transfer's own error, or [`Error::Timeout`] after `timeout` (it then goes on).
+    pub fn wait(&self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let lane = self.engine.lane(self.shared.plan.peer.lane)?;
+        let mut progress = Instant::now();
+        loop {
+            match self.describe(self.shared.slot.state()) {
+                Status::Idle | Status::Done => return Ok(()),
+                Status::Failed(error) => return Err(error),
+                Status::InProgress => {}
+            }
+            let worked = matches!(lane.assist(), Assist::Worked);
+            let now = Instant::now();
+            if now >= deadline {
+                let peer = self.shared.plan.peer.name.clone();
+                return Err(Error::Timeout { what: "a transfer", peer, after: timeout });
+            }
+            if worked {
+                progress = now;
+            } else if now - progress > POLL_BEFORE_SLEEP {
+                lane.wake();
+                park(&self.shared.slot, SLEEP.min(deadline - now));
+            }
+        }
+    }
+
+    /// The end as a future, for code on a lane and for async callers. One transfer has one waker:
+    /// the last future polled is woken.
+    pub fn completed(&self) -> impl Future<Output = Result<()>> + '_ {
+        std::future::poll_fn(move |context| {
+            loop {
+                match self.describe(self.shared.slot.state()) {
+                    Status::Idle | Status::Done => return Poll::Ready(Ok(())),
+                    Status::Failed(error) => return Poll::Ready(Err(error)),
+                    Status::InProgress => {}
+                }
+                if self.shared.slot.register(context.waker()) {
+                    return Poll::Pending;
+                }
+            }
+        })
+    }
+
+    /// Asks for the end: requests that are not sent are dropped. The transfer ends (in
+    /// [`Error::Cancelled`], or done if it was faster) as soon as nothing touches its local memory
+    /// any more: poll [`status`](Self::status).
+    pub fn cancel(&self) {
+        if self.shared.slot.state() == SlotState::Posted
+            && self.engine.check_process().is_ok()
+            && let Ok(lane) = self.engine.lane(self.shared.plan.peer.lane)
+        {
+            // A lane that is gone has ended the transfer itself.
+            let _ = lane.submit(Message::Cancel(self.shared.clone()));
+        }
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+pub(crate) fn check_notification(payload: &[u8]) -> Result<()> {
+    if payload.len() > MAX_NOTIFICATION_BYTES {
+        return Err(Error::Limit {
+            what: "bytes of a notification",
+            value: payload.len() as u64,
+            limit: MAX_NOTIFICATION_BYTES as u64,
+        });
+    }
+    Ok(())
+}

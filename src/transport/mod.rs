@@ -1,0 +1,4 @@
+//! How bytes move. Today: TCP.
+
+pub(crate) mod addresses;
+pub(crate) mod link;

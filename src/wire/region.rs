@@ -1,0 +1,224 @@
+//! The public form of a registered region.
+
+use super::{Reader, Writer, checksum};
+use crate::error::{Error, Result};
+
+/// What kind of memory a region is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MemoryKind {
+    /// Host memory.
+    Dram,
+    /// Memory of the GPU with this ordinal.
+    Vram {
+        /// CUDA device ordinal.
+        device: u32,
+    },
+}
+
+/// What peers may do with a region. The own engine may always do both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Access(u8);
+
+impl Access {
+    /// Only this engine's own transfers.
+    pub const LOCAL: Self = Self(0);
+    /// Peers may read.
+    pub const REMOTE_READ: Self = Self(1);
+    /// Peers may write.
+    pub const REMOTE_WRITE: Self = Self(2);
+    /// Peers may read and write.
+    pub const READ_WRITE: Self = Self(3);
+
+    /// Whether all of `other` is allowed.
+    pub fn allows(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// Names a region to the engine that registered it. The low 32 bits are its slot, the rest is
+/// random: a key cannot be guessed from another.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RegionKey(pub(crate) u128);
+
+impl RegionKey {
+    pub(crate) fn new(slot: u32, random: u128) -> Self {
+        Self(random << 32 | u128::from(slot))
+    }
+
+    pub(crate) fn slot(self) -> usize {
+        self.0 as u32 as usize
+    }
+}
+
+impl std::fmt::Debug for RegionKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RegionKey(slot {})", self.slot())
+    }
+}
+
+/// A region as a peer sees it: where it is, how long, and the key that opens it.
+///
+/// Who holds a descriptor (and the owner's metadata) can access the region as far as its
+/// [`Access`] goes: hand it out like a password.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegionDescriptor {
+    pub(crate) incarnation: u128,
+    pub(crate) key: RegionKey,
+    pub(crate) base: u64,
+    pub(crate) len: u64,
+    pub(crate) kind: MemoryKind,
+    pub(crate) access: Access,
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"CLRD");
+const FORMAT: u8 = 1;
+
+impl RegionDescriptor {
+    /// Address of the first byte, in the owner's address space.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether the region has no bytes (never so for a registered one).
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Kind of memory.
+    pub fn kind(&self) -> MemoryKind {
+        self.kind
+    }
+
+    /// What its owner allows.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// Whether `len` bytes at `addr` lie inside.
+    pub fn contains(&self, addr: u64, len: u64) -> bool {
+        addr >= self.base && len <= self.len && addr - self.base <= self.len - len
+    }
+
+    /// The bytes to hand to a peer; the same on every call.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let (kind, device) = match self.kind {
+            MemoryKind::Dram => (0, 0),
+            MemoryKind::Vram { device } => (1, device),
+        };
+        let mut w = Writer::new();
+        w.u32(MAGIC).u8(FORMAT).u8(kind).u8(self.access.0).u8(0).u32(device);
+        w.u128(self.incarnation).u128(self.key.0).u64(self.base).u64(self.len);
+        let sum = checksum(w.as_bytes());
+        w.u32(sum);
+        w.finish()
+    }
+
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for anything else: other bytes, another format, damage.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let bad = |why: &str| Error::malformed("region descriptor", why);
+        let Some((payload, sum)) = bytes.split_last_chunk::<4>() else {
+            return Err(bad("it is too short"));
+        };
+        let mut r = Reader::new(payload);
+        if r.u32() != Some(MAGIC) {
+            return Err(bad("these bytes are not a corelane region descriptor"));
+        }
+        match r.u8() {
+            Some(FORMAT) => {}
+            other => return Err(bad(&format!("unknown format {other:?}"))),
+        }
+        if checksum(payload) != u32::from_le_bytes(*sum) {
+            return Err(bad("its checksum is wrong: it was cut or altered on the way"));
+        }
+        Self::decode_fields(&mut r).ok_or_else(|| bad("its fields are inconsistent"))
+    }
+
+    fn decode_fields(r: &mut Reader<'_>) -> Option<Self> {
+        let kind = r.u8()?;
+        let access = Access(r.u8().filter(|bits| *bits <= 3)?);
+        r.u8().filter(|pad| *pad == 0)?;
+        let device = r.u32()?;
+        let kind = match (kind, device) {
+            (0, 0) => MemoryKind::Dram,
+            (1, device) => MemoryKind::Vram { device },
+            _ => return None,
+        };
+        let (incarnation, key) = (r.u128()?, RegionKey(r.u128()?));
+        let (base, len) = (r.u64()?, r.u64()?);
+        base.checked_add(len)?;
+        r.is_empty().then_some(Self { incarnation, key, base, len, kind, access })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> RegionDescriptor {
+        RegionDescriptor {
+            incarnation: 3,
+            key: RegionKey::new(17, 0xabcdef),
+            base: 0x7000_0000,
+            len: 4096,
+            kind: MemoryKind::Vram { device: 2 },
+            access: Access::READ_WRITE,
+        }
+    }
+
+    #[test]
+    fn survives_the_round_trip() {
+        let dram = RegionDescriptor { kind: MemoryKind::Dram, access: Access::LOCAL, ..sample() };
+        for descriptor in [sample(), dram] {
+            assert_eq!(RegionDescriptor::from_bytes(&descriptor.to_bytes()).unwrap(), descriptor);
+        }
+        assert_eq!(sample().key.slot(), 17);
+    }
+
+    #[test]
+    fn every_truncation_and_every_altered_byte_is_refused() {
+        let bytes = sample().to_bytes();
+        for len in 0..bytes.len() {
+            assert!(RegionDescriptor::from_bytes(&bytes[..len]).is_err(), "{len} bytes");
+        }
+        for at in 0..bytes.len() {
+            let mut altered = bytes.clone();
+            altered[at] ^= 1;
+            assert!(RegionDescriptor::from_bytes(&altered).is_err(), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn containment_does_not_wrap() {
+        let d = RegionDescriptor { base: u64::MAX - 10, len: 10, ..sample() };
+        assert!(d.contains(u64::MAX - 10, 10));
+        assert!(d.contains(u64::MAX, 0));
+        assert!(!d.contains(u64::MAX, 1));
+        assert!(!d.contains(u64::MAX - 5, u64::MAX));
+        assert!(!d.contains(0, 1));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_give_a_value_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..120)) {
+            let _ = RegionDescriptor::from_bytes(&bytes);
+            let mut framed = MAGIC.to_le_bytes().to_vec();
+            framed.push(FORMAT);
+            framed.extend(&bytes);
+            let sum = checksum(&framed);
+            framed.extend(sum.to_le_bytes());
+            if let Ok(value) = RegionDescriptor::from_bytes(&framed) {
+                prop_assert_eq!(value.to_bytes(), framed);
+            }
+        }
+    }
+}
