@@ -239,6 +239,18 @@ impl EngineConfig {
         if self.operation_timeout.is_zero() || self.connect_timeout.is_zero() {
             return refuse("operation_timeout and connect_timeout must not be zero".into());
         }
+        let day = Duration::from_hours(24);
+        let durations = [
+            ("liveness", self.liveness),
+            ("operation_timeout", self.operation_timeout),
+            ("connect_timeout", self.connect_timeout),
+            ("linger", self.linger),
+            ("deregister_timeout", self.deregister_timeout),
+            ("stream_idle", self.stream_idle),
+        ];
+        if let Some((name, value)) = durations.iter().find(|(_, value)| *value > day) {
+            return refuse(format!("{name}={value:?} is longer than a day"));
+        }
         if self.listen.ports.is_empty() {
             return refuse("the port range is empty".into());
         }

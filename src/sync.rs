@@ -17,6 +17,13 @@ use std::sync::{
 
 use crate::error::Error;
 
+/// The instant `timeout` from now; a timeout beyond what the clock can express is as good as none.
+pub(crate) fn deadline(timeout: Duration) -> Instant {
+    const FAR: Duration = Duration::from_hours(100 * 365 * 24);
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or_else(|| now.checked_add(FAR).unwrap_or(now))
+}
+
 const IDLE: u32 = 0;
 const POSTED: u32 = 1;
 const DONE: u32 = 2;

@@ -48,11 +48,11 @@ impl std::fmt::Debug for IoSegment {
     }
 }
 
-/// The most segments that one call takes (IOV_MAX).
+/// The most segments that one call takes (`IOV_MAX`).
 pub(crate) const MAX_IO_SEGMENTS: usize = 1024;
 
 fn result(n: libc::ssize_t) -> io::Result<usize> {
-    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
 /// One non-blocking `recv` into ordinary memory. `Ok(0)`: the peer has closed.
@@ -85,7 +85,7 @@ pub(crate) unsafe fn recv_segments(
     let mut message = message(segments);
     // SAFETY: `message` points to `segments`, which outlive the call; the caller answers for what
     // they name. `IoSegment` has the layout of `iovec`.
-    result(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
+    result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })
 }
 
 /// One non-blocking `sendmsg` straight out of `segments`; never raises SIGPIPE.
@@ -98,7 +98,7 @@ pub(crate) fn send_segments(fd: BorrowedFd<'_>, segments: &[IoSegment]) -> io::R
     // SAFETY: `message` points to `segments`, which outlive the call. The kernel copies from the
     // ranges they name and checks each address.
     result(unsafe {
-        libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+        libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
     })
 }
 

@@ -8,7 +8,7 @@ use corelane_runtime::{Cx, Interest};
 use super::lane::{LaneDriver, Message};
 use super::links::{Input, Phase, send_whole};
 use crate::peer::home_lane;
-use crate::session::LinkId;
+use crate::session::{Core, LinkId};
 use crate::session::handshake::{HandshakeError, Proven, Target, TargetStep};
 use crate::sys;
 use crate::wire::hello::{Hello, LinkKind, Message as HelloMessage, Refusal, Welcome};
@@ -133,7 +133,12 @@ impl LaneDriver {
             Ok((slot, welcome)) => {
                 match send_whole(&fd, &HelloMessage::Welcome(welcome.clone()).encode()) {
                     Ok(()) => return self.adopted(fd, remote, slot, &hello, &welcome, cx),
-                    Err(reason) => reason,
+                    Err(reason) => {
+                        if hello.kind == LinkKind::Session {
+                            self.with_core(slot, cx, Core::accept_failed);
+                        }
+                        reason
+                    }
                 }
             }
             Err(refusal) => {
@@ -153,8 +158,9 @@ impl LaneDriver {
         }
         let slot = self.peer_slot(hello)?;
         let liveness = self.engine.identity.liveness_ms;
+        let number = u64::from_le_bytes(sys::random().map_err(|_| Refusal::Limit)?);
         let welcome = self.with_core(slot, cx, |core, env| match hello.kind {
-            LinkKind::Session => core.accept_session(hello, liveness, env),
+            LinkKind::Session => core.accept_session(hello, liveness, number, env),
             LinkKind::Bulk => core.accept_bulk(hello),
         });
         match welcome {
@@ -188,7 +194,7 @@ impl LaneDriver {
             return Ok(self.mirror_slot());
         }
         let (peer, _) = self.engine.peers().admit(&hello.name, hello.initiator)?;
-        Ok(self.add_peer(peer, false))
+        Ok(self.add_peer(&peer, false))
     }
 
     /// A connection to ourselves has two ends here, and each needs a core.
@@ -204,7 +210,7 @@ impl LaneDriver {
             None,
             &engine.config.limits,
         );
-        let slot = self.add_peer(std::sync::Arc::new(peer), true);
+        let slot = self.add_peer(&std::sync::Arc::new(peer), true);
         self.mirror = Some(slot);
         slot
     }

@@ -188,15 +188,13 @@ impl LaneDriver {
     /// Says hello on a connected socket.
     fn initiate(&mut self, id: LinkId, slot: usize, kind: LinkKind, cx: &mut Cx<'_>) {
         let identity = self.engine.identity.clone();
-        let (Some(peer), Ok(nonce), Ok(number)) =
-            (self.peers.get_mut(slot), sys::random::<32>(), sys::random::<8>())
-        else {
+        let (Some(peer), Ok(nonce)) = (self.peers.get(slot), sys::random()) else {
             return self.attempt_failed(id, "no random bytes from the kernel", None, cx);
         };
         let Some(metadata) = peer.core.peer.metadata() else {
             return self.attempt_failed(id, "its metadata has not been loaded", None, cx);
         };
-        let intent = peer.core.intent(kind, u64::from_le_bytes(number));
+        let intent = peer.core.intent(kind);
         let (machine, hello) = Initiator::start(identity, &metadata, intent, nonce);
         let Some(link) = self.link(id) else { return };
         match send_whole(&link.fd, &hello) {

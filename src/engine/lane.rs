@@ -32,6 +32,8 @@ pub(crate) enum Message {
     Disconnect(Arc<PeerShared>, Arc<Ticket<usize>>),
     AddPeer(Arc<PeerShared>),
     RemovePeer(Arc<PeerShared>),
+    /// Other metadata was loaded under the peer's name: forget it once nothing depends on it.
+    Retire(Arc<PeerShared>),
     AddRegion(Arc<RegionInner>),
     CloseRegion(Arc<RegionInner>, Arc<Ticket<()>>),
     ReopenRegion(Arc<RegionInner>),
@@ -122,8 +124,8 @@ impl LaneDriver {
         self.peers.get(slot).filter(|known| Arc::ptr_eq(&known.core.peer, peer)).map(|_| slot)
     }
 
-    pub(super) fn add_peer(&mut self, peer: Arc<PeerShared>, mirror: bool) -> usize {
-        if let Some(slot) = self.slot_of(&peer) {
+    pub(super) fn add_peer(&mut self, peer: &Arc<PeerShared>, mirror: bool) -> usize {
+        if let Some(slot) = self.slot_of(peer) {
             return slot;
         }
         let config = &self.engine.config;
@@ -226,6 +228,12 @@ impl LaneDriver {
                     self.close_link(link, &reason, cx);
                 }
                 Event::Left => {}
+                Event::Forget => {
+                    let peer = &self.peers[slot].core.peer;
+                    if self.mirror != Some(slot) && self.engine.peers().forget(peer) {
+                        return self.remove_peer(slot, cx);
+                    }
+                }
             }
         }
     }
@@ -251,7 +259,7 @@ impl LaneDriver {
             .map(|(slot, _)| slot)
             .collect();
         for slot in backlogged {
-            self.with_core(slot, cx, |core, env| core.deliver(env));
+            self.with_core(slot, cx, Core::deliver);
         }
     }
 
@@ -269,7 +277,7 @@ impl LaneDriver {
             Some(slot) => {
                 self.with_core(slot, cx, |core, env| core.post(transfer, env));
             }
-            None => refuse(&transfer, &Error::Cancelled),
+            None => refuse(&transfer, &transfer.plan.peer.unloaded()),
         }
     }
 
@@ -326,7 +334,7 @@ impl Driver for LaneDriver {
                 Some(slot) => {
                     self.with_core(slot, cx, |core, env| core.request_connect(ticket, env));
                 }
-                None => ticket.complete(Err(Error::Cancelled)),
+                None => ticket.complete(Err(peer.unloaded())),
             },
             Message::Disconnect(peer, ticket) => match self.slot_of(&peer) {
                 Some(slot) => {
@@ -336,11 +344,16 @@ impl Driver for LaneDriver {
                 None => ticket.complete(0),
             },
             Message::AddPeer(peer) => {
-                self.add_peer(peer, false);
+                self.add_peer(&peer, false);
             }
             Message::RemovePeer(peer) => {
                 if let Some(slot) = self.slot_of(&peer) {
                     self.remove_peer(slot, cx);
+                }
+            }
+            Message::Retire(peer) => {
+                if let Some(slot) = self.slot_of(&peer) {
+                    self.with_core(slot, cx, Core::retire);
                 }
             }
             Message::AddRegion(region) => self.regions.add(region),
@@ -365,7 +378,7 @@ impl Driver for LaneDriver {
             if let Some(peer) = self.peers.get_mut(slot) {
                 peer.timer = None;
             }
-            self.with_core(slot, cx, |core, env| core.on_timeout(env));
+            self.with_core(slot, cx, Core::on_timeout);
         } else if token & CONNECT_TIMER != 0 {
             self.connect_timer(slot, cx);
         } else {
@@ -385,7 +398,7 @@ impl Driver for LaneDriver {
         if !self.leaving {
             self.leave(cx);
         }
-        self.links.is_empty()
+        self.peers.iter().all(|(_, peer)| peer.core.has_left())
     }
 
     fn on_abandoned(&mut self, message: Message) {

@@ -10,7 +10,7 @@ pub(crate) use lane::{LaneDriver, Message};
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use corelane_runtime::{Assist, Lane, LaneTask, LocalLane};
 
@@ -18,11 +18,11 @@ use crate::config::{EngineConfig, MAX_AGENT_NAME};
 use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, Region, Registry, RemoteSegment};
 use crate::notification::{Notification, NotificationQueue};
-use crate::peer::{Peer, PeerShared, PeerTable};
+use crate::peer::{Loaded, Peer, PeerShared, PeerTable};
 use crate::plan::{LocalBlocks, LocalList, Operation, PlanBuilder, RemoteBlocks, RemoteList};
 use crate::session::handshake::Identity;
 use crate::stats::{Counters, EngineStats, PeerStats, Totals};
-use crate::sync::Ticket;
+use crate::sync::{Ticket, deadline};
 use crate::sys;
 use crate::transfer::Plan;
 use crate::wire::{Access, MemoryKind, Metadata, RegionDescriptor, RegionKey};
@@ -80,6 +80,16 @@ impl EngineShared {
     pub(crate) fn check(&self) -> Result<()> {
         self.check_process()?;
         if self.state.load(Ordering::Relaxed) == RUNNING { Ok(()) } else { Err(self.dead()) }
+    }
+
+    /// The calling thread may wait: it is no lane of this engine.
+    pub(crate) fn check_may_wait(&self, what: &str) -> Result<()> {
+        if self.lanes().iter().any(Lane::is_lane_thread) {
+            return Err(Error::InvalidArgument(format!(
+                "{what} would stop the lane that it is called on; use the async API there"
+            )));
+        }
+        Ok(())
     }
 
     /// Why a lane takes nothing any more.
@@ -151,7 +161,7 @@ impl Engine {
     /// `agent_name` is what peers see as the sender of notifications; 1..=1024 bytes.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::Lane`] (io_uring forbidden, core outside the affinity mask, ...),
+    /// [`Error::Config`], [`Error::Lane`] (`io_uring` forbidden, core outside the affinity mask, ...),
     /// [`Error::Io`] (port in use, ...). Nothing is left behind.
     pub fn new(agent_name: &str, config: EngineConfig) -> Result<Self> {
         config.validate(agent_name)?;
@@ -241,12 +251,13 @@ impl Engine {
     pub fn deregister(&self, region: &Region) -> Result<()> {
         let shared = &self.shared;
         shared.check_process()?;
+        shared.check_may_wait("deregister")?;
         if !shared.registry_mut().close(&region.inner) {
             return Err(Error::InvalidArgument(format!(
                 "{region:?} is not registered with this engine (any more)"
             )));
         }
-        let deadline = Instant::now() + shared.config.deregister_timeout;
+        let deadline = deadline(shared.config.deregister_timeout);
         let tickets: Vec<Arc<Ticket<()>>> = shared.lanes().iter().map(|_| Ticket::new()).collect();
         for (lane, ticket) in shared.lanes().iter().zip(&tickets) {
             let message = Message::CloseRegion(region.inner.clone(), ticket.clone());
@@ -290,9 +301,12 @@ impl Engine {
                 metadata.name
             )));
         }
-        let (peer, new) = shared.peers().load(metadata)?;
+        let Loaded { peer, new, replaced } = shared.peers().load(metadata)?;
         if new {
             self.submit(peer.lane, Message::AddPeer(peer.clone()))?;
+        }
+        if let Some(old) = replaced {
+            self.submit(old.lane, Message::Retire(old))?;
         }
         Ok(Peer { shared: peer, engine: shared.clone() })
     }

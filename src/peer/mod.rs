@@ -4,14 +4,14 @@ mod shared;
 mod table;
 
 pub(crate) use shared::{NO_SLOT, PeerShared};
-pub(crate) use table::{PeerTable, home_lane};
+pub(crate) use table::{Loaded, PeerTable, home_lane};
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::engine::{EngineShared, Message};
 use crate::error::{Error, Result};
-use crate::sync::Ticket;
+use crate::sync::{Ticket, deadline};
 use crate::transfer::check_notification;
 
 /// A remote engine, known by its metadata. Cheap to clone; any thread.
@@ -46,6 +46,7 @@ impl Peer {
         if self.is_connected() {
             return Ok(());
         }
+        self.engine.check_may_wait("connect")?;
         let ticket = Ticket::new();
         let lane = self.engine.lane(self.shared.lane)?;
         lane.submit(Message::Connect(self.shared.clone(), ticket.clone()))
@@ -53,7 +54,7 @@ impl Peer {
         let assist = || {
             lane.assist();
         };
-        ticket.wait(Instant::now() + timeout, assist).unwrap_or_else(|| {
+        ticket.wait(deadline(timeout), assist).unwrap_or_else(|| {
             Err(Error::Timeout {
                 what: "connecting",
                 peer: self.shared.name.clone(),
@@ -89,6 +90,7 @@ impl Peer {
     /// [`Error::Shutdown`].
     pub fn disconnect(&self) -> Result<usize> {
         self.engine.check()?;
+        self.engine.check_may_wait("disconnect")?;
         let ticket = Ticket::new();
         let lane = self.engine.lane(self.shared.lane)?;
         lane.submit(Message::Disconnect(self.shared.clone(), ticket.clone()))
@@ -97,7 +99,7 @@ impl Peer {
         let assist = || {
             lane.assist();
         };
-        ticket.wait(Instant::now() + limit, assist).ok_or_else(|| Error::Timeout {
+        ticket.wait(deadline(limit), assist).ok_or_else(|| Error::Timeout {
             what: "disconnecting",
             peer: self.shared.name.clone(),
             after: limit,

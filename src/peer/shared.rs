@@ -22,6 +22,8 @@ pub(crate) struct PeerShared {
     /// Known once the application has loaded it; a peer that only connected to us has none.
     metadata: Mutex<Option<Arc<Metadata>>>,
     pub(crate) connected: AtomicBool,
+    /// The application has loaded other metadata under this name.
+    replaced: AtomicBool,
     in_flight: AtomicUsize,
     unacknowledged: AtomicUsize,
     unacknowledged_bytes: AtomicUsize,
@@ -50,6 +52,7 @@ impl PeerShared {
             slot: AtomicU32::new(NO_SLOT),
             metadata: Mutex::new(metadata),
             connected: AtomicBool::new(false),
+            replaced: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             unacknowledged: AtomicUsize::new(0),
             unacknowledged_bytes: AtomicUsize::new(0),
@@ -66,6 +69,25 @@ impl PeerShared {
 
     pub(crate) fn set_metadata(&self, metadata: Arc<Metadata>) {
         *lock(&self.metadata) = Some(metadata);
+    }
+
+    pub(crate) fn is_loaded(&self) -> bool {
+        lock(&self.metadata).is_some()
+    }
+
+    /// The name now belongs to another incarnation: this one can be connected to no more.
+    pub(crate) fn replace(&self) {
+        *lock(&self.metadata) = None;
+        self.replaced.store(true, Ordering::Relaxed);
+    }
+
+    /// Why a peer that its lane has forgotten takes nothing.
+    pub(crate) fn unloaded(&self) -> Error {
+        if self.replaced.load(Ordering::Relaxed) {
+            self.gone("other metadata was loaded under its name")
+        } else {
+            Error::Cancelled
+        }
     }
 
     pub(crate) fn set_last_error(&self, error: Option<String>) {

@@ -14,6 +14,15 @@ pub(crate) fn home_lane(incarnation: u128, lanes: usize) -> usize {
     ((incarnation as u64 ^ (incarnation >> 64) as u64) % lanes.max(1) as u64) as usize
 }
 
+/// What loading metadata came to.
+pub(crate) struct Loaded {
+    pub(crate) peer: Arc<PeerShared>,
+    /// Its lane does not know it yet.
+    pub(crate) new: bool,
+    /// The peer that had the name before.
+    pub(crate) replaced: Option<Arc<PeerShared>>,
+}
+
 /// Peers by incarnation, and the names that the application has loaded.
 pub(crate) struct PeerTable {
     by_incarnation: HashMap<u128, Arc<PeerShared>>,
@@ -31,8 +40,8 @@ impl PeerTable {
         self.by_incarnation.len() >= self.limits.peers
     }
 
-    /// Adds the metadata of a peer; the flag says whether its lane does not know it yet.
-    pub(crate) fn load(&mut self, metadata: Metadata) -> Result<(Arc<PeerShared>, bool)> {
+    /// Adds the metadata of a peer.
+    pub(crate) fn load(&mut self, metadata: Metadata) -> Result<Loaded> {
         let incarnation = metadata.incarnation;
         let metadata = Arc::new(metadata);
         let (peer, new) = match self.by_incarnation.get(&incarnation) {
@@ -56,8 +65,14 @@ impl PeerTable {
                 (peer, true)
             }
         };
-        self.loaded.insert(peer.name.clone(), incarnation);
-        Ok((peer, new))
+        let before = self.loaded.insert(peer.name.clone(), incarnation);
+        let replaced = before
+            .filter(|before| *before != incarnation)
+            .and_then(|before| self.by_incarnation.get(&before).cloned());
+        if let Some(replaced) = &replaced {
+            replaced.replace();
+        }
+        Ok(Loaded { peer, new, replaced })
     }
 
     /// The peer behind an incoming link, which has proven that it holds our metadata.
@@ -101,6 +116,15 @@ impl PeerTable {
         self.by_incarnation.get(self.loaded.get(name)?)
     }
 
+    /// Removes a peer that is not loaded (any more); false: it is.
+    pub(crate) fn forget(&mut self, peer: &Arc<PeerShared>) -> bool {
+        let forget = !peer.is_loaded();
+        if forget {
+            self.remove(peer);
+        }
+        forget
+    }
+
     pub(crate) fn remove(&mut self, peer: &Arc<PeerShared>) {
         let known = self.by_incarnation.get(&peer.incarnation);
         if known.is_some_and(|known| Arc::ptr_eq(known, peer)) {
@@ -133,12 +157,14 @@ mod tests {
     #[test]
     fn a_loaded_name_admits_only_its_own_incarnation() {
         let mut table = PeerTable::new(1, Limits::default());
-        let (loaded, new) = table.load(metadata("a", 1)).unwrap();
+        let Loaded { peer: loaded, new, .. } = table.load(metadata("a", 1)).unwrap();
         assert!(new);
         assert!(Arc::ptr_eq(&table.admit("a", 1).unwrap().0, &loaded));
         assert_eq!(table.admit("a", 2).unwrap_err(), Refusal::NameInUse);
         assert_eq!(table.admit("b", 1).unwrap_err(), Refusal::Proof);
-        assert!(table.load(metadata("a", 2)).unwrap().1);
+        let again = table.load(metadata("a", 2)).unwrap();
+        assert!(again.new && Arc::ptr_eq(again.replaced.as_ref().unwrap(), &loaded));
+        assert!(table.forget(&loaded) && !table.forget(&again.peer));
         assert_eq!(table.named("a").unwrap().incarnation, 2);
         assert!(table.admit("a", 2).is_ok());
     }
@@ -158,7 +184,7 @@ mod tests {
         let mut table = PeerTable::new(1, Limits::default());
         let (inbound, _) = table.admit("a", 1).unwrap();
         assert!(table.secret_of(1).is_none());
-        let (loaded, new) = table.load(metadata("a", 1)).unwrap();
+        let Loaded { peer: loaded, new, .. } = table.load(metadata("a", 1)).unwrap();
         assert!(Arc::ptr_eq(&inbound, &loaded) && !new);
         assert_eq!(table.secret_of(1), Some([1; 32]));
         table.remove(&loaded);

@@ -63,10 +63,11 @@ const INITIATOR: &[u8] = b"corelane 1: initiator has the target's secret";
 const INITIATOR_OWN: &[u8] = b"corelane 1: initiator has its own secret";
 
 fn mac(secret: &[u8; 32], label: &[u8], parts: &[&[u8]]) -> Hmac<Sha256> {
-    // HMAC takes keys of any length: new_from_slice cannot fail, and an empty key never verifies
-    // a proof because the other side has the real one.
-    let mut mac = <Hmac<Sha256> as Mac>::new_from_slice(secret)
-        .unwrap_or_else(|_| Hmac::new(&Default::default()));
+    // HMAC pads its key with zeros to the block of the hash (RFC 2104): doing so here takes the
+    // constructor that cannot fail.
+    let mut key = [0; 64];
+    key[..secret.len()].copy_from_slice(secret);
+    let mut mac = Hmac::<Sha256>::new(&key.into());
     mac.update(label);
     for part in parts {
         mac.update(&(part.len() as u64).to_le_bytes());
@@ -142,14 +143,14 @@ impl Initiator {
             Some(Message::Refused(refusal)) => Err(HandshakeError::Refused(refusal)),
             Some(Message::Challenge(challenge)) if !self.challenged => {
                 self.challenged = true;
-                self.answer(challenge).map(InitiatorStep::Send)
+                self.answer(&challenge).map(InitiatorStep::Send)
             }
             Some(Message::Welcome(welcome)) if self.challenged => Ok(InitiatorStep::Up(welcome)),
             _ => Err(HandshakeError::Protocol),
         }
     }
 
-    fn answer(&self, challenge: Challenge) -> Result<Vec<u8>, HandshakeError> {
+    fn answer(&self, challenge: &Challenge) -> Result<Vec<u8>, HandshakeError> {
         let unproven = Message::Challenge(Challenge { proof: [0; 32], ..challenge.clone() }).body();
         let transcript = [&self.hello[..], &unproven[..]];
         if !verify(&self.target_secret, TARGET, &transcript, &challenge.proof) {

@@ -10,6 +10,9 @@ const MAX_COUNTED: usize = 1 << 17;
 /// Bytes of notifications that may wait for their data. A sender keeps larger ones than
 /// [`MAX_IN_BAND`](super::outbox::MAX_IN_BAND) to itself until their transfer has ended.
 const MAX_HELD_BYTES: usize = 64 << 20;
+/// Bytes that may wait for the application after the sender was told that they have arrived: what
+/// was held for its data, and what links lost meanwhile have left behind.
+const MAX_SETTLED_BYTES: usize = MAX_HELD_BYTES + 2 * MAX_NOTIFICATION_BYTES;
 
 /// The peer broke the rules of the notification channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -53,6 +56,9 @@ pub(crate) struct Inbox {
     /// number, unless it was acknowledged already.
     ready: VecDeque<(Option<u64>, Vec<u8>)>,
     ready_bytes: usize,
+    /// How many of them, and of their bytes, the sender does not count any more.
+    settled: usize,
+    settled_bytes: usize,
     held_bytes: usize,
     /// Acknowledged so far.
     told: u64,
@@ -80,10 +86,14 @@ impl Inbox {
         if arrival.void && arrival.total != 0 {
             return Err(InboxError::Fragment);
         }
-        // The sender's window, checked: at most so much may wait here.
-        let alone = self.ready.is_empty();
-        let over = self.ready_bytes as u64 + arrival.total > WINDOW_BYTES as u64;
-        if !alone && (over || self.ready.len() >= WINDOW_COUNT) {
+        // The sender's window, checked: at most so much may wait here unacknowledged.
+        let waiting = self.ready.len() - self.settled;
+        let waiting_bytes = self.ready_bytes - self.settled_bytes;
+        let over = waiting_bytes as u64 + arrival.total > WINDOW_BYTES as u64;
+        if waiting > 0 && (over || waiting >= WINDOW_COUNT) {
+            return Err(InboxError::Window);
+        }
+        if self.settled_bytes > MAX_SETTLED_BYTES || self.settled > MAX_COUNTED {
             return Err(InboxError::Window);
         }
         Ok(())
@@ -112,6 +122,10 @@ impl Inbox {
 
     fn make_ready(&mut self, seq: Option<u64>, payload: Vec<u8>) {
         self.ready_bytes += payload.len();
+        if seq.is_none() {
+            self.settled += 1;
+            self.settled_bytes += payload.len();
+        }
         self.ready.push_back((seq, payload));
     }
 
@@ -180,7 +194,13 @@ impl Inbox {
         while let Some((seq, payload)) = self.ready.pop_front() {
             let len = payload.len();
             match deliver(payload) {
-                Ok(()) => self.ready_bytes -= len,
+                Ok(()) => {
+                    self.ready_bytes -= len;
+                    if seq.is_none() {
+                        self.settled -= 1;
+                        self.settled_bytes -= len;
+                    }
+                }
                 Err(payload) => {
                     self.ready.push_front((seq, payload));
                     return;
@@ -196,6 +216,10 @@ impl Inbox {
     /// What to acknowledge now, if that is news: all below it are in the application's queue, or
     /// held here behind their data.
     pub(crate) fn acknowledgement(&mut self) -> Option<u64> {
+        if self.settled_bytes > WINDOW_BYTES || self.settled > WINDOW_COUNT {
+            // The application takes nothing: stop the sender although its data has arrived.
+            return None;
+        }
         let waiting = self.ready.iter().find_map(|(seq, _)| *seq);
         let below = waiting.unwrap_or(self.expects);
         if below <= self.told {
@@ -205,23 +229,23 @@ impl Inbox {
         Some(below)
     }
 
-    /// The link is gone. Counts belong to transfers that have failed with it.
+    /// The link is gone. Counts belong to transfers that have failed with it, and the next
+    /// handshake settles what has arrived.
     pub(crate) fn rewind(&mut self) {
         self.partial.clear();
         self.counted.clear();
         self.held_bytes = 0;
-        self.told = self.told.min(self.expects);
+        for (seq, _) in &mut self.ready {
+            *seq = None;
+        }
+        (self.settled, self.settled_bytes) = (self.ready.len(), self.ready_bytes);
     }
 
     /// A new session begins.
     pub(crate) fn restart(&mut self) {
-        let ready = std::mem::take(&mut self.ready);
-        let ready_bytes = self.ready_bytes;
-        // Delivered as soon as there is room, whatever becomes of the session.
-        *self = Self { ready, ready_bytes, ..Self::default() };
-        for (seq, _) in &mut self.ready {
-            *seq = None;
-        }
+        self.rewind();
+        // What is ready is delivered as soon as there is room, whatever becomes of the session.
+        (self.expects, self.told) = (0, 0);
     }
 }
 
@@ -324,6 +348,37 @@ mod tests {
         assert_eq!(inbox.acknowledgement(), Some(1));
         assert_eq!(take(&mut inbox), [[1], [2]]);
         assert_eq!(inbox.acknowledgement(), Some(3));
+    }
+
+    #[test]
+    fn what_waits_across_a_lost_link_leaves_the_next_link_its_window() {
+        let mut inbox = Inbox::default();
+        inbox.arrive(&whole(0, 2), vec![0; WINDOW_BYTES]).unwrap();
+        inbox.rewind();
+        inbox.check(&whole(1, WINDOW_BYTES as u64)).unwrap();
+        inbox.arrive(&whole(1, 2), vec![0; 2]).unwrap();
+        assert_eq!(inbox.acknowledgement(), Some(1), "and what comes then is held back");
+        assert_eq!(take(&mut inbox).len(), 2);
+        assert_eq!((inbox.settled, inbox.settled_bytes), (0, 0));
+        assert_eq!(inbox.acknowledgement(), Some(2));
+    }
+
+    #[test]
+    fn bound_ones_that_nobody_takes_stop_the_sender() {
+        let mut inbox = Inbox::default();
+        let mut acknowledged = 0;
+        for seq in 0..2 * WINDOW_COUNT as u64 {
+            let bound = Some(Bound { transfer: seq, pieces: 1 });
+            if inbox.check(&whole(seq, 1)).is_err() || seq >= acknowledged + WINDOW_COUNT as u64 {
+                assert!(acknowledged <= WINDOW_COUNT as u64 + 2, "{acknowledged}");
+                assert_eq!(inbox.check(&whole(seq, 1)), Ok(()), "the window was kept");
+                return;
+            }
+            inbox.arrive(&Arrival { bound, ..whole(seq, 1) }, vec![1]).unwrap();
+            acknowledged = inbox.acknowledgement().unwrap_or(acknowledged);
+            inbox.piece(seq, true).unwrap();
+        }
+        panic!("the sender was never stopped");
     }
 
     #[test]

@@ -51,7 +51,8 @@ impl Liveness {
     pub(crate) fn check(&mut self, now: Instant) -> Verdict {
         let late = now.saturating_duration_since(self.next);
         if late > self.timeout / 4 {
-            self.heard = self.heard.max(now - self.timeout / 2);
+            let half = now.checked_sub(self.timeout / 2).unwrap_or(now);
+            self.heard = self.heard.max(half);
         }
         let silent = now.saturating_duration_since(self.heard);
         if silent >= self.timeout {

@@ -24,6 +24,9 @@ pub(crate) struct Bound {
 #[derive(Debug)]
 struct Outgoing {
     payload: Arc<[u8]>,
+    /// Bytes of it on the wire of this link.
+    on_wire: usize,
+    /// Only on the first link: the receiver counts pieces per link.
     bound: Option<Bound>,
     /// Its transfer failed: only the number is still sent, to close the gap.
     void: bool,
@@ -64,12 +67,14 @@ pub(crate) struct Outbox {
     sent_bytes: usize,
     /// Bytes on the wire and not acknowledged.
     in_flight: usize,
+    /// How many of the queue the peer may have seen, on whatever link of this session.
+    exposed: usize,
 }
 
 impl Outbox {
     /// Queues a notification; the answer is its sequence number in this session.
     pub(crate) fn push(&mut self, payload: Arc<[u8]>, bound: Option<Bound>) -> u64 {
-        self.queue.push_back(Outgoing { payload, bound, void: false });
+        self.queue.push_back(Outgoing { payload, on_wire: 0, bound, void: false });
         self.acknowledged + self.queue.len() as u64 - 1
     }
 
@@ -83,7 +88,7 @@ impl Outbox {
 
     /// The next frame, if the window has room for it.
     pub(crate) fn next_fragment(&mut self) -> Option<Fragment> {
-        let next = self.queue.get(self.sent)?;
+        let next = self.queue.get_mut(self.sent)?;
         let len = if next.void { 0 } else { next.payload.len() };
         if self.sent_bytes == 0 {
             let alone = self.in_flight == 0 && self.sent == 0;
@@ -94,6 +99,7 @@ impl Outbox {
         }
         let range = self.sent_bytes..len.min(self.sent_bytes + FRAGMENT_BYTES);
         self.in_flight += range.len();
+        next.on_wire += range.len();
         let fragment = Fragment {
             seq: self.acknowledged + self.sent as u64,
             payload: next.payload.clone(),
@@ -104,6 +110,7 @@ impl Outbox {
         if range.end == len {
             self.sent += 1;
             self.sent_bytes = 0;
+            self.exposed = self.exposed.max(self.sent);
         } else {
             self.sent_bytes = range.end;
         }
@@ -119,37 +126,31 @@ impl Outbox {
         let mut freed = Freed::default();
         for _ in 0..count {
             if let Some(outgoing) = self.queue.pop_front() {
-                let wire = if outgoing.void { 0 } else { outgoing.payload.len() };
-                self.in_flight = self.in_flight.saturating_sub(wire);
+                self.in_flight = self.in_flight.saturating_sub(outgoing.on_wire);
                 freed.add(outgoing.payload.len());
             }
         }
         self.sent -= count as usize;
+        self.exposed = self.exposed.saturating_sub(count as usize);
         self.acknowledged += count;
         Some(freed)
     }
 
-    /// The transfer behind a bound notification has ended well: a resend need not wait for it.
-    pub(crate) fn confirm(&mut self, seq: u64) {
-        if let Some(outgoing) = self.at(seq) {
-            outgoing.bound = None;
-        }
-    }
-
     /// The transfer behind a bound notification has failed: it must not be sent (again).
     pub(crate) fn void(&mut self, seq: u64) {
-        if let Some(outgoing) = self.at(seq) {
+        let index = seq.checked_sub(self.acknowledged).map(|index| index as usize);
+        if let Some(outgoing) = index.and_then(|index| self.queue.get_mut(index)) {
             outgoing.void = true;
         }
     }
 
-    fn at(&mut self, seq: u64) -> Option<&mut Outgoing> {
-        self.queue.get_mut(seq.checked_sub(self.acknowledged)? as usize)
-    }
-
-    /// The link is gone: all that is not acknowledged will be sent again on the next.
+    /// The link is gone: all that is not acknowledged will be sent again on the next. Transfers
+    /// whose pieces were under way have failed, so what is not void need not wait for any.
     pub(crate) fn rewind(&mut self) {
         (self.sent, self.sent_bytes, self.in_flight) = (0, 0, 0);
+        for outgoing in &mut self.queue {
+            (outgoing.on_wire, outgoing.bound) = (0, None);
+        }
     }
 
     /// The session is resumed on a new link by a peer that has all below `expects`.
@@ -164,10 +165,16 @@ impl Outbox {
         self.acknowledge(expects)
     }
 
-    /// A new session: what was never sent keeps its order and gets new numbers from 0.
-    pub(crate) fn restart(&mut self) {
+    /// A new session: what was never sent keeps its order and gets new numbers from 0. What the
+    /// peer may have seen in the old session is dropped: sent again it could be seen twice.
+    pub(crate) fn restart(&mut self) -> Freed {
         self.rewind();
-        self.acknowledged = 0;
+        let mut freed = Freed::default();
+        for outgoing in self.queue.drain(..self.exposed.min(self.queue.len())) {
+            freed.add(outgoing.payload.len());
+        }
+        (self.acknowledged, self.exposed) = (0, 0);
+        freed
     }
 
     /// The session has ended: everything is dropped.
@@ -235,12 +242,38 @@ mod tests {
         let mut outbox = Outbox::default();
         let bound = Some(Bound { transfer: 8, pieces: 2 });
         let seq = outbox.push(payload(4), bound);
-        let kept = outbox.push(payload(4), bound);
+        outbox.push(payload(4), bound);
         outbox.void(seq);
-        outbox.confirm(kept);
         let first = outbox.next_fragment().unwrap();
         assert!(first.void && first.range.is_empty());
-        assert_eq!(outbox.next_fragment().unwrap().bound, None);
+        assert_eq!(outbox.next_fragment().unwrap().bound, bound);
         assert_eq!(outbox.acknowledge(2).unwrap().bytes, 8, "the budget was taken for all bytes");
+    }
+
+    #[test]
+    fn a_void_one_that_was_on_the_wire_gives_its_window_back() {
+        let mut outbox = Outbox::default();
+        let bound = Some(Bound { transfer: 8, pieces: 1 });
+        for _ in 0..2 * WINDOW_BYTES / MAX_IN_BAND {
+            let seq = outbox.push(payload(MAX_IN_BAND), bound);
+            assert_eq!(outbox.next_fragment().unwrap().seq, seq);
+            outbox.void(seq);
+            outbox.acknowledge(seq + 1).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_new_session_drops_what_may_have_been_seen_and_keeps_the_rest() {
+        let mut outbox = Outbox::default();
+        for len in [1, 2, 3] {
+            outbox.push(payload(len), None);
+        }
+        outbox.next_fragment().unwrap();
+        outbox.next_fragment().unwrap();
+        outbox.acknowledge(1).unwrap();
+        outbox.rewind();
+        assert_eq!(outbox.restart(), Freed { count: 1, bytes: 2 });
+        let kept = outbox.next_fragment().unwrap();
+        assert_eq!((kept.seq, kept.payload.len()), (0, 3));
     }
 }

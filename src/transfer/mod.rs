@@ -12,7 +12,7 @@ use crate::config::MAX_NOTIFICATION_BYTES;
 use crate::engine::{EngineShared, Message};
 use crate::error::{Error, Result};
 use crate::plan::{Class, Operation, PlanInner};
-use crate::sync::{Slot, SlotState, park};
+use crate::sync::{Slot, SlotState, deadline, park};
 
 /// A caller that waits polls at least this long before it sleeps.
 const POLL_BEFORE_SLEEP: Duration = Duration::from_millis(1);
@@ -192,7 +192,7 @@ impl Transfer {
         if peer.try_enter() {
             return Ok(());
         }
-        let deadline = Instant::now() + self.engine.config.operation_timeout;
+        let deadline = deadline(self.engine.config.operation_timeout);
         let lane = self.engine.lane(peer.lane)?;
         let busy = Error::Busy {
             what: "every transfer slot of the peer",
@@ -246,8 +246,9 @@ impl Transfer {
     /// # Errors
     /// The transfer's own error, or [`Error::Timeout`] after `timeout` (it then goes on).
     pub fn wait(&self, timeout: Duration) -> Result<()> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline(timeout);
         let lane = self.engine.lane(self.shared.plan.peer.lane)?;
+        self.engine.check_may_wait("wait")?;
         let mut progress = Instant::now();
         loop {
             match self.describe(self.shared.slot.state()) {

@@ -104,9 +104,9 @@ impl Receiver {
         Self { header: [0; HEADER_BYTES], body: Vec::new(), have: 0, state: Rx::Header }
     }
 
-    /// Receives frames until the socket is empty or this link's share of the turn is used up. A
-    /// payload ends the share of a session link (`one`): asking an empty socket again costs more
-    /// than the next turn.
+    /// Receives frames until the socket is empty or this link's share of the turn is used up. The
+    /// share of a session link is `one` frame: asking an empty socket once more would cost 0.3 us
+    /// before the answer is sent.
     pub(crate) fn receive(
         &mut self,
         fd: &OwnedFd,
@@ -138,9 +138,9 @@ impl Receiver {
             }
             if let Rx::Payload { left: 0, .. } = self.state {
                 self.end_payload(id, core, env)?;
-                if one {
-                    break;
-                }
+            }
+            if one && self.have == 0 && matches!(self.state, Rx::Header) {
+                break;
             }
         }
         Ok(Flow::Progress)
@@ -266,9 +266,9 @@ impl Receiver {
     }
 
     /// The link is gone: what was being received never will be.
-    pub(crate) fn abandon(&mut self, core: &mut Core, env: &mut Env<'_>) {
+    pub(crate) fn abandon(&mut self, env: &mut Env<'_>) {
         if let Rx::Payload { dest, .. } = std::mem::replace(&mut self.state, Rx::Header) {
-            core.drop_payload(dest, env);
+            Core::drop_payload(dest, env);
         }
     }
 }

@@ -95,7 +95,7 @@ impl Writer {
 
     /// A string behind its 16-bit length; longer strings were refused by the configuration.
     pub(crate) fn string(&mut self, v: &str) -> &mut Self {
-        debug_assert!(v.len() <= usize::from(u16::MAX));
+        debug_assert!(u16::try_from(v.len()).is_ok());
         self.u16(v.len() as u16).raw(v.as_bytes())
     }
 

@@ -26,12 +26,12 @@ pub(crate) const HEADER_BYTES: usize = 64;
 pub(crate) const SEGMENT_BYTES: usize = 16;
 /// Bytes of one region key.
 pub(crate) const KEY_BYTES: usize = 16;
-/// Segments in one frame: one less than IOV_MAX leaves room for the header.
+/// Segments in one frame: fewer than `IOV_MAX`, which leaves room for the header.
 pub(crate) const MAX_SEGMENTS: usize = 1000;
 /// The largest body that a receiver accepts: what `Header::decode` lets pass.
 #[cfg(test)]
 pub(crate) const MAX_BODY: usize = MAX_SEGMENTS * (SEGMENT_BYTES + KEY_BYTES);
-/// The largest payload of one frame that a receiver accepts (chunk_bytes is at most this).
+/// The largest payload of one frame that a receiver accepts (`chunk_bytes` is at most this).
 pub(crate) const MAX_PAYLOAD: u64 = 16 << 20;
 
 /// What a frame is.

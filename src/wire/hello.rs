@@ -32,7 +32,7 @@ pub(crate) struct Hello {
     /// The incarnation that the initiator wants to reach.
     pub(crate) target: u128,
     pub(crate) nonce: [u8; 32],
-    /// The session that this link opens, resumes or belongs to.
+    /// The session that this link resumes or belongs to; 0: none.
     pub(crate) session: u64,
     /// Sequence number of the next notification that the initiator expects.
     pub(crate) expects: u64,
@@ -64,6 +64,10 @@ pub(crate) struct Auth {
 pub(crate) struct Welcome {
     /// The target still has the session that the initiator wants to resume.
     pub(crate) resumed: bool,
+    /// The session of the link: the one that was asked for, or a new one. Its number is the
+    /// target's choice, so that an initiator which never reads this message cannot take a later
+    /// attempt for the resumption of a session that it knows nothing of.
+    pub(crate) session: u64,
     /// Sequence number of the next notification that the target expects.
     pub(crate) expects: u64,
     /// The liveness timeout of the link: the smaller proposal.
@@ -160,7 +164,7 @@ impl Message {
                 w.u8(3).raw(&m.proof).raw(&m.own_proof);
             }
             Self::Welcome(m) => {
-                w.u8(4).u8(u8::from(m.resumed)).u64(m.expects).u32(m.liveness_ms);
+                w.u8(4).u8(u8::from(m.resumed)).u64(m.session).u64(m.expects).u32(m.liveness_ms);
             }
             Self::Refused(refusal) => {
                 w.u8(5).u8(*refusal as u8);
@@ -207,6 +211,7 @@ impl Message {
                     1 => true,
                     _ => return None,
                 },
+                session: r.u64()?,
                 expects: r.u64()?,
                 liveness_ms: r.u32()?,
             }),
@@ -249,7 +254,7 @@ pub(crate) mod tests {
                 proof: [9; 32],
             }),
             Message::Auth(Auth { proof: [1; 32], own_proof: [2; 32] }),
-            Message::Welcome(Welcome { resumed: true, expects: 77, liveness_ms: 50 }),
+            Message::Welcome(Welcome { resumed: true, session: 6, expects: 77, liveness_ms: 50 }),
             Message::Refused(Refusal::NameInUse),
         ]
     }

@@ -167,7 +167,7 @@ mod tests {
     fn sample() -> RegionDescriptor {
         RegionDescriptor {
             incarnation: 3,
-            key: RegionKey::new(17, 0xabcdef),
+            key: RegionKey::new(17, 0x00ab_cdef),
             base: 0x7000_0000,
             len: 4096,
             kind: MemoryKind::Vram { device: 2 },

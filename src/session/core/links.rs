@@ -31,6 +31,9 @@ pub(super) struct CoreLink {
     /// Answers that we owe.
     pub(super) replies: VecDeque<Reply>,
     pub(super) last_use: Instant,
+    pub(super) since: Instant,
+    /// The driver has been asked to close it: nothing is taken from it or sent on it any more.
+    pub(super) closing: bool,
 }
 
 impl Core {
@@ -42,6 +45,8 @@ impl Core {
             outstanding: 0,
             replies: VecDeque::new(),
             last_use: now,
+            since: now,
+            closing: false,
         });
     }
 
@@ -50,11 +55,13 @@ impl Core {
     }
 
     pub(super) fn session_link(&self) -> Option<LinkId> {
-        self.links.iter().find(|link| link.kind == LinkKind::Session).map(|link| link.id)
+        let mut open = self.links.iter().filter(|link| !link.closing);
+        open.find(|link| link.kind == LinkKind::Session).map(|link| link.id)
     }
 
     pub(super) fn own_bulk_links(&self) -> usize {
-        self.links.iter().filter(|link| link.kind == LinkKind::Bulk && link.ours).count()
+        let open = self.links.iter().filter(|link| !link.closing);
+        open.filter(|link| link.kind == LinkKind::Bulk && link.ours).count()
     }
 
     pub(super) fn close(&mut self, link: LinkId, reason: impl Into<String>, after_flush: bool) {
@@ -70,6 +77,9 @@ impl Core {
             return self.close(id, "its session is gone", false);
         }
         self.add_link(id, LinkKind::Bulk, ours, env.now);
+        if ours {
+            self.bulk_over_session = false;
+        }
     }
 
     /// The next frame for this link. `batched`: others are sent with it, so that an
@@ -82,6 +92,7 @@ impl Core {
     ) -> Option<TxFrame> {
         let index = self.links.iter().position(|link| link.id == id)?;
         match (self.links[index].kind, self.links[index].ours) {
+            _ if self.links[index].closing => None,
             (LinkKind::Session, _) => self.poll_session(index, batched, env),
             (LinkKind::Bulk, true) => self.next_request(index, Queue::Bulk, BULK_WINDOW, env),
             (LinkKind::Bulk, false) => self.next_reply(index, env),
@@ -125,6 +136,10 @@ impl Core {
     }
 
     fn next_notification(&mut self, env: &mut Env<'_>) -> Option<TxFrame> {
+        if self.session == 0 {
+            // The session has ended and its link is about to: the next session takes them.
+            return None;
+        }
         let Fragment { seq, payload, range, bound, void } = self.outbox.next_fragment()?;
         let mut header = Header::new(FrameKind::Notify);
         header.aux = seq;
@@ -177,14 +192,16 @@ impl Core {
             }
         }
         self.fail_requests_of(id, reason, env);
-        if link.kind == LinkKind::Session {
-            self.session_down(reason, env);
+        match link.kind {
+            LinkKind::Session if !link.closing => self.session_down(reason, env),
+            LinkKind::Session => {}
+            LinkKind::Bulk => self.want_bulk(),
         }
     }
 
     pub(super) fn idle_deadline(&self, link: &CoreLink) -> Option<Instant> {
         let idle = link.kind == LinkKind::Bulk && link.ours && link.outstanding == 0;
-        idle.then(|| link.last_use + self.config.stream_idle)
+        (idle && !link.closing).then(|| link.last_use + self.config.stream_idle)
     }
 
     pub(super) fn close_idle_links(&mut self, env: &Env<'_>) {
@@ -203,8 +220,7 @@ impl Core {
             self.close(id, "idle", false);
             // One that is closing takes no further request.
             if let Some(link) = self.link(id) {
-                link.last_use = env.now;
-                link.ours = false;
+                link.closing = true;
             }
         }
     }

@@ -42,6 +42,10 @@ const ACK_COUNT: u64 = 64;
 /// First and longest pause between attempts to connect for notifications that wait.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(2);
+/// How long after our link came up an attempt of the peer may still be on its way that began before.
+const SIMULTANEOUS: Duration = Duration::from_secs(1);
+/// How long the session of a peer that only connected to us is kept after its link was lost.
+const KEEP_LOST: Duration = Duration::from_secs(30);
 
 /// A link, as the driver names it.
 pub(crate) type LinkId = u64;
@@ -73,6 +77,8 @@ pub(crate) enum Event {
     Close { link: LinkId, reason: String, after_flush: bool },
     /// The session has been left as asked.
     Left,
+    /// Nothing depends on the peer, and it is not loaded (any more).
+    Forget,
 }
 
 /// The peer broke the protocol: the link is closed.
@@ -158,6 +164,8 @@ pub(crate) struct Core {
     ack_base: u64,
     /// When to connect again for notifications that wait (`None`: under way), and the last pause.
     retry: Option<(Option<Instant>, Duration)>,
+    /// When to forget a peer that is not loaded and has no link.
+    forget: Option<Instant>,
     connecting: Vec<ConnectTicket>,
     leaving: Vec<Arc<Ticket<usize>>>,
 
@@ -202,6 +210,7 @@ impl Core {
             ack_due: None,
             ack_base: 0,
             retry: None,
+            forget: None,
             connecting: Vec::new(),
             leaving: Vec::new(),
             links: Vec::new(),
@@ -245,6 +254,7 @@ impl Core {
             self.liveness.as_ref().map(Liveness::next),
             self.deadlines.front().map(|(at, _)| *at),
             self.ack_due,
+            self.forget,
             self.retry.and_then(|(at, _)| at),
             leaving,
             idle,
@@ -262,6 +272,10 @@ impl Core {
         if self.retry.is_some_and(|(at, _)| at.is_some_and(|at| at <= env.now)) {
             self.connect();
         }
+        if self.forget.is_some_and(|at| at <= env.now) {
+            self.forget = None;
+            self.forget_if_unused(env);
+        }
         if let Phase::Leaving { deadline, .. } = self.phase
             && deadline <= env.now
         {
@@ -271,15 +285,14 @@ impl Core {
 
     /// A stopped or dead lane: everything ends now, with this error.
     pub(crate) fn abort(&mut self, error: &Error, env: &mut Env<'_>) {
-        let keys: Vec<usize> = self.active.iter().map(|(key, _)| key).collect();
-        for key in keys {
-            self.fail(key, error.clone(), env);
-        }
+        self.drop_unsent();
+        self.fail_all(error, env);
+        let dropped = self.drop_notifications(env);
         for ticket in self.connecting.drain(..) {
             ticket.complete(Err(error.clone()));
         }
         for ticket in self.leaving.drain(..) {
-            ticket.complete(self.outbox.len());
+            ticket.complete(dropped);
         }
     }
 }

@@ -45,12 +45,17 @@ pub(super) struct Active {
     notification: Option<Arc<[u8]>>,
     /// Sequence number of the bound notification once it is queued.
     notified: Option<u64>,
+    /// The peer counts its pieces.
+    counted: bool,
     uses: RegionUses,
 }
 
 /// A request that was sent.
 pub(super) struct Request {
     active: ActiveKey,
+    /// Number of its transfer, and whether the peer counts the piece.
+    number: u64,
+    counted: bool,
     piece: u32,
     len: u64,
     operation: Operation,
@@ -73,15 +78,13 @@ impl Core {
         let notification = shared.take_notification();
         let mut uses = RegionUses::new();
         for region in &plan.regions {
-            match env.regions.use_own(region) {
-                Some(one) => uses.push(one),
-                None => {
-                    env.regions.release(uses);
-                    let d = &region.descriptor;
-                    let error = Error::NotRegistered { addr: d.base, len: d.len };
-                    return self.refuse(&shared, notification, error, env);
-                }
-            }
+            let Some(one) = env.regions.use_own(region) else {
+                env.regions.release(uses);
+                let d = &region.descriptor;
+                let error = Error::NotRegistered { addr: d.base, len: d.len };
+                return self.refuse(&shared, notification, error, env);
+            };
+            uses.push(one);
         }
         if matches!(self.phase, Phase::Leaving { .. }) {
             env.regions.release(uses);
@@ -103,6 +106,7 @@ impl Core {
             number,
             notification,
             notified: None,
+            counted: false,
             uses,
         });
         let key = ActiveKey { slot, stamp };
@@ -178,9 +182,13 @@ impl Core {
         let Some(active) = self.active.get_mut(slot) else { return };
         if active.ending.is_none() {
             active.ending = Some(error);
+            if let Some(seq) = active.notified {
+                // Now and not at the end: numbers are good for this session only.
+                self.outbox.void(seq);
+            }
             let key = ActiveKey { slot, stamp: active.stamp };
             // A scan: failing is rare and the slab is bounded by the windows of the links.
-            for (_, request) in self.requests.iter_mut() {
+            for (_, request) in &mut self.requests {
                 request.orphan |= request.active == key;
             }
         }
@@ -202,33 +210,30 @@ impl Core {
                     Operation::Write => env.counters.bytes_written.add(bytes),
                 }
                 env.counters.completed.add(1);
-                match (active.notified, active.notification) {
-                    (Some(seq), _) => self.outbox.confirm(seq),
-                    (None, Some(payload)) => self.notify(payload, env),
-                    (None, None) => {}
+                if let Some(payload) = active.notification {
+                    self.notify(payload, env);
                 }
                 active.shared.slot.complete(Ok(()));
             }
             Some(error) => {
-                match (active.notified, active.notification) {
-                    (Some(seq), _) => self.outbox.void(seq),
-                    (None, Some(payload)) => {
-                        self.peer.release(1, payload.len());
-                        let counted = active.plan.operation == Operation::Write
-                            && active.next_piece > 0
-                            && self.session_link().is_some();
-                        if counted {
-                            self.control.push_back(Header {
-                                aux: active.number,
-                                ..Header::new(FrameKind::Abandon)
-                            });
-                        }
-                    }
-                    (None, None) => {}
+                if let Some(payload) = active.notification {
+                    self.peer.release(1, payload.len());
+                }
+                if active.counted {
+                    self.abandon(active.number);
                 }
                 env.counters.failed.add(1);
                 active.shared.slot.complete(Err(error));
             }
+        }
+    }
+
+    /// Tells the peer to forget its count of a failed transfer's pieces, once none is under way: one
+    /// that came later would be counted again.
+    fn abandon(&mut self, number: u64) {
+        let quiet = self.requests.iter().all(|(_, request)| request.number != number);
+        if quiet && self.session_link().is_some() {
+            self.control.push_back(Header { aux: number, ..Header::new(FrameKind::Abandon) });
         }
     }
 
@@ -269,6 +274,7 @@ impl Core {
         header.id = id;
         let write = active.plan.operation == Operation::Write;
         if write && active.notification.as_ref().is_some_and(|n| n.len() <= MAX_IN_BAND) {
+            active.counted = true;
             header.aux = active.number;
             header.flags |= FLAG_COUNTED;
             if last && let Some(payload) = active.notification.take() {
@@ -282,6 +288,8 @@ impl Core {
         link.last_use = env.now;
         self.requests.insert(Request {
             active: key,
+            number: active.number,
+            counted: active.counted,
             piece,
             len: header.len,
             operation: active.plan.operation,
@@ -322,7 +330,12 @@ impl Core {
             return;
         }
         request.unsent = false;
-        let key = request.active;
+        let (key, link) = (request.active, request.link);
+        if self.link(link).is_none() {
+            // Its link went down while the frame was on its way: nobody will answer.
+            let request = self.requests.remove((id & u64::from(u32::MAX)) as usize);
+            self.forgotten(&request);
+        }
         if let Some(active) = self.active.get_mut(key.slot)
             && active.stamp == key.stamp
         {
@@ -359,6 +372,9 @@ impl Core {
 
     /// The payload of a DATA has arrived, or could not be written into local memory.
     pub(super) fn data_arrived(&mut self, id: u64, fault: Option<u64>, env: &mut Env<'_>) {
+        if self.request(id).is_none() {
+            return;
+        }
         let error = fault.map(|addr| Error::Fault { addr });
         self.answered(id, error, env);
     }
@@ -398,7 +414,7 @@ impl Core {
             link.last_use = now;
         }
         if request.orphan {
-            return;
+            return self.forgotten(&request);
         }
         let key = request.active;
         let active = &mut self.active[key.slot];
@@ -411,6 +427,25 @@ impl Core {
         }
     }
 
+    /// A request of a transfer that has failed is out of the way.
+    fn forgotten(&mut self, request: &Request) {
+        if request.counted && !self.is_active(request.active) {
+            self.abandon(request.number);
+        }
+    }
+
+    /// The transfers that have begun on links which are all gone, and cannot go on later: what was
+    /// asked for will not be answered, and the peer does not count on across links.
+    pub(super) fn fail_begun(&mut self, reason: &str, env: &mut Env<'_>) {
+        let begun = |active: &Active| active.outstanding > 0 || active.counted;
+        let slots: Vec<usize> =
+            self.active.iter().filter(|(_, active)| begun(active)).map(|(slot, _)| slot).collect();
+        for slot in slots {
+            let error = self.peer.gone(reason);
+            self.fail(slot, error, env);
+        }
+    }
+
     /// The requests of a link that is gone: their transfers fail, nobody will answer.
     pub(super) fn fail_requests_of(&mut self, link: LinkId, reason: &str, env: &mut Env<'_>) {
         let lost: Vec<usize> = self
@@ -420,10 +455,17 @@ impl Core {
             .map(|(slot, _)| slot)
             .collect();
         for slot in lost {
-            let request = self.requests.remove(slot);
-            if self.is_active(request.active) {
+            let key = self.requests[slot].active;
+            if self.requests[slot].unsent {
+                // Removed by `write_sent`, which the transfer's end waits for.
+                self.requests[slot].orphan = true;
+            } else {
+                let request = self.requests.remove(slot);
+                self.forgotten(&request);
+            }
+            if self.is_active(key) {
                 let error = self.peer.gone(reason);
-                self.fail(request.active.slot, error, env);
+                self.fail(key.slot, error, env);
             }
         }
     }
@@ -438,6 +480,16 @@ impl Core {
         }
         self.latency.clear();
         self.bulk.clear();
+    }
+
+    /// The sockets are gone for good: no frame reads local memory any more.
+    pub(super) fn drop_unsent(&mut self) {
+        for (_, active) in &mut self.active {
+            active.unsent = 0;
+        }
+        for (_, request) in &mut self.requests {
+            request.unsent = false;
+        }
     }
 
     pub(super) fn has_transfers(&self) -> bool {

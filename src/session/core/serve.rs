@@ -41,6 +41,9 @@ pub(crate) enum Dest {
     Notification { arrival: Arrival, payload: Vec<u8> },
 }
 
+/// The memory of an admitted request, counted as used.
+type Admitted = (SmallVec<[IoSegment; 4]>, RegionUses);
+
 impl Core {
     /// Takes a header and its body.
     ///
@@ -54,8 +57,8 @@ impl Core {
         env: &mut Env<'_>,
     ) -> Result<Dest, ProtocolError> {
         let (kind, ours) = match self.link(link) {
-            Some(link) => (link.kind, link.ours),
-            None => return Err(ProtocolError::Rule("a frame on a link that is closing")),
+            Some(link) if !link.closing => (link.kind, link.ours),
+            _ => return Err(ProtocolError::Rule("a frame on a link that is closing")),
         };
         let session = kind == LinkKind::Session;
         match header.kind {
@@ -76,7 +79,8 @@ impl Core {
                 self.try_finish_leaving(env);
             }
             FrameKind::Ping if session => {
-                if self.control.len() >= 2 * MAX_OUTSTANDING {
+                let pongs = || self.control.iter().filter(|h| h.kind == FrameKind::Pong).count();
+                if self.control.len() >= 2 * MAX_OUTSTANDING && pongs() >= 2 * MAX_OUTSTANDING {
                     return Err(ProtocolError::Rule("too many unanswered PINGs"));
                 }
                 self.control.push_back(Header { id: header.id, ..Header::new(FrameKind::Pong) });
@@ -104,13 +108,19 @@ impl Core {
         body: &[u8],
         needs: Access,
         env: &mut Env<'_>,
-    ) -> Result<Result<(SmallVec<[IoSegment; 4]>, RegionUses), ServeStatus>, ProtocolError> {
+    ) -> Result<Result<Admitted, ServeStatus>, ProtocolError> {
         let mut admitted = SmallVec::new();
         let mut uses = RegionUses::new();
         let mut total = 0u64;
         let mut outcome = Ok(());
         for segment in segments(header, body) {
-            let segment: WireSegment = segment?;
+            let segment: WireSegment = match segment {
+                Ok(segment) => segment,
+                Err(error) => {
+                    env.regions.release(uses);
+                    return Err(error.into());
+                }
+            };
             total = total.saturating_add(segment.len);
             if outcome.is_ok() {
                 match env.regions.admit(&segment, needs, &mut uses) {
@@ -209,6 +219,10 @@ impl Core {
         fault: Option<u64>,
         env: &mut Env<'_>,
     ) -> Result<(), ProtocolError> {
+        if self.link(link).is_none_or(|link| link.closing) {
+            Self::drop_payload(dest, env);
+            return Ok(());
+        }
         match dest {
             Dest::None => Ok(()),
             Dest::Request(id) => {
@@ -233,7 +247,7 @@ impl Core {
     }
 
     /// A payload will never be complete: its link is gone.
-    pub(crate) fn drop_payload(&mut self, dest: Dest, env: &mut Env<'_>) {
+    pub(crate) fn drop_payload(dest: Dest, env: &mut Env<'_>) {
         if let Dest::Region { write, .. } | Dest::Refused(write) = dest {
             env.regions.release(write.uses);
         }

@@ -1,12 +1,15 @@
 //! The life of the session: connecting, coming up, silence, goodbye.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{ConnectTicket, Core, Env, Event, LinkId, Phase, RETRY_MAX, RETRY_MIN};
+use super::{
+    ConnectTicket, Core, Env, Event, KEEP_LOST, LinkId, Phase, RETRY_MAX, RETRY_MIN, SIMULTANEOUS,
+};
 use crate::error::Error;
 use crate::session::handshake::{HandshakeError, Intent};
 use crate::session::liveness::{Liveness, Verdict};
+use crate::session::outbox::Freed;
 use crate::sync::Ticket;
 use crate::wire::frame::{FrameKind, Header};
 use crate::wire::hello::{Hello, LinkKind, Refusal, Welcome};
@@ -21,17 +24,15 @@ pub(crate) struct ConnectFailure {
 }
 
 impl Core {
-    /// What a link of this kind says in its handshake. `random` numbers a new session.
-    pub(crate) fn intent(&mut self, kind: LinkKind, random: u64) -> Intent {
-        if self.session == 0 && kind == LinkKind::Session {
-            self.start_session(random.max(1));
-        }
+    /// What a link of this kind says in its handshake.
+    pub(crate) fn intent(&self, kind: LinkKind) -> Intent {
         Intent { kind, session: self.session, expects: self.inbox.expects() }
     }
 
-    fn start_session(&mut self, number: u64) {
+    fn start_session(&mut self, number: u64, env: &mut Env<'_>) {
         self.session = number;
-        self.outbox.restart();
+        let freed = self.outbox.restart();
+        self.dropped(freed, env);
         self.inbox.restart();
         self.ack_base = 0;
     }
@@ -93,14 +94,19 @@ impl Core {
         if matches!(self.phase, Phase::Idle) && self.retry.is_none() {
             if self.can_connect() {
                 self.connect();
-            } else {
+            } else if self.session == 0 {
                 self.drop_notifications(env);
             }
+            // Else only the peer can connect, and it may yet resume the session.
         }
     }
 
-    fn drop_notifications(&mut self, env: &mut Env<'_>) -> usize {
+    pub(super) fn drop_notifications(&mut self, env: &mut Env<'_>) -> usize {
         let freed = self.outbox.clear();
+        self.dropped(freed, env)
+    }
+
+    fn dropped(&mut self, freed: Freed, env: &mut Env<'_>) -> usize {
         self.peer.release(freed.count, freed.bytes);
         env.counters.notifications_dropped.add(freed.count as u64);
         if freed.count > 0 {
@@ -114,35 +120,54 @@ impl Core {
         freed.count
     }
 
-    /// Decides on a session link that the peer opened and proved.
+    /// Decides on a session link that the peer opened and proved. `random` numbers a new session.
+    /// The driver calls `session_up` next, or `accept_failed`.
     pub(crate) fn accept_session(
         &mut self,
         hello: &Hello,
         liveness_ms: u32,
+        random: u64,
         env: &mut Env<'_>,
     ) -> Result<Welcome, Refusal> {
         let connecting =
             matches!(self.phase, Phase::Connecting | Phase::Leaving { connecting: true, .. });
-        if connecting && self.active_side && self.own_incarnation < hello.initiator {
+        // An attempt that the peer began before it knew of our link may arrive after it.
+        let won = self.links.iter().any(|link| {
+            let young = env.now.saturating_duration_since(link.since) < SIMULTANEOUS;
+            link.kind == LinkKind::Session && link.ours && !link.closing && young
+        });
+        if (connecting || won) && self.active_side && self.own_incarnation < hello.initiator {
             // Both sides connect: the link of the smaller incarnation stays.
             return Err(Refusal::Simultaneous);
         }
-        if let Some(old) = self.session_link() {
+        if self.session_link().is_some() {
             // The peer would not connect if its link were alive.
-            self.close(old, "the peer has connected again", false);
-            self.link_down(old, "the peer has connected again", env);
+            self.session_lost("the peer has connected again", env);
         }
         if connecting {
             self.events.push_back(Event::AbortConnect);
         }
-        let resumed = self.session != 0 && self.session == hello.session;
+        match &mut self.phase {
+            Phase::Leaving { connecting, .. } => *connecting = false,
+            phase => *phase = Phase::Idle,
+        }
+        let known = self.session != 0 && self.session == hello.session;
+        let resumed = known && self.resume_outbox(hello.expects);
         if !resumed {
-            self.start_session(hello.session.max(1));
-        } else if !self.resume_outbox(hello.expects) {
-            return Err(Refusal::NoSession);
+            self.start_session(random.max(1), env);
         }
         let liveness_ms = liveness_ms.min(hello.liveness_ms).max(50);
-        Ok(Welcome { resumed, expects: self.inbox.expects(), liveness_ms })
+        let (session, expects) = (self.session, self.inbox.expects());
+        Ok(Welcome { resumed, session, expects, liveness_ms })
+    }
+
+    /// The link that `accept_session` agreed to has broken before it was up.
+    pub(crate) fn accept_failed(&mut self, env: &mut Env<'_>) {
+        match self.phase {
+            Phase::Idle => self.reconnect("it connected and was gone at once", env),
+            Phase::Leaving { .. } => self.try_finish_leaving(env),
+            Phase::Connecting | Phase::Up => {}
+        }
     }
 
     fn resume_outbox(&mut self, expects: u64) -> bool {
@@ -164,7 +189,8 @@ impl Core {
         if theirs >= 64 {
             return Err(Refusal::Limit);
         }
-        Ok(Welcome { resumed: true, expects: 0, liveness_ms: hello.liveness_ms })
+        let (session, liveness_ms) = (self.session, hello.liveness_ms);
+        Ok(Welcome { resumed: true, session, expects: 0, liveness_ms })
     }
 
     /// The session link that we opened is welcome.
@@ -174,13 +200,15 @@ impl Core {
         welcome: &Welcome,
         env: &mut Env<'_>,
     ) -> Result<(), &'static str> {
-        if welcome.resumed {
-            if !self.resume_outbox(welcome.expects) {
-                return Err("it claims notifications that were never sent");
-            }
-        } else {
-            let number = self.session;
-            self.start_session(number);
+        if !matches!(self.phase, Phase::Connecting | Phase::Leaving { connecting: true, .. }) {
+            return Err("the session is up already, or not wanted any more");
+        }
+        if !welcome.resumed {
+            self.start_session(welcome.session.max(1), env);
+        } else if welcome.session != self.session || !self.resume_outbox(welcome.expects) {
+            // The next attempt begins a new session.
+            self.session = 0;
+            return Err("it resumes a session that never was");
         }
         self.session_up(link, welcome.liveness_ms, true, env);
         Ok(())
@@ -194,10 +222,11 @@ impl Core {
         ours: bool,
         env: &mut Env<'_>,
     ) {
-        let timeout = std::time::Duration::from_millis(u64::from(liveness_ms.max(50)));
+        let timeout = Duration::from_millis(u64::from(liveness_ms.max(50)));
         self.liveness = Some(Liveness::new(timeout, env.now));
         self.add_link(link, LinkKind::Session, ours, env.now);
         self.retry = None;
+        self.forget = None;
         self.bulk_over_session = false;
         self.bulk_connecting = 0;
         match &mut self.phase {
@@ -208,35 +237,57 @@ impl Core {
         self.peer.set_last_error(None);
         self.answer_connects(&Ok(()));
         self.want_bulk();
+        self.try_finish_leaving(env);
     }
 
-    /// The session link is gone; the session itself may be resumed.
-    pub(super) fn session_down(&mut self, reason: &str, env: &mut Env<'_>) {
+    /// The session link is gone, and all links with it; the session itself may be resumed.
+    fn session_lost(&mut self, reason: &str, env: &mut Env<'_>) {
         self.peer.connected.store(false, std::sync::atomic::Ordering::Release);
         self.peer.set_last_error(Some(reason.to_owned()));
         self.liveness = None;
         self.control.clear();
         self.ack_due = None;
+        for link in &mut self.links {
+            if !link.closing {
+                link.closing = true;
+                let reason = format!("its session link is gone: {reason}");
+                self.events.push_back(Event::Close { link: link.id, reason, after_flush: false });
+            }
+        }
+        self.fail_begun(reason, env);
         self.outbox.rewind();
         self.inbox.rewind();
-        let bulk: Vec<LinkId> = self.links.iter().map(|link| link.id).collect();
-        for link in bulk {
-            self.close(link, "its session link is gone", false);
-        }
-        match &mut self.phase {
+    }
+
+    pub(super) fn session_down(&mut self, reason: &str, env: &mut Env<'_>) {
+        self.session_lost(reason, env);
+        match self.phase {
             Phase::Leaving { .. } => self.finish_leaving(env),
-            phase => {
-                *phase = Phase::Idle;
-                // Transfers that had not issued anything, and notifications, try once more.
-                if self.wants(LinkKind::Session) {
-                    if self.can_connect() {
-                        self.connect();
-                    } else {
-                        let error = self.peer.gone(reason);
-                        self.fail_all(&error, env);
-                    }
-                }
+            Phase::Up => {
+                self.phase = Phase::Idle;
+                self.reconnect(reason, env);
             }
+            // It had been left, and perhaps asked for again.
+            Phase::Idle | Phase::Connecting => {}
+        }
+        if matches!(self.phase, Phase::Idle) && !self.peer.is_loaded() {
+            // The session may be resumed for a while, unless it is over.
+            let keep = if self.session == 0 { Duration::ZERO } else { KEEP_LOST };
+            self.forget = Some(env.now + keep);
+        }
+    }
+
+    /// Transfers that had not issued anything, and notifications, try once more.
+    fn reconnect(&mut self, reason: &str, env: &mut Env<'_>) {
+        if !self.wants(LinkKind::Session) && self.connecting.is_empty() {
+            return;
+        }
+        if self.can_connect() {
+            self.connect();
+        } else {
+            let error = self.peer.gone(reason);
+            self.fail_all(&error, env);
+            self.answer_connects(&Err(error));
         }
     }
 
@@ -274,12 +325,15 @@ impl Core {
         if restarted || leaving {
             // Nobody will ever take them: another engine lives there now, or we are leaving.
             self.session = 0;
+            self.retry = None;
             self.drop_notifications(env);
             return self.try_finish_leaving(env);
         }
         if !self.outbox.is_empty() {
             let pause = self.retry.map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
             self.retry = Some((Some(env.now + pause), pause));
+        } else {
+            self.retry = None;
         }
     }
 
@@ -293,6 +347,33 @@ impl Core {
         if let Some(link) = self.session_link() {
             self.close(link, reason, false);
         }
+    }
+
+    /// The peer is not loaded any more.
+    pub(crate) fn retire(&mut self, env: &mut Env<'_>) {
+        self.forget_if_unused(env);
+    }
+
+    /// A peer without metadata is of no use once its session is over: it can only come back as a
+    /// new link, and is then made anew.
+    pub(super) fn forget_if_unused(&mut self, env: &Env<'_>) {
+        let unused = matches!(self.phase, Phase::Idle)
+            && self.links.is_empty()
+            && !self.has_transfers()
+            && !self.peer.is_loaded();
+        if !unused {
+            return;
+        }
+        if self.inbox.is_backlogged() {
+            self.forget = Some(env.now + KEEP_LOST);
+        } else {
+            self.events.push_back(Event::Forget);
+        }
+    }
+
+    /// Nothing is left to say goodbye to.
+    pub(crate) fn has_left(&self) -> bool {
+        matches!(self.phase, Phase::Idle) && self.session_link().is_none()
     }
 
     /// Leaves the session: transfers are cancelled, notifications flushed until `deadline`.
@@ -338,6 +419,10 @@ impl Core {
         self.phase = Phase::Idle;
         self.events.push_back(Event::AbortConnect);
         if let Some(link) = self.session_link() {
+            // What has arrived is acknowledged, or the peer would count it as lost.
+            if let Some(below) = self.inbox.acknowledgement() {
+                self.control.push_back(Header { aux: below, ..Header::new(FrameKind::Ack) });
+            }
             self.control.push_back(Header::new(FrameKind::Goodbye));
             self.close(link, "disconnected by this side", true);
         }
