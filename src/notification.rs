@@ -1,7 +1,8 @@
 //! Notifications on their way to the application.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
 
 use crossbeam_queue::SegQueue;
 
@@ -29,6 +30,9 @@ pub(crate) struct NotificationQueue {
     max_bytes: usize,
     /// A lane was turned away since the last `drained`.
     stalled: AtomicBool,
+    /// Somebody in `wakers` waits for the queue to be not empty.
+    waiting: AtomicBool,
+    wakers: Mutex<Vec<Waker>>,
 }
 
 impl NotificationQueue {
@@ -41,7 +45,32 @@ impl NotificationQueue {
             max_count,
             max_bytes,
             stalled: AtomicBool::new(false),
+            waiting: AtomicBool::new(false),
+            wakers: Mutex::new(Vec::new()),
         }
+    }
+
+    /// Wakes `waker` once the queue is not empty; false: it is not empty now.
+    pub(crate) fn register(&self, waker: &Waker) -> bool {
+        let mut wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.store(true, Ordering::Relaxed);
+        // With the fence in `push`: either the pusher sees `waiting`, or this sees what it pushed.
+        fence(Ordering::SeqCst);
+        if !self.queue.is_empty() {
+            return false;
+        }
+        if !wakers.iter().any(|known| known.will_wake(waker)) {
+            wakers.push(waker.clone());
+        }
+        true
+    }
+
+    /// Wakes everybody that waits: a notification is there, or never will be.
+    pub(crate) fn wake_all(&self) {
+        self.waiting.store(false, Ordering::Relaxed);
+        let wakers =
+            std::mem::take(&mut *self.wakers.lock().unwrap_or_else(PoisonError::into_inner));
+        wakers.into_iter().for_each(Waker::wake);
     }
 
     /// Takes a notification, or gives it back because the queue is full. A queue that is empty
@@ -59,6 +88,10 @@ impl NotificationQueue {
         }
         self.queue.push(notification);
         self.delivered.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if self.waiting.load(Ordering::Relaxed) {
+            self.wake_all();
+        }
         Ok(())
     }
 
@@ -112,6 +145,24 @@ mod tests {
         assert_eq!((queue.len(), queue.bytes()), (2, 100));
         assert_eq!(queue.pop().unwrap().payload.len(), 60);
         assert_eq!((queue.len(), queue.bytes()), (1, 40));
+    }
+
+    #[test]
+    fn a_waiter_is_woken_once_and_not_left_behind() {
+        struct Count(AtomicUsize);
+        impl std::task::Wake for Count {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let queue = NotificationQueue::new(10, 100);
+        let count = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(count.clone());
+        assert!(queue.register(&waker) && queue.register(&waker));
+        queue.push(notification(1)).unwrap();
+        queue.push(notification(1)).unwrap();
+        assert_eq!(count.0.load(Ordering::SeqCst), 1);
+        assert!(!queue.register(&waker), "there is something to take");
     }
 
     #[test]

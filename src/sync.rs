@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-#[cfg(corelane_loom)]
+#[cfg(loom)]
 use loom::sync::{
     Mutex,
     atomic::{AtomicU32, Ordering},
 };
-#[cfg(not(corelane_loom))]
+#[cfg(not(loom))]
 use std::sync::{
     Mutex,
     atomic::{AtomicU32, Ordering},
@@ -195,32 +195,58 @@ impl<T> Ticket<T> {
             }
             progress();
             if now - start > Duration::from_micros(200) && !self.is_complete() {
-                park(&self.slot, (deadline - now).min(Duration::from_millis(1)));
+                let nap = (deadline - now).min(Duration::from_millis(1));
+                sleep_until_woken(nap, |waker| self.slot.register(waker));
             }
         }
     }
 }
 
-/// Sleeps until the slot's posting has ended, at most for `timeout`.
-#[cfg(not(corelane_loom))]
-pub(crate) fn park(slot: &Slot, timeout: Duration) {
+/// How long a waiting caller polls before it sleeps.
+pub(crate) struct Patience {
+    since: Instant,
+}
+
+impl Patience {
+    /// Long beside a transfer, short beside a time slice.
+    const POLL: Duration = Duration::from_millis(1);
+
+    pub(crate) fn new() -> Self {
+        Self { since: Instant::now() }
+    }
+
+    /// There was progress: poll on.
+    pub(crate) fn renew(&mut self, now: Instant) {
+        self.since = now;
+    }
+
+    pub(crate) fn is_over(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) > Self::POLL
+    }
+}
+
+/// Sleeps until woken, at most for `timeout` and for a tenth of a second: whatever became of the
+/// wake-up, the caller looks again. `register` says whether there is something to wait for.
+#[cfg(not(loom))]
+pub(crate) fn sleep_until_woken(timeout: Duration, register: impl FnOnce(&Waker) -> bool) {
+    const LOOK_AGAIN: Duration = Duration::from_millis(100);
     struct Unpark(std::thread::Thread);
     impl std::task::Wake for Unpark {
         fn wake(self: Arc<Self>) {
             self.0.unpark();
         }
     }
-    if slot.register(&Waker::from(Arc::new(Unpark(std::thread::current())))) {
-        std::thread::park_timeout(timeout);
+    if register(&Waker::from(Arc::new(Unpark(std::thread::current())))) {
+        std::thread::park_timeout(timeout.min(LOOK_AGAIN));
     }
 }
 
-#[cfg(corelane_loom)]
-pub(crate) fn park(_slot: &Slot, _timeout: Duration) {
+#[cfg(loom)]
+pub(crate) fn sleep_until_woken(_timeout: Duration, _register: impl FnOnce(&Waker) -> bool) {
     loom::thread::yield_now();
 }
 
-#[cfg(all(test, not(corelane_loom)))]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -255,8 +281,8 @@ mod tests {
     }
 }
 
-/// `RUSTFLAGS="--cfg corelane_loom" cargo test --release --lib loom`
-#[cfg(all(test, corelane_loom))]
+/// `RUSTFLAGS="--cfg loom" cargo test --release --lib loom`
+#[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
     use loom::sync::Arc;

@@ -143,7 +143,7 @@ runner_summary() {
 
 # --- loom: every interleaving of the lock-free parts, within a bound on preemptions
 
-readonly loom_flags="--cfg corelane_loom"
+readonly loom_flags="--cfg loom"
 
 run_loom() {
     run_loom_tests corelane-runtime

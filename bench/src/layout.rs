@@ -130,6 +130,6 @@ mod tests {
     fn odd_sizes_keep_their_alignment() {
         let layout = Layout::new(&spec(Backend::Corelane, 1, 100));
         assert!(layout.blocks().all(|(_, local, remote)| local % 64 == 0 && remote % 64 == 0));
-        assert_eq!(layout.slots.len(), 64);
+        assert_eq!(layout.slots.len(), 1024);
     }
 }

@@ -2,6 +2,7 @@
 //! Every wait is bounded, and no child outlives its parent.
 
 use std::io::BufReader;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -41,6 +42,7 @@ impl<T: DeserializeOwned + Send + 'static> Helper<T> {
     pub(crate) fn start(name: &str, arguments: &[String]) -> Result<Self> {
         // The link rather than the path it shows: it works even when the file was replaced by a newer build meanwhile.
         let mut child = Command::new("/proc/self/exe")
+            .arg0("corelane-bench")
             .args(arguments)
             .args([PARENT_OPTION, &std::process::id().to_string()])
             .stdin(Stdio::piped())

@@ -1,21 +1,42 @@
 //! All that knows glommio. Replacing the executor touches this file only.
 //!
 //! The executor hosts on-lane tasks; the pump is not one of its tasks. While such tasks live, the lane turns the pump
-//! inside one `run`, yielding to them after each turn; otherwise the executor is not entered at all. It never parks for
-//! long: the pump does that.
+//! inside `run`, yielding to them after each turn; otherwise the executor is not entered at all. Each `run` begins with a
+//! full pass over glommio's rings and timers. It never parks for long: the pump does that.
 
-use std::{cell::Cell, rc::Rc, time::Duration};
+use std::{cell::Cell, rc::Rc, task::Poll, time::Duration};
 
 use glommio::{LocalExecutor, LocalExecutorBuilder, Placement, Task, executor, spawn_local, timer};
 
 /// What glommio refuses to start below.
 pub(crate) const MEMLOCK_NEEDED_BYTES: u64 = 512 * 1024;
 
-/// Every so often `run` makes a full pass over glommio's rings and timers, however busy its tasks are.
-const PASS_EVERY: Duration = Duration::from_millis(2);
 /// A known flaw of glommio: if its preemption timer fires before the first task of a pass, it parks with runnable tasks.
-/// It can only be hit when the thread loses its core for `PASS_EVERY` just then; a timer that is always set bounds it.
-const HEARTBEAT: Duration = Duration::from_millis(2);
+/// With a long period that takes a thread that is stopped for so long just then; the heartbeat bounds it even so.
+const PREEMPT: Duration = Duration::from_millis(100);
+/// Timers that are always set while tasks live, so that a park always ends. Several, because the first may have fired
+/// already, with the task that sets it again among those that the flaw keeps from running.
+const HEARTBEATS: [Duration; 4] = [
+    Duration::from_millis(20),
+    Duration::from_millis(250),
+    Duration::from_secs(2),
+    Duration::from_secs(20),
+];
+
+async fn heartbeat() {
+    loop {
+        let mut timers = HEARTBEATS.map(|period| Box::pin(timer::sleep(period)));
+        std::future::poll_fn(|context| {
+            let fired = timers.iter_mut().filter_map(|timer| match timer.as_mut().poll(context) {
+                Poll::Ready(()) => Some(()),
+                Poll::Pending => None,
+            });
+            // All of them are polled: that is what sets them.
+            if fired.count() > 0 { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
 
 pub(crate) struct Executor {
     inner: LocalExecutor,
@@ -34,7 +55,7 @@ impl Executor {
             LocalExecutorBuilder::new(Placement::Unbound)
                 .io_memory(64 * 1024)
                 .ring_depth(64)
-                .preempt_timer(PASS_EVERY)
+                .preempt_timer(PREEMPT)
                 .make()
                 .map_err(|error| error.to_string())
         });
@@ -46,11 +67,7 @@ impl Executor {
     pub(crate) fn run<T>(&self, future: impl Future<Output = T>) -> T {
         self.inner.run(async {
             if !self.has_heartbeat.replace(true) {
-                self.heartbeat.set(Some(spawn_local(async {
-                    loop {
-                        timer::sleep(HEARTBEAT).await;
-                    }
-                })));
+                self.heartbeat.set(Some(spawn_local(heartbeat())));
             }
             future.await
         })
@@ -72,6 +89,9 @@ impl Executor {
 
     /// Ends all tasks: they are dropped at the await they are at.
     pub(crate) fn shut_down(self, tasks: Vec<Hosted>) {
+        if !self.has_heartbeat.get() {
+            return; // It never ran.
+        }
         let heartbeat = Rc::new(Cell::new(self.heartbeat.take()));
         self.inner.run(async move {
             for task in tasks {

@@ -298,3 +298,123 @@ impl FdTable {
 fn user_data(index: u32, armed: Armed) -> u64 {
     u64::from(index) | u64::from(armed.sequence) << 32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LATER: u64 = 2 * HOT_IDLE_NS;
+
+    fn table() -> FdTable {
+        FdTable::with_capacity(4)
+    }
+
+    fn ops(table: &mut FdTable) -> Vec<RingOp> {
+        std::iter::from_fn(|| table.next_ring_op()).collect()
+    }
+
+    fn armed(op: RingOp) -> (RawFd, u64) {
+        match op {
+            RingOp::Arm { fd, user_data, .. } => (fd, user_data),
+            RingOp::Cancel { .. } => panic!("a cancel"),
+        }
+    }
+
+    #[test]
+    fn a_quiet_descriptor_is_watched_and_becomes_hot_when_it_fires() {
+        let mut table = table();
+        let id = table.add(9, 42, Interest::READABLE, Start::Quiet, 0);
+        assert_eq!(table.hot_count(), 0);
+        let ops = ops(&mut table);
+        assert_eq!(ops.len(), 1);
+        let (fd, user_data) = armed(ops[0]);
+        assert_eq!(fd, 9);
+        assert!(table.poll_completed(user_data, libc::POLLIN.into(), 0));
+        assert!(!table.poll_completed(user_data, libc::POLLIN.into(), 0), "one shot");
+        let ready = Readiness::Ready { readable: true, writable: false, hangup: false };
+        assert_eq!(table.visit(0), Some((id, 42, ready)));
+        assert_eq!(table.visit(0), Some((id, 42, Readiness::Hot)));
+    }
+
+    #[test]
+    fn the_most_recently_active_stay_hot() {
+        let mut table = table();
+        let ids: Vec<_> = (0..6u64)
+            .map(|n| table.add(n as RawFd, n, Interest::READABLE, Start::Hot, n))
+            .collect();
+        table.cool_idle(LATER, 4, false);
+        assert_eq!(table.hot_count(), 4);
+        let mut cooled: Vec<_> = ops(&mut table).into_iter().map(|op| armed(op).0).collect();
+        cooled.sort_unstable();
+        assert_eq!(cooled, [0, 1]);
+        table.made_progress(ids[2], LATER);
+        table.cool_idle(LATER + 10, 0, false);
+        assert_eq!(table.hot_count(), 1, "an active one is not idle");
+        table.cool_idle(LATER + 10, 4, true);
+        assert_eq!((table.hot_count(), table.has_unwatched_hot()), (0, false));
+    }
+
+    #[test]
+    fn removing_cancels_the_watch_and_stale_completions_are_ignored() {
+        let mut table = table();
+        let id = table.add(9, 1, Interest::READABLE, Start::Quiet, 0);
+        let (_, user_data) = armed(ops(&mut table)[0]);
+        assert!(table.remove(id));
+        assert!(!table.remove(id));
+        assert_eq!(ops(&mut table), [RingOp::Cancel { user_data }]);
+        let again = table.add(9, 2, Interest::READABLE, Start::Quiet, 0);
+        assert_ne!(again, id);
+        assert!(!table.poll_completed(user_data, libc::POLLIN.into(), 0));
+        assert!(!table.make_hot(id, 0));
+        assert_eq!(table.hot_count(), 0);
+    }
+
+    #[test]
+    fn more_interest_takes_effect_although_armed() {
+        let mut table = table();
+        let id = table.add(9, 1, Interest::READABLE, Start::Quiet, 0);
+        let (_, old) = armed(ops(&mut table)[0]);
+        table.set_interest(id, Interest::BOTH, 0);
+        assert_eq!(table.hot_count(), 1, "what is wanted may be possible already");
+        table.cool_idle(LATER, 0, true);
+        let ops = ops(&mut table);
+        assert!(ops.contains(&RingOp::Cancel { user_data: old }));
+        let masks = ops.iter().filter_map(|op| match op {
+            RingOp::Arm { mask, .. } => Some(*mask),
+            RingOp::Cancel { .. } => None,
+        });
+        assert_eq!(masks.collect::<Vec<_>>(), [Interest::BOTH.poll_mask()]);
+    }
+
+    #[test]
+    fn no_interest_silences_a_descriptor() {
+        let mut table = table();
+        let id = table.add(9, 1, Interest::READABLE, Start::Hot, 0);
+        table.set_interest(id, Interest::NONE, 0);
+        table.make_hot(id, 0);
+        table.cool_idle(LATER, 0, true);
+        assert_eq!((table.hot_count(), ops(&mut table).len()), (0, 0));
+        table.set_interest(id, Interest::READABLE, 0);
+        assert_eq!(table.hot_count(), 1);
+    }
+
+    #[test]
+    fn a_hot_descriptor_that_is_still_watched_is_not_armed_twice() {
+        let mut table = table();
+        let id = table.add(9, 1, Interest::READABLE, Start::Quiet, 0);
+        ops(&mut table);
+        table.make_hot(id, 0);
+        table.cool_idle(LATER, 0, true);
+        assert_eq!(ops(&mut table), []);
+    }
+
+    #[test]
+    fn a_failed_poll_is_reported_as_a_hang_up() {
+        let mut table = table();
+        table.add(9, 1, Interest::READABLE, Start::Quiet, 0);
+        let (_, user_data) = armed(ops(&mut table)[0]);
+        assert!(table.poll_completed(user_data, -libc::EBADF, 0));
+        let (_, _, readiness) = table.visit(0).unwrap();
+        assert!(readiness.may_read() && readiness.may_write());
+    }
+}

@@ -19,7 +19,8 @@ use crate::{
 const STOP_GRACE: Duration = Duration::from_millis(500);
 
 /// A lane: a thread, pinned if so configured, that drives a [`Driver`]. This is its handle, for any thread; clones name
-/// the same lane. When the last clone is dropped the lane stops by itself, without waiting.
+/// the same lane. When the last clone is dropped (a [`LocalLane`] that a task keeps counts as one) the lane stops by
+/// itself, without waiting.
 pub struct Lane<D: Driver> {
     shared: Arc<Shared<D>>,
     _last: Arc<StopOnDrop<D>>,

@@ -48,6 +48,7 @@ mod config;
 mod core_watch;
 mod driver;
 mod error;
+#[cfg_attr(loom, path = "executor_loom.rs")]
 mod executor;
 mod fds;
 pub mod histogram;

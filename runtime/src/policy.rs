@@ -22,8 +22,10 @@ const CORES_PER_LANE: usize = 4;
 /// Gaps between turns that are worth remembering.
 const GAP_NS: u64 = 100_000;
 /// After a yield that came back late (another thread holds on to this core) an idle lane parks at once for so long: a
-/// sleeping thread gets its core back in microseconds, a yielding one after a time slice.
-const PARK_AT_ONCE_FOR_NS: u64 = 100_000_000;
+/// sleeping thread gets its core back in microseconds, a yielding one after a time slice. Shorter at first, so that a
+/// passing disturbance does not make every packet of a tenth of a second pay for a wake-up.
+const PARK_AT_ONCE_FIRST_NS: u64 = 10_000_000;
+const PARK_AT_ONCE_MAX_NS: u64 = 100_000_000;
 
 /// Lanes of this process that never park.
 static SPINNING_LANES: AtomicUsize = AtomicUsize::new(0);
@@ -50,6 +52,7 @@ pub(crate) struct Policy {
     last_turn_ns: Option<u64>,
     seen_calls: u64,
     park_at_once_until_ns: u64,
+    park_at_once_for_ns: u64,
     /// Tasks ran between the last two turns: the lane is polled by its own tasks, as by a caller that assists.
     has_busy_tasks: bool,
     watch: CoreWatch,
@@ -78,6 +81,7 @@ impl Policy {
             last_turn_ns: None,
             seen_calls: 0,
             park_at_once_until_ns: 0,
+            park_at_once_for_ns: 0,
             has_busy_tasks: false,
             watch: CoreWatch::NEW,
             evaluate_at_ns: 0,
@@ -210,7 +214,15 @@ impl Policy {
         let after = shared.clock_ns();
         self.fresh_ns = Some(after);
         if self.watch.yielded(before, after) {
-            self.park_at_once_until_ns = after + PARK_AT_ONCE_FOR_NS;
+            // Late again as soon as it was tried again: the other thread is there to stay.
+            let is_repeated = before <= self.park_at_once_until_ns + self.park_at_once_for_ns;
+            self.park_at_once_for_ns = match is_repeated {
+                true => {
+                    (self.park_at_once_for_ns * 2).clamp(PARK_AT_ONCE_FIRST_NS, PARK_AT_ONCE_MAX_NS)
+                }
+                false => PARK_AT_ONCE_FIRST_NS,
+            };
+            self.park_at_once_until_ns = after + self.park_at_once_for_ns;
             shared.counters.late_yields.add(1);
         }
     }

@@ -29,9 +29,14 @@ pub(crate) struct LaneLocal<D: Driver> {
     pub(crate) holds_token: Cell<bool>,
     /// The lane's thread is inside a turn or a `LocalLane::with`.
     pub(crate) entered: Cell<bool>,
-    pub(crate) tasks: RefCell<Slab<Hosted>>,
+    pub(crate) tasks: RefCell<Slab<Option<Hosted>>>,
     pub(crate) ended_tasks: RefCell<Vec<usize>>,
     pub(crate) alive: Cell<usize>,
+    /// Not zero while the executor is to come to an end of its run: each task is polled at most once then.
+    pub(crate) drain: Cell<u64>,
+    pub(crate) drains: Cell<u64>,
+    /// Tasks that wanted more polls during a drain.
+    pub(crate) deferred: RefCell<Vec<Waker>>,
     /// A task ran since the lane last looked.
     pub(crate) task_ran: Cell<bool>,
 }
@@ -64,6 +69,19 @@ impl<D: Driver> LaneLocal<D> {
         Some(result)
     }
 
+    /// From here on each task is polled once at most, so that a `run` of the executor ends although tasks are busy.
+    pub(crate) fn begin_drain(&self) {
+        self.drains.set(self.drains.get() + 1);
+        self.drain.set(self.drains.get());
+    }
+
+    /// Inside the executor: tasks may run freely again.
+    pub(crate) fn end_drain(&self) {
+        self.drain.set(0);
+        let deferred = std::mem::take(&mut *self.deferred.borrow_mut());
+        deferred.into_iter().for_each(Waker::wake);
+    }
+
     /// Lets go of the handles of tasks that have ended.
     pub(crate) fn forget_ended_tasks(&self) {
         let mut ended = self.ended_tasks.borrow_mut();
@@ -78,15 +96,16 @@ impl<D: Driver> LaneLocal<D> {
         future: impl Future<Output = T> + 'static,
         result: Arc<TaskResult<T>>,
     ) {
-        let mut tasks = self.tasks.borrow_mut();
-        let entry = tasks.vacant_entry();
-        let hosted = HostedTask {
+        // The executor polls a new task at once, and it may add tasks itself: nothing is borrowed meanwhile.
+        let key = self.tasks.borrow_mut().insert(None);
+        let hosted = Executor::host(HostedTask {
             future: Some(Box::pin(future)),
             result,
             waker: None,
-            _alive: Alive::new(self.clone(), entry.key()),
-        };
-        entry.insert(Executor::host(hosted));
+            drained: 0,
+            alive: Alive::new(self.clone(), key),
+        });
+        self.tasks.borrow_mut()[key] = Some(hosted);
     }
 }
 
@@ -150,7 +169,9 @@ struct HostedTask<D: Driver, F: Future> {
     result: Arc<TaskResult<F::Output>>,
     /// The executor's waker never changes for one task; the one made from it is kept.
     waker: Option<(Waker, Waker)>,
-    _alive: Alive<D>,
+    /// The last drain in which the task was polled.
+    drained: u64,
+    alive: Alive<D>,
 }
 
 impl<D: Driver, F: Future> Future for HostedTask<D, F> {
@@ -158,8 +179,13 @@ impl<D: Driver, F: Future> Future for HostedTask<D, F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        let local = &this._alive.local;
+        let local = &this.alive.local;
         local.task_ran.set(true);
+        let drain = local.drain.get();
+        if drain != 0 && std::mem::replace(&mut this.drained, drain) == drain {
+            local.deferred.borrow_mut().push(cx.waker().clone());
+            return Poll::Pending;
+        }
         if this.waker.as_ref().is_none_or(|(inner, _)| !inner.will_wake(cx.waker())) {
             let waker = TaskWaker {
                 inner: cx.waker().clone(),
@@ -335,7 +361,8 @@ impl<D: Driver> LocalLane<D> {
     }
 
     /// Adds a task that stays on this lane. Unlike tasks of glommio's own `spawn_local`, it counts as the lane's: the
-    /// lane keeps serving it, and wakes up for it at once.
+    /// lane keeps serving it, wakes up for it at once, and is not held up by it when it polls without end (one of
+    /// glommio's own can keep the lane from turning for 100 ms).
     pub fn spawn_local<T: 'static>(
         &self,
         future: impl Future<Output = T> + 'static,

@@ -23,6 +23,8 @@ use crate::{
     task::{Job, LaneLocal},
 };
 
+/// While tasks live, a spinning lane looks after glommio's I/O and timers this often.
+const PASS_EVERY_NS: u64 = 2_000_000;
 /// While tasks live, a parked lane looks after glommio's I/O and timers this often.
 const PARK_WITH_TASKS_NS: u64 = 4_000_000;
 /// A stand-by begins with the first, and doubles up to the second.
@@ -99,6 +101,9 @@ fn start<D: Driver>(
         tasks: RefCell::new(Slab::new()),
         ended_tasks: RefCell::default(),
         alive: Cell::new(0),
+        drain: Cell::new(0),
+        drains: Cell::new(0),
+        deferred: RefCell::default(),
         task_ran: Cell::new(false),
     });
     let thread = LaneThread {
@@ -149,6 +154,7 @@ impl<D: Driver> LaneThread<D> {
                 Next::Park(timeout) => {
                     if self.local.alive.get() > 0 {
                         self.local.task_ran.set(false);
+                        self.local.begin_drain();
                         if executor.pass() || self.local.task_ran.get() {
                             continue;
                         }
@@ -163,6 +169,8 @@ impl<D: Driver> LaneThread<D> {
 
     /// Turns inside the executor, so that tasks run between turns and are woken directly.
     async fn turn_among_tasks(&mut self) -> Next {
+        self.local.end_drain();
+        let mut pass_at_ns = None;
         loop {
             self.take_attention();
             for job in self.jobs.drain(..) {
@@ -175,6 +183,11 @@ impl<D: Driver> LaneThread<D> {
             self.local.task_ran.set(false);
             yield_to_tasks().await;
             self.policy.tasks_are_busy(self.local.task_ran.get());
+            // glommio looks after its own I/O and timers at the start of a run only.
+            if self.turn_ns >= *pass_at_ns.get_or_insert(self.turn_ns + PASS_EVERY_NS) {
+                self.local.begin_drain();
+                return Next::Turn;
+            }
             if !self.local.ended_tasks.borrow().is_empty() {
                 self.local.forget_ended_tasks();
             }
@@ -371,7 +384,7 @@ impl<D: Driver> LaneThread<D> {
         drop(jobs);
         self.jobs.clear();
         let tasks = std::mem::take(&mut *self.local.tasks.borrow_mut());
-        executor.shut_down(tasks.into_iter().map(|(_, task)| task).collect());
+        executor.shut_down(tasks.into_iter().filter_map(|(_, task)| task).collect());
         self.local.entered.set(true);
         // SAFETY: this thread holds the token and is in no turn.
         unsafe { shared.token.with(|core| shared.abandon(core)) };

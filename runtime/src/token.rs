@@ -25,7 +25,8 @@ impl<T> Token<T> {
     #[inline]
     pub(crate) fn try_acquire(&self) -> bool {
         // The load first: a failing attempt then leaves the cache line shared.
-        !self.held.load(Ordering::Relaxed) && !self.held.swap(true, Ordering::Acquire)
+        !self.held.load(Ordering::Relaxed)
+            && self.held.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
     /// Gives up the token. The caller must hold it.

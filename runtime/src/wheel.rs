@@ -138,8 +138,10 @@ impl<T: Copy> Wheel<T> {
             }
             let shift = SLOT_BITS * level as u32;
             let now_slot = ((self.elapsed >> shift) as usize) % SLOTS;
-            let distance = occupied.rotate_right(now_slot as u32).trailing_zeros() as usize;
-            let slot = (now_slot + distance) % SLOTS;
+            // The current slot itself comes last: a timer in it (top level only) is nearly a whole turn away.
+            let after =
+                occupied.rotate_right((now_slot + 1) as u32 % SLOTS as u32).trailing_zeros();
+            let slot = (now_slot + 1 + after as usize) % SLOTS;
             let range = 1u64 << (shift + SLOT_BITS);
             let mut start = (self.elapsed & !(range - 1)) + ((slot as u64) << shift);
             if start <= self.elapsed {
@@ -199,6 +201,131 @@ impl<T: Copy> Wheel<T> {
             }
         } else if self.heads[list] == NIL {
             self.occupied[list / SLOTS] &= !(1 << (list % SLOTS));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_cancelled_or_fired_timer_is_harmless() {
+        let mut wheel = Wheel::with_capacity(4);
+        let first = wheel.insert(5, 'a');
+        assert_eq!(wheel.cancel(first), Some('a'));
+        assert_eq!(wheel.cancel(first), None);
+        let second = wheel.insert(7, 'b');
+        assert_eq!(wheel.cancel(first), None, "the slot was used again");
+        assert_eq!(wheel.advance(7), 1);
+        assert_eq!(wheel.pop_due(), Some('b'));
+        assert_eq!(wheel.cancel(second), None);
+        assert_eq!(wheel.len(), 0);
+    }
+
+    #[test]
+    fn a_timer_that_is_due_can_still_be_cancelled() {
+        let mut wheel = Wheel::with_capacity(4);
+        let ids = [1, 2, 3].map(|payload| wheel.insert(1, payload));
+        assert_eq!(wheel.advance(1), 3);
+        assert_eq!(wheel.cancel(ids[2]), Some(3));
+        assert_eq!(wheel.insert(0, 4).index, ids[2].index);
+        let fired: Vec<_> = std::iter::from_fn(|| wheel.pop_due()).collect();
+        assert_eq!((fired.len(), fired[2]), (3, 4));
+        assert!(wheel.is_current(1));
+    }
+
+    #[test]
+    fn timers_beyond_the_span_fire_on_their_tick() {
+        let mut wheel = Wheel::with_capacity(4);
+        let when = 3 * SPAN + 12_345;
+        wheel.insert(when, ());
+        let mut steps = 0;
+        while wheel.pop_due().is_none() {
+            let next = wheel.next_tick().unwrap();
+            assert!(next <= when);
+            wheel.advance(next);
+            steps += 1;
+        }
+        assert_eq!(wheel.elapsed, when);
+        assert!(steps < 20, "{steps} wake-ups for one timer");
+    }
+
+    #[test]
+    fn a_timer_nearly_a_turn_of_the_top_level_away_hides_no_nearer_one() {
+        let mut wheel = Wheel::with_capacity(4);
+        wheel.insert(1 << 30, 'n');
+        wheel.advance(1);
+        wheel.insert(SPAN, 'f');
+        assert_eq!(wheel.next_tick(), Some(1 << 30));
+        wheel.advance(1 << 30);
+        assert_eq!((wheel.pop_due(), wheel.pop_due()), (Some('n'), None));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert(u64),
+        Cancel(usize),
+        Advance(u64),
+    }
+
+    fn ticks() -> impl Strategy<Value = u64> {
+        prop_oneof![0..70u64, 0..5_000u64, 0..300_000u64, 0..(1u64 << 37)]
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => ticks().prop_map(Step::Insert),
+            2 => any::<usize>().prop_map(Step::Cancel),
+            3 => ticks().prop_map(Step::Advance),
+        ]
+    }
+
+    proptest! {
+        /// Against a model: never early, never late by a tick, each once, and never slept past.
+        #[test]
+        fn behaves_like_a_sorted_map(steps in proptest::collection::vec(step(), 1..200)) {
+            let mut wheel = Wheel::with_capacity(4);
+            let mut model: BTreeMap<(u64, usize), TimerId> = BTreeMap::new();
+            let mut all = Vec::new();
+            let mut now = 0;
+            for (number, step) in steps.into_iter().enumerate() {
+                match step {
+                    Step::Insert(delay) => {
+                        let when = now + delay;
+                        let id = wheel.insert(when, number);
+                        model.insert((when, number), id);
+                        all.push(((when, number), id));
+                    }
+                    Step::Cancel(which) if !all.is_empty() => {
+                        let (key, id) = all[which % all.len()];
+                        let expected = model.remove(&key).map(|_| key.1);
+                        prop_assert_eq!(wheel.cancel(id), expected);
+                    }
+                    Step::Cancel(_) => {}
+                    Step::Advance(by) => {
+                        now += by;
+                        wheel.advance(now);
+                        let mut fired: Vec<usize> = std::iter::from_fn(|| wheel.pop_due()).collect();
+                        fired.sort_unstable();
+                        let later = model.split_off(&(now + 1, 0));
+                        let mut expected: Vec<usize> = model.keys().map(|key| key.1).collect();
+                        expected.sort_unstable();
+                        model = later;
+                        prop_assert_eq!(fired, expected);
+                    }
+                }
+                prop_assert_eq!(wheel.len(), model.len());
+                let next = wheel.next_tick();
+                match model.keys().next() {
+                    None => prop_assert_eq!(next, None),
+                    Some((when, _)) => prop_assert!(next.is_some_and(|next| next <= (*when).max(now))),
+                }
+            }
         }
     }
 }

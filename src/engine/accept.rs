@@ -8,8 +8,8 @@ use corelane_runtime::{Cx, Interest};
 use super::lane::{LaneDriver, Message};
 use super::links::{Input, Phase, send_whole};
 use crate::peer::home_lane;
-use crate::session::{Core, LinkId};
 use crate::session::handshake::{HandshakeError, Proven, Target, TargetStep};
+use crate::session::{Core, LinkId};
 use crate::sys;
 use crate::wire::hello::{Hello, LinkKind, Message as HelloMessage, Refusal, Welcome};
 

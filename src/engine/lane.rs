@@ -161,7 +161,7 @@ impl LaneDriver {
         if let Some((_, timer)) = peer.timer.take() {
             cx.cancel_timer(timer);
         }
-        self.dirty.retain(|dirty| *dirty != slot);
+        // Its place in `dirty` stays: `service` is walking that list, and skips who is not there.
         let mut env = env(&mut self.regions, &self.engine, &self.counters, cx.now());
         peer.core.abort(&Error::Cancelled, &mut env);
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
@@ -288,6 +288,7 @@ impl LaneDriver {
             peer.core.abort(error, &mut env);
             peer.core.peer.connected.store(false, Ordering::Release);
         }
+        self.engine.notifications.wake_all();
     }
 }
 

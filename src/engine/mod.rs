@@ -10,7 +10,8 @@ pub(crate) use lane::{LaneDriver, Message};
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use corelane_runtime::{Assist, Lane, LaneTask, LocalLane};
 
@@ -22,7 +23,7 @@ use crate::peer::{Loaded, Peer, PeerShared, PeerTable};
 use crate::plan::{LocalBlocks, LocalList, Operation, PlanBuilder, RemoteBlocks, RemoteList};
 use crate::session::handshake::Identity;
 use crate::stats::{Counters, EngineStats, PeerStats, Totals};
-use crate::sync::{Ticket, deadline};
+use crate::sync::{Patience, Ticket, deadline, sleep_until_woken};
 use crate::sys;
 use crate::transfer::Plan;
 use crate::wire::{Access, MemoryKind, Metadata, RegionDescriptor, RegionKey};
@@ -431,6 +432,50 @@ impl Engine {
         Ok(count)
     }
 
+    /// Resolves when there is a notification to take. Any number of tasks may wait, on lanes or
+    /// elsewhere; all are woken and may find that another was faster.
+    ///
+    /// # Errors
+    /// As for [`notifications`](Self::notifications).
+    pub async fn notified(&self) -> Result<()> {
+        std::future::poll_fn(|context| {
+            if !self.shared.notifications.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if let Err(error) = self.shared.check() {
+                return Poll::Ready(Err(error));
+            }
+            if self.shared.notifications.register(context.waker()) {
+                return Poll::Pending;
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    /// Takes all notifications; while there are none, waits for the first: polls for a millisecond
+    /// and then sleeps. Empty after `timeout`.
+    ///
+    /// # Errors
+    /// As for [`notifications`](Self::notifications).
+    pub fn wait_notifications(&self, timeout: Duration) -> Result<Vec<Notification>> {
+        let shared = &self.shared;
+        shared.check_may_wait("wait_notifications")?;
+        let deadline = deadline(timeout);
+        let patience = Patience::new();
+        loop {
+            let all = self.notifications()?;
+            let now = Instant::now();
+            if !all.is_empty() || now >= deadline {
+                return Ok(all);
+            }
+            if patience.is_over(now) {
+                shared.lanes().iter().for_each(Lane::wake);
+                sleep_until_woken(deadline - now, |waker| shared.notifications.register(waker));
+            }
+        }
+    }
+
     /// Runs a task on the lane that owns `peer`: no thread is crossed on the way to its sockets.
     /// Transfers are posted as anywhere else and awaited with
     /// [`Transfer::completed`](crate::Transfer::completed).
@@ -506,6 +551,7 @@ fn shutdown(shared: &EngineShared) -> Result<()> {
     }
     // A lane leaves its peers for `linger`; the rest is for its thread to wind down.
     let deadline = shared.config.linger + Duration::from_secs(2);
+    shared.notifications.wake_all();
     let lanes = shared.lanes();
     for lane in lanes {
         // Lanes that are dead already need no telling.

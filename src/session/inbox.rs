@@ -1,12 +1,14 @@
 //! Notifications from a peer: put together, de-duplicated, held behind their data, delivered.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::outbox::{Bound, WINDOW_BYTES, WINDOW_COUNT};
 use crate::config::MAX_NOTIFICATION_BYTES;
 
 /// Transfers with a bound notification that may be under way from one peer at a time.
 const MAX_COUNTED: usize = 1 << 17;
+/// Abandoned transfers that are remembered: more than can have requests on the way at a time.
+const MAX_ABANDONED: usize = 4096;
 /// Bytes of notifications that may wait for their data. A sender keeps larger ones than
 /// [`MAX_IN_BAND`](super::outbox::MAX_IN_BAND) to itself until their transfer has ended.
 const MAX_HELD_BYTES: usize = 64 << 20;
@@ -63,6 +65,9 @@ pub(crate) struct Inbox {
     /// Acknowledged so far.
     told: u64,
     counted: HashMap<u64, Count>,
+    /// Transfers that were abandoned last: pieces of theirs may still arrive on other links.
+    abandoned: HashSet<u64>,
+    abandoned_order: VecDeque<u64>,
 }
 
 impl Inbox {
@@ -159,6 +164,9 @@ impl Inbox {
 
     /// A piece of a counted WRITE has landed, or was refused.
     pub(crate) fn piece(&mut self, transfer: u64, ok: bool) -> Result<(), InboxError> {
+        if !self.abandoned.is_empty() && self.abandoned.contains(&transfer) {
+            return Ok(());
+        }
         let count = self.count(transfer)?;
         count.failed |= !ok;
         count.arrived += u32::from(ok);
@@ -187,6 +195,14 @@ impl Inbox {
     /// The transfer has ended without its notification.
     pub(crate) fn abandon(&mut self, transfer: u64) {
         self.forget(transfer);
+        if self.abandoned.insert(transfer) {
+            self.abandoned_order.push_back(transfer);
+        }
+        if self.abandoned_order.len() > MAX_ABANDONED
+            && let Some(oldest) = self.abandoned_order.pop_front()
+        {
+            self.abandoned.remove(&oldest);
+        }
     }
 
     /// Hands over what is ready, as far as `deliver` takes it.
@@ -207,6 +223,12 @@ impl Inbox {
                 }
             }
         }
+    }
+
+    /// Transfers whose pieces are being counted.
+    #[cfg(test)]
+    pub(crate) fn counts(&self) -> usize {
+        self.counted.len()
     }
 
     pub(crate) fn is_backlogged(&self) -> bool {
@@ -234,6 +256,8 @@ impl Inbox {
     pub(crate) fn rewind(&mut self) {
         self.partial.clear();
         self.counted.clear();
+        self.abandoned.clear();
+        self.abandoned_order.clear();
         self.held_bytes = 0;
         for (seq, _) in &mut self.ready {
             *seq = None;
@@ -334,6 +358,19 @@ mod tests {
     }
 
     #[test]
+    fn pieces_of_an_abandoned_transfer_leave_nothing_behind() {
+        let mut inbox = Inbox::default();
+        for transfer in 0..3 * MAX_ABANDONED as u64 {
+            inbox.piece(transfer, true).unwrap();
+            inbox.abandon(transfer);
+            inbox.piece(transfer, true).unwrap();
+            assert!(inbox.counted.is_empty());
+        }
+        assert_eq!(inbox.abandoned.len(), MAX_ABANDONED);
+        assert_eq!(inbox.abandoned_order.len(), MAX_ABANDONED);
+    }
+
+    #[test]
     fn what_the_application_has_no_room_for_is_not_acknowledged() {
         let mut inbox = Inbox::default();
         for seq in 0..3 {
@@ -367,7 +404,7 @@ mod tests {
     fn bound_ones_that_nobody_takes_stop_the_sender() {
         let mut inbox = Inbox::default();
         let mut acknowledged = 0;
-        for seq in 0..2 * WINDOW_COUNT as u64 {
+        for seq in 0..3 * WINDOW_COUNT as u64 {
             let bound = Some(Bound { transfer: seq, pieces: 1 });
             if inbox.check(&whole(seq, 1)).is_err() || seq >= acknowledged + WINDOW_COUNT as u64 {
                 assert!(acknowledged <= WINDOW_COUNT as u64 + 2, "{acknowledged}");

@@ -82,10 +82,6 @@ impl Outbox {
         self.queue.is_empty()
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.queue.len()
-    }
-
     /// The next frame, if the window has room for it.
     pub(crate) fn next_fragment(&mut self) -> Option<Fragment> {
         let next = self.queue.get_mut(self.sent)?;

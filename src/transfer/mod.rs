@@ -12,12 +12,7 @@ use crate::config::MAX_NOTIFICATION_BYTES;
 use crate::engine::{EngineShared, Message};
 use crate::error::{Error, Result};
 use crate::plan::{Class, Operation, PlanInner};
-use crate::sync::{Slot, SlotState, deadline, park};
-
-/// A caller that waits polls at least this long before it sleeps.
-const POLL_BEFORE_SLEEP: Duration = Duration::from_millis(1);
-/// A sleeping caller looks again after this long, whatever happened to its wake-up.
-const SLEEP: Duration = Duration::from_millis(100);
+use crate::sync::{Patience, Slot, SlotState, deadline, sleep_until_woken};
 
 /// What caller and lane share of one transfer.
 #[derive(Debug)]
@@ -39,7 +34,7 @@ impl TransferShared {
         }
     }
 
-    fn notification(&self) -> impl std::ops::DerefMut<Target = Option<Arc<[u8]>>> + '_ {
+    pub(crate) fn notification(&self) -> impl std::ops::DerefMut<Target = Option<Arc<[u8]>>> + '_ {
         self.notification.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -249,7 +244,7 @@ impl Transfer {
         let deadline = deadline(timeout);
         let lane = self.engine.lane(self.shared.plan.peer.lane)?;
         self.engine.check_may_wait("wait")?;
-        let mut progress = Instant::now();
+        let mut patience = Patience::new();
         loop {
             match self.describe(self.shared.slot.state()) {
                 Status::Idle | Status::Done => return Ok(()),
@@ -263,10 +258,10 @@ impl Transfer {
                 return Err(Error::Timeout { what: "a transfer", peer, after: timeout });
             }
             if worked {
-                progress = now;
-            } else if now - progress > POLL_BEFORE_SLEEP {
+                patience.renew(now);
+            } else if patience.is_over(now) {
                 lane.wake();
-                park(&self.shared.slot, SLEEP.min(deadline - now));
+                sleep_until_woken(deadline - now, |waker| self.shared.slot.register(waker));
             }
         }
     }

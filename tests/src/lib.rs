@@ -1,1 +1,50 @@
-//! tests
+//! What the end-to-end tests of corelane share.
+//!
+//! A test is one process with engines of its own; others are [`PeerProcess`]es, driven line by line. All that the tests
+//! know of corelane is its public API and the bytes that it publishes (metadata, descriptors, the listening port).
+//! Nothing here asserts a time: whatever is waited for may take [`BOUND`].
+
+mod allocations;
+mod buffer;
+mod forge;
+mod peer_process;
+mod process;
+mod proxy;
+mod random;
+mod script;
+mod settings;
+mod slots;
+mod wait;
+
+pub use allocations::{CountingAllocator, exempt_this_thread};
+pub use buffer::{Buffer, POISON, pattern};
+pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
+pub use peer_process::{PeerProcess, Target, from_hex, to_hex};
+pub use process::{
+    allowed_cores, listening_ports, mappings, open_files, pin_process, resident_bytes, threads,
+};
+pub use proxy::{Passing, Proxy};
+pub use random::Random;
+pub use script::{exchange, run_script};
+pub use settings::{apply, local_config};
+pub use slots::{Slots, block_holds, fill_block, watch};
+pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
+
+/// Starts the second process of a test.
+#[macro_export]
+macro_rules! peer_process {
+    () => {
+        $crate::PeerProcess::start(env!("CARGO_BIN_EXE_corelane-test-peer"))
+    };
+}
+
+/// Starts a second process with one engine and one region that holds pattern 1: `(name, bytes, access, settings)`.
+#[macro_export]
+macro_rules! target {
+    ($name:expr, $len:expr, $access:expr, $settings:expr) => {
+        $crate::Target::start($crate::peer_process!(), $name, $len, $access, $settings)
+    };
+    ($name:expr, $len:expr) => {
+        $crate::target!($name, $len, "read-write", "")
+    };
+}

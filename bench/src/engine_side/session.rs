@@ -1,6 +1,7 @@
 //! The initiator's engine during one run.
 
 use std::net::IpAddr;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -17,6 +18,8 @@ use crate::sabotage::Sabotaged;
 use crate::units::from_hex;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longer than any pass with the waits inside of it, shorter than the coordinator's patience.
+const PASS_LIMIT: Duration = Duration::from_secs(100);
 
 /// An engine that is connected to the target, with a transfer prepared for every slot.
 pub(crate) struct EngineSession {
@@ -62,7 +65,8 @@ impl EngineSession {
             Ok(engine.prepare(direction, &peer, &local, &there)?.transfer())
         };
         let mut transfers = Vec::with_capacity(layout.slots.len() + 1);
-        for slot in &layout.slots {
+        // Notifications alone have slots without blocks: there is nothing to prepare.
+        for slot in layout.slots.iter().filter(|slot| !slot.local.is_empty()) {
             transfers.push(prepare(slot, layout.block_bytes)?);
         }
         transfers.push(prepare(&Slot { local: vec![0], remote: vec![0] }, WARM_LEN)?);
@@ -91,14 +95,20 @@ impl EngineSession {
             }
             App::Lane => {
                 let (engine, peer) = (handles.engine.clone(), handles.peer.clone());
-                let task = engine.spawn_on(&peer, move |local| async move {
+                let (sender, receiver) = mpsc::channel();
+                // The task's own handle can only be waited for without a limit; the channel bounds the wait.
+                drop(engine.spawn_on(&peer, move |local| async move {
                     let mut initiator = EngineInitiator::new(handles, Place::Lane(local));
-                    let outcome = drive(&mut initiator, &pass, &mut recorder, sabotage).await?;
-                    anyhow::Ok((outcome, recorder))
-                })?;
-                // Bounded: every wait inside of a pass is.
-                task.wait()
-                    .map_err(|error| anyhow!("the application's task on the lane: {error}"))?
+                    let outcome = drive(&mut initiator, &pass, &mut recorder, sabotage).await;
+                    // Gone only if the limit below has passed.
+                    let _ = sender.send(outcome.map(|outcome| (outcome, recorder)));
+                })?);
+                receiver.recv_timeout(PASS_LIMIT).map_err(|cause| {
+                    anyhow!(
+                        "the application's task on the lane: {cause} (limit {} s)",
+                        PASS_LIMIT.as_secs()
+                    )
+                })?
             }
         }
     }

@@ -3,11 +3,12 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use corelane::{Access, Engine, Peer, Region, Task};
+use anyhow::{Context as _, Result, ensure};
+use corelane::{Access, Engine, Peer, Region};
 
 use super::start_engine;
 use crate::answering::Ledger;
@@ -21,6 +22,8 @@ use crate::units::to_hex;
 
 /// How often the application looks whether a pass has begun.
 const PAUSE: Duration = Duration::from_micros(200);
+/// How long it may take to end.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// An engine whose memory the initiator reads and writes.
 pub(crate) struct EngineTarget {
@@ -40,7 +43,8 @@ struct Application {
 
 enum Runs {
     Thread(JoinHandle<()>),
-    Lane(Task<()>),
+    /// Ends (by disconnecting) with the task.
+    Lane(Receiver<()>),
 }
 
 impl EngineTarget {
@@ -95,18 +99,29 @@ impl EngineTarget {
         };
         let runs = match spec.app {
             App::Thread => {
+                let ledger = self.ledger.clone();
                 let body = move || {
                     let pause = async || std::thread::sleep(PAUSE);
-                    let _ = complete_now(async { Ok(answering.run(pause, async || {}).await) });
+                    let application = async {
+                        answering.run(pause, async || {}).await;
+                        Ok(())
+                    };
+                    if let Err(error) = complete_now(application) {
+                        ledger.fail(format!("{error:#}"));
+                    }
                 };
                 let thread = std::thread::Builder::new().name("target-app".to_owned()).spawn(body);
                 Runs::Thread(thread.context("starting the target's application")?)
             }
-            App::Lane => Runs::Lane(self.engine.spawn_on(&peer, move |local| async move {
-                answering
-                    .run(async || local.sleep(PAUSE).await, async || local.yield_now().await)
-                    .await;
-            })?),
+            App::Lane => {
+                let (running, ended) = mpsc::channel();
+                drop(self.engine.spawn_on(&peer, move |local| async move {
+                    let _running = running;
+                    let pause = async || local.sleep(PAUSE).await;
+                    answering.run(pause, async || local.yield_now().await).await;
+                })?);
+                Runs::Lane(ended)
+            }
         };
         self.application = Some(Application { stop, runs });
         Ok(())
@@ -114,27 +129,37 @@ impl EngineTarget {
 
     /// Ends the application, takes the memory back and stops the engine.
     pub(crate) fn close(&mut self) -> Result<()> {
-        self.stop_application();
+        let stopped = self.stop_application();
         let deregistered = self.engine.deregister(&self.region);
         self.engine.shutdown().context("stopping the target's engine")?;
+        stopped?;
         deregistered.context("deregistering the target's memory")
     }
 
-    fn stop_application(&mut self) {
-        let Some(Application { stop, runs }) = self.application.take() else { return };
+    fn stop_application(&mut self) -> Result<()> {
+        let Some(Application { stop, runs }) = self.application.take() else { return Ok(()) };
         stop.store(true, Ordering::Release);
-        // The application books its own failures; how its thread or task ended says nothing more.
         match runs {
+            // The application books its own failures; how its thread ended says nothing more.
             Runs::Thread(thread) => drop(thread.join()),
-            Runs::Lane(task) => drop(task.wait()),
+            Runs::Lane(ended) => {
+                let stuck = ended.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout);
+                ensure!(
+                    !stuck,
+                    "the target's application on the lane does not end: its lane is stuck"
+                );
+            }
         }
+        Ok(())
     }
 }
 
 impl Drop for EngineTarget {
     fn drop(&mut self) {
-        // The thread holds handles of the engine: it would go on polling for nobody.
-        self.stop_application();
+        // The application holds handles of the engine: it would go on polling for nobody.
+        if let Err(error) = self.stop_application() {
+            tracing::error!("{error:#}");
+        }
     }
 }
 

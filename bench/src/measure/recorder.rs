@@ -14,11 +14,8 @@ pub(crate) type Points = Vec<(u64, u64)>;
 
 /// An empty histogram of the range and precision that all series share.
 pub(crate) fn histogram() -> Histogram<u64> {
-    // The three constants are within the documented bounds, so only a broken library could refuse them; an
-    // auto-resizing histogram of the same precision then does the same job.
     Histogram::new_with_bounds(1, MAX_NS, DIGITS)
-        .or_else(|_| Histogram::new(DIGITS))
-        .expect("3 digits is a valid precision")
+        .expect("constants within the documented bounds: at least 1, at most 5 digits")
 }
 
 /// Non-empty buckets of a histogram.

@@ -59,46 +59,23 @@ impl RawInitiator {
         Ok(Self { stream, arena, operation, slots, in_flight, have: 0, ack: [0; ACK_LEN] })
     }
 
-    fn request(&self, kind: Kind, place: Place, notification_len: usize) -> Result<()> {
-        let request = Request {
-            kind,
-            offset: place.remote,
-            len: place.len as u64,
-            notification_len: notification_len as u64,
-        };
-        send_all(&self.stream, &request.encode())
-    }
-
-    fn send_block(&self, place: Place) -> Result<()> {
-        self.arena.with_block(place.local, place.len, |block| send_all(&self.stream, block))
+    fn request(kind: Kind, place: Place, notification_len: usize) -> [u8; REQUEST_LEN] {
+        let notification_len = notification_len as u64;
+        Request { kind, offset: place.remote, len: place.len as u64, notification_len }.encode()
     }
 }
 
 impl Initiator for RawInitiator {
     fn post(&mut self, slot: usize) -> Result<()> {
         let place = self.slots[slot];
+        let stream = &self.stream;
         match self.operation {
-            Operation::Read => self.request(Kind::Read, place, 0)?,
+            Operation::Read => send_all(stream, [&Self::request(Kind::Read, place, 0)])?,
             _ => {
-                // One message where it is small, as an engine would send it; large payloads are not copied.
-                let header = Request {
-                    kind: Kind::Write,
-                    offset: place.remote,
-                    len: place.len as u64,
-                    notification_len: 0,
-                };
-                if place.len <= 1024 {
-                    let mut message = [0; REQUEST_LEN + 1024];
-                    message[..REQUEST_LEN].copy_from_slice(&header.encode());
-                    let message = &mut message[..REQUEST_LEN + place.len];
-                    let payload = &mut message[REQUEST_LEN..];
-                    self.arena
-                        .with_block(place.local, place.len, |block| payload.copy_from_slice(block));
-                    send_all(&self.stream, message)?;
-                } else {
-                    self.request(Kind::Write, place, 0)?;
-                    self.send_block(place)?;
-                }
+                let header = Self::request(Kind::Write, place, 0);
+                self.arena.with_block(place.local, place.len, |block| {
+                    send_all(stream, [&header, block])
+                })?;
             }
         }
         self.in_flight.push_back(slot);
@@ -107,10 +84,11 @@ impl Initiator for RawInitiator {
 
     fn post_with_notification(&mut self, slot: usize, payload: &[u8]) -> Result<()> {
         ensure!(payload.len() <= MAX_NOTIFICATION, "notification too long for the baseline");
-        let place = self.slots[slot];
-        self.request(Kind::WriteNotify, place, payload.len())?;
-        self.send_block(place)?;
-        send_all(&self.stream, payload)?;
+        let (place, stream) = (self.slots[slot], &self.stream);
+        let header = Self::request(Kind::WriteNotify, place, payload.len());
+        self.arena.with_block(place.local, place.len, |block| {
+            send_all(stream, [&header, block, payload])
+        })?;
         self.in_flight.push_back(slot);
         Ok(())
     }
@@ -162,16 +140,9 @@ impl Initiator for RawInitiator {
 
     fn notify(&mut self, payload: &[u8]) -> Result<()> {
         ensure!(payload.len() <= MAX_NOTIFICATION, "notification too long for the baseline");
-        let mut message = Vec::with_capacity(REQUEST_LEN + payload.len());
-        let header = Request {
-            kind: Kind::Notify,
-            offset: 0,
-            len: 0,
-            notification_len: payload.len() as u64,
-        };
-        message.extend_from_slice(&header.encode());
-        message.extend_from_slice(payload);
-        send_all(&self.stream, &message)
+        let nowhere = Place { local: 0, remote: 0, len: 0 };
+        let header = Self::request(Kind::Notify, nowhere, payload.len());
+        send_all(&self.stream, [&header, payload])
     }
 
     async fn answer(&mut self) -> Result<u64> {

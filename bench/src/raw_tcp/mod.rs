@@ -10,12 +10,13 @@ mod target;
 pub(crate) use initiator::RawInitiator;
 pub(crate) use target::RawTarget;
 
+use std::io::IoSlice;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd as _;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv, sendmsg};
 
 use crate::case::MAX_NOTIFICATION;
 use crate::clock::now_ns;
@@ -107,11 +108,15 @@ fn receive(stream: &TcpStream, into: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// Sends everything, waiting in the kernel while the socket's buffer is full.
-fn send_all(stream: &TcpStream, mut bytes: &[u8]) -> Result<()> {
-    while !bytes.is_empty() {
-        match send(stream.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
-            Ok(len) => bytes = &bytes[len..],
+/// Sends all `parts` as one message, waiting in the kernel while the socket's buffer is full.
+///
+/// One system call for header and payload: two would leave in two segments and wake the receiver twice.
+fn send_all<const N: usize>(stream: &TcpStream, parts: [&[u8]; N]) -> Result<()> {
+    let mut slices = parts.map(IoSlice::new);
+    let mut left = slices.as_mut_slice();
+    while !left.is_empty() {
+        match sendmsg::<()>(stream.as_raw_fd(), left, &[], MsgFlags::MSG_NOSIGNAL, None) {
+            Ok(len) => IoSlice::advance_slices(&mut left, len),
             Err(Errno::EINTR) => {}
             // The socket has a send timeout, so that a stopped peer ends the run.
             Err(Errno::EAGAIN) => bail!("the raw TCP pair took no data for 30 s"),

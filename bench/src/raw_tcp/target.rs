@@ -121,10 +121,10 @@ fn serve(listener: &TcpListener, arena: &Arena, stop: &AtomicBool, ledger: &Ledg
             "{len} bytes at {offset} lie outside of the target's memory"
         );
         match request.kind {
-            Kind::Read => arena.with_block(offset, len, |block| send_all(&stream, block))?,
+            Kind::Read => arena.with_block(offset, len, |block| send_all(&stream, [block]))?,
             Kind::Write => {
                 arena.with_block(offset, len, |block| receive(&stream, block))?;
-                send_all(&stream, &[0; ACK_LEN])?;
+                send_all(&stream, [&[0; ACK_LEN]])?;
             }
             Kind::Notify | Kind::WriteNotify => {
                 if request.kind == Kind::WriteNotify {
@@ -137,7 +137,7 @@ fn serve(listener: &TcpListener, arena: &Arena, stop: &AtomicBool, ledger: &Ledg
                     bail!("a notification without a stamp")
                 };
                 let intact = ledger.data_is_there(arena, &stamp);
-                send_all(&stream, &payload[..Stamp::LEN])?;
+                send_all(&stream, [&payload[..Stamp::LEN]])?;
                 ledger.arrived(&stamp, arrived, intact);
             }
         }

@@ -139,6 +139,7 @@ pub(crate) struct Round {
     pub(crate) operations: u64,
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
+    pub(crate) operations_per_s: Option<f64>,
 }
 
 /// A series against the same series of the baseline.
@@ -152,6 +153,8 @@ pub(crate) struct Comparison {
     pub(crate) p50_ratio: Spread,
     /// Of the per-round ratios p99 / p99.
     pub(crate) p99_ratio: Spread,
+    /// Of the per-round ratios of operations per second; above 1 is faster than the baseline.
+    pub(crate) rate_ratio: Option<Spread>,
 }
 
 /// Median and range of the per-round ratios.
@@ -208,7 +211,12 @@ pub(crate) mod tests {
             gigabytes_per_s: Some(0.0071),
             operations_per_s: Some(111_000.0),
             cpu_s_per_gib: Some(CpuCost { initiator: 140.0, target: 130.0 }),
-            rounds: vec![Round { operations: 500, p50_us: p50, p99_us: p50 * 2.0 }],
+            rounds: vec![Round {
+                operations: 500,
+                p50_us: p50,
+                p99_us: p50 * 2.0,
+                operations_per_s: Some(111_000.0),
+            }],
             hgrm: format!("{}.{backend}.hgrm", id.replace('/', "-")),
             histogram_ns: vec![(9000, 999), (123_456, 1)],
         }
@@ -249,6 +257,7 @@ pub(crate) mod tests {
                 rounds: 5,
                 p50_ratio: ratio,
                 p99_ratio: ratio,
+                rate_ratio: Some(ratio),
             }],
         }
     }

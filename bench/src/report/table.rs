@@ -46,6 +46,7 @@ pub(crate) fn comparison_table(comparisons: &[Comparison]) -> String {
         "lowest".to_owned(),
         "highest".to_owned(),
         "p99 ratio".to_owned(),
+        "ops/s ratio".to_owned(),
         "rounds".to_owned(),
     ]];
     for row in comparisons {
@@ -56,6 +57,7 @@ pub(crate) fn comparison_table(comparisons: &[Comparison]) -> String {
             ratio(row.p50_ratio.min),
             ratio(row.p50_ratio.max),
             ratio(row.p99_ratio.median),
+            optional(row.rate_ratio.map(|spread| spread.median), ratio),
             row.rounds.to_string(),
         ]);
     }

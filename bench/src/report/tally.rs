@@ -39,14 +39,19 @@ impl Measured {
         Self { all: histogram(), rounds: Vec::new() }
     }
 
-    fn add_round<'a>(&mut self, pairs: impl Iterator<Item = Option<&'a Points>>) -> Result<()> {
+    fn add_round<'a>(
+        &mut self,
+        pairs: impl Iterator<Item = Option<&'a Points>>,
+        operations_per_s: Option<f64>,
+    ) -> Result<()> {
         let mut round = histogram();
         for points in pairs.flatten() {
             restore(&mut round, points)?;
         }
         if !round.is_empty() {
             let Percentiles { p50, p99, .. } = Percentiles::of(&round);
-            self.rounds.push(Round { operations: round.len(), p50_us: p50, p99_us: p99 });
+            let operations = round.len();
+            self.rounds.push(Round { operations, p50_us: p50, p99_us: p99, operations_per_s });
             restore(&mut self.all, &points_of(&round))?;
         }
         Ok(())
@@ -89,9 +94,12 @@ impl Tally {
             self.cpu_initiator_ns += outcome.cpu_initiator_ns;
             self.cpu_target_ns += outcome.cpu_target_ns;
         }
-        self.response.add_round(outcomes.iter().map(|outcome| Some(&outcome.response)))?;
-        self.service.add_round(outcomes.iter().map(|outcome| outcome.service.as_ref()))?;
-        self.one_way.add_round(outcomes.iter().map(|outcome| outcome.one_way.as_ref()))
+        let done: u64 = outcomes.iter().map(|outcome| outcome.operations).sum();
+        let span_ns: u64 = outcomes.iter().map(|outcome| outcome.span_ns).sum();
+        let rate = (span_ns > 0).then(|| done as f64 * 1e9 * self.pairs as f64 / span_ns as f64);
+        self.response.add_round(outcomes.iter().map(|outcome| Some(&outcome.response)), rate)?;
+        self.service.add_round(outcomes.iter().map(|outcome| outcome.service.as_ref()), None)?;
+        self.one_way.add_round(outcomes.iter().map(|outcome| outcome.one_way.as_ref()), None)
     }
 
     /// The rows of this case: one, or two where the target saw something too.
@@ -159,17 +167,19 @@ pub(crate) fn comparisons(series: &[Series], baseline: Backend) -> Vec<Compariso
     let candidates = series.iter().filter(|row| row.backend != baseline);
     let compare = |row: &Series| {
         let base = series.iter().find(|base| base.backend == baseline && base.id == row.id)?;
-        let ratios = |figure: fn(&Round) -> f64| {
+        let ratios = |figure: fn(&Round) -> Option<f64>| {
             let pairs = row.rounds.iter().zip(&base.rounds);
-            Spread::of(pairs.map(|(ours, theirs)| figure(ours) / figure(theirs)).collect())
+            let ratio = |(ours, theirs)| Some(figure(ours)? / figure(theirs)?);
+            Spread::of(pairs.filter_map(ratio).collect())
         };
         Some(Comparison {
             id: row.id.clone(),
             backend: row.backend,
             baseline,
             rounds: row.rounds.len().min(base.rounds.len()),
-            p50_ratio: ratios(|round| round.p50_us)?,
-            p99_ratio: ratios(|round| round.p99_us)?,
+            p50_ratio: ratios(|round| Some(round.p50_us))?,
+            p99_ratio: ratios(|round| Some(round.p99_us))?,
+            rate_ratio: ratios(|round| round.operations_per_s),
         })
     };
     candidates.filter_map(compare).collect()
@@ -247,6 +257,8 @@ mod tests {
         assert!((comparison.p50_ratio.median - 1.1).abs() < 0.01, "{comparison:?}");
         assert!((comparison.p50_ratio.max - 4.0).abs() < 0.01);
         assert_eq!(comparison.rounds, 3);
+        // Both did 100 operations in half a second.
+        assert_eq!(comparison.rate_ratio.map(|ratio| ratio.median), Some(1.0));
     }
 
     #[test]

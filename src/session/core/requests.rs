@@ -53,9 +53,6 @@ pub(super) struct Active {
 /// A request that was sent.
 pub(super) struct Request {
     active: ActiveKey,
-    /// Number of its transfer, and whether the peer counts the piece.
-    number: u64,
-    counted: bool,
     piece: u32,
     len: u64,
     operation: Operation,
@@ -219,21 +216,15 @@ impl Core {
                 if let Some(payload) = active.notification {
                     self.peer.release(1, payload.len());
                 }
-                if active.counted {
-                    self.abandon(active.number);
+                if active.counted && self.session_link().is_some() {
+                    self.control.push_back(Header {
+                        aux: active.number,
+                        ..Header::new(FrameKind::Abandon)
+                    });
                 }
                 env.counters.failed.add(1);
                 active.shared.slot.complete(Err(error));
             }
-        }
-    }
-
-    /// Tells the peer to forget its count of a failed transfer's pieces, once none is under way: one
-    /// that came later would be counted again.
-    fn abandon(&mut self, number: u64) {
-        let quiet = self.requests.iter().all(|(_, request)| request.number != number);
-        if quiet && self.session_link().is_some() {
-            self.control.push_back(Header { aux: number, ..Header::new(FrameKind::Abandon) });
         }
     }
 
@@ -288,8 +279,6 @@ impl Core {
         link.last_use = env.now;
         self.requests.insert(Request {
             active: key,
-            number: active.number,
-            counted: active.counted,
             piece,
             len: header.len,
             operation: active.plan.operation,
@@ -333,8 +322,7 @@ impl Core {
         let (key, link) = (request.active, request.link);
         if self.link(link).is_none() {
             // Its link went down while the frame was on its way: nobody will answer.
-            let request = self.requests.remove((id & u64::from(u32::MAX)) as usize);
-            self.forgotten(&request);
+            self.requests.remove((id & u64::from(u32::MAX)) as usize);
         }
         if let Some(active) = self.active.get_mut(key.slot)
             && active.stamp == key.stamp
@@ -414,7 +402,7 @@ impl Core {
             link.last_use = now;
         }
         if request.orphan {
-            return self.forgotten(&request);
+            return;
         }
         let key = request.active;
         let active = &mut self.active[key.slot];
@@ -424,13 +412,6 @@ impl Core {
         }
         if active.outstanding == 0 && active.next_piece as usize == active.plan.pieces.len() {
             self.finish(key.slot, env);
-        }
-    }
-
-    /// A request of a transfer that has failed is out of the way.
-    fn forgotten(&mut self, request: &Request) {
-        if request.counted && !self.is_active(request.active) {
-            self.abandon(request.number);
         }
     }
 
@@ -460,8 +441,7 @@ impl Core {
                 // Removed by `write_sent`, which the transfer's end waits for.
                 self.requests[slot].orphan = true;
             } else {
-                let request = self.requests.remove(slot);
-                self.forgotten(&request);
+                self.requests.remove(slot);
             }
             if self.is_active(key) {
                 let error = self.peer.gone(reason);

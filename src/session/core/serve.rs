@@ -93,13 +93,18 @@ impl Core {
         Ok(Dest::None)
     }
 
-    fn push_reply(&mut self, link: LinkId, reply: Reply) -> Result<(), ProtocolError> {
-        let Some(link) = self.link(link) else { return Ok(()) };
-        if link.replies.len() >= MAX_OUTSTANDING {
+    /// Asked before a region is counted as used for a request.
+    fn check_room(&mut self, link: LinkId) -> Result<(), ProtocolError> {
+        if self.link(link).is_some_and(|link| link.replies.len() >= MAX_OUTSTANDING) {
             return Err(ProtocolError::Rule("more requests outstanding than allowed"));
         }
-        link.replies.push_back(reply);
         Ok(())
+    }
+
+    fn push_reply(&mut self, link: LinkId, reply: Reply) {
+        if let Some(link) = self.link(link) {
+            link.replies.push_back(reply);
+        }
     }
 
     /// Checks all segments of a request. Either all are admitted, or none.
@@ -154,6 +159,7 @@ impl Core {
         body: &[u8],
         env: &mut Env<'_>,
     ) -> Result<(), ProtocolError> {
+        self.check_room(link)?;
         let reply = match Self::admit(header, body, Access::REMOTE_READ, env)? {
             Ok((segments, uses)) => {
                 env.counters.bytes_served_read.add(header.len);
@@ -163,7 +169,8 @@ impl Core {
             }
             Err(status) => Reply::Status(status_header(header.id, status)),
         };
-        self.push_reply(link, reply)
+        self.push_reply(link, reply);
+        Ok(())
     }
 
     fn on_write(
@@ -173,9 +180,7 @@ impl Core {
         body: &[u8],
         env: &mut Env<'_>,
     ) -> Result<Dest, ProtocolError> {
-        if self.link(link).is_some_and(|link| link.replies.len() >= MAX_OUTSTANDING) {
-            return Err(ProtocolError::Rule("more requests outstanding than allowed"));
-        }
+        self.check_room(link)?;
         let counted = (header.flags & FLAG_COUNTED != 0).then_some(header.aux);
         let mut write = ServedWrite {
             id: header.id,
@@ -264,7 +269,8 @@ impl Core {
             self.inbox.piece(transfer, write.status == ServeStatus::Ok)?;
             self.deliver(env);
         }
-        self.push_reply(link, Reply::Status(status_header(write.id, write.status)))
+        self.push_reply(link, Reply::Status(status_header(write.id, write.status)));
+        Ok(())
     }
 
     /// Hands notifications to the application's queue, and plans their acknowledgement.

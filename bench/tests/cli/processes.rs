@@ -1,14 +1,12 @@
 //! Servers and clients as separate programs, and what becomes of processes when others die.
 
-mod common;
-
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{BACKENDS, Bench, command, run};
+use crate::common::{BACKENDS, Bench, command, run};
 
 /// A server on a port of its own; killed at the end of the test.
 struct Server {

@@ -1,8 +1,6 @@
 //! `corelane-bench loopback` from the outside: two real processes, every backend.
 
-mod common;
-
-use common::{BACKENDS, Bench};
+use crate::common::{BACKENDS, Bench};
 
 #[test]
 fn every_scenario_is_measured_and_verified() {
@@ -147,8 +145,12 @@ fn an_open_loop_keeps_its_rate_and_reports_both_times() {
             if row["id"].as_str().is_some_and(|id| id.ends_with("one-way")) {
                 continue;
             }
+            // A busy machine may serve late, so only the schedule itself can be relied on: never faster than asked,
+            // and everything that was due is accounted for.
             let rate = row["operations_per_s"].as_f64().expect("a rate");
-            assert!((250.0..700.0).contains(&rate), "{backend}: asked for 500, got {rate}");
+            assert!(rate < 700.0, "{backend}: asked for 500, got {rate}");
+            let count = |name: &str| row[name].as_u64().expect("a count");
+            assert!(count("operations") + count("unserved_operations") >= 100, "{row}");
             let (response, service) = (&row["latency_us"]["mean"], &row["service_us"]["mean"]);
             assert!(response.as_f64() >= service.as_f64(), "{row}");
         }

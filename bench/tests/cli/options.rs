@@ -1,8 +1,6 @@
 //! Options that cannot be met: one line, exit code 2, nothing started.
 
-mod common;
-
-use common::{Bench, command, run};
+use crate::common::{Bench, command, run};
 
 #[test]
 fn bad_options_are_one_line_and_exit_code_2() {

@@ -4,33 +4,33 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// The backends under test. Everything must hold for both: the baseline is measured by the same harness.
-pub const BACKENDS: [&str; 1] = ["raw-tcp"];
+pub(crate) const BACKENDS: [&str; 2] = ["raw-tcp", "corelane"];
 
 /// A fresh directory and the command that writes its results there.
-pub struct Bench {
+pub(crate) struct Bench {
     /// Where results go; removed at the end.
-    pub directory: tempfile::TempDir,
+    pub(crate) directory: tempfile::TempDir,
 }
 
 /// What a run printed and how it ended.
-pub struct Ran {
+pub(crate) struct Ran {
     /// Exit code.
-    pub code: i32,
+    pub(crate) code: i32,
     /// Standard output.
-    pub stdout: String,
+    pub(crate) stdout: String,
     /// Standard error.
-    pub stderr: String,
+    pub(crate) stderr: String,
 }
 
 /// The binary with its arguments, split at white space.
-pub fn command(arguments: &str) -> Command {
+pub(crate) fn command(arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_corelane-bench"));
     command.args(arguments.split_whitespace()).env_remove("RUST_LOG");
     command
 }
 
 /// Runs a command to its end.
-pub fn run(command: &mut Command) -> Ran {
+pub(crate) fn run(command: &mut Command) -> Ran {
     let Output { status, stdout, stderr } = command.output().expect("the binary starts");
     let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
     Ran { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) }
@@ -38,17 +38,17 @@ pub fn run(command: &mut Command) -> Ran {
 
 impl Bench {
     /// A fresh directory.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { directory: tempfile::tempdir().expect("a directory") }
     }
 
     /// Runs a subcommand, which writes into this directory.
-    pub fn run(&self, arguments: &str) -> Ran {
+    pub(crate) fn run(&self, arguments: &str) -> Ran {
         run(command(arguments).arg("--out-dir").arg(self.directory.path()))
     }
 
     /// Runs a subcommand that must succeed, and returns its results.json.
-    pub fn results(&self, arguments: &str) -> (Ran, serde_json::Value) {
+    pub(crate) fn results(&self, arguments: &str) -> (Ran, serde_json::Value) {
         let ran = self.run(arguments);
         assert_eq!(ran.code, 0, "{arguments}:\n{}\n{}", ran.stdout, ran.stderr);
         let json = std::fs::read(self.directory.path().join("results.json")).expect("results.json");
@@ -56,7 +56,7 @@ impl Bench {
     }
 
     /// Names of the files in the directory, sorted.
-    pub fn files(&self) -> Vec<String> {
+    pub(crate) fn files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.directory.path()).expect("lists");
         let name = |entry: std::io::Result<std::fs::DirEntry>| {
             entry.expect("an entry").file_name().into_string().expect("UTF-8")
@@ -67,7 +67,7 @@ impl Bench {
     }
 
     /// A path in the directory.
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         Path::new(self.directory.path()).join(name)
     }
 }

@@ -1,0 +1,6 @@
+//! End-to-end tests of the binary: real processes, real sockets, both backends.
+
+mod common;
+mod loopback;
+mod options;
+mod processes;

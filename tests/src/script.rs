@@ -1,0 +1,359 @@
+//! The commands of `corelane-test-peer`.
+
+use std::collections::HashMap;
+use std::io::{BufRead, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
+
+use crate::{
+    BOUND, Buffer, apply, end_of, exempt_this_thread, from_hex, kind, local_config, outcome,
+    pin_process, to_hex, watch,
+};
+
+type Answer = Result<String, String>;
+
+fn told(error: Error) -> String {
+    format!("{} {error}", kind(&error)).replace('\n', " ")
+}
+
+#[derive(Default)]
+struct Script {
+    engine: Option<Engine>,
+    peers: HashMap<String, Peer>,
+    regions: HashMap<String, (Arc<Buffer>, Region)>,
+    hammers: Vec<(Arc<AtomicBool>, JoinHandle<Answer>)>,
+}
+
+/// Reads commands and answers them until standard input ends. The calling thread's allocations are not counted by
+/// `allocations`, which counts those of the process.
+pub fn run_script(allocations: impl Fn() -> u64) {
+    exempt_this_thread();
+    // SAFETY: prctl with these arguments only sets a flag of this process.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    let mut script = Script::default();
+    let (input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
+    for line in input.lines().map_while(Result::ok) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let answer = match words.first() {
+            Some(&"allocations") => Ok(allocations().to_string()),
+            Some(&"exit") => return,
+            Some(command) => script.run(command, &Words(&words[1..])),
+            None => Err("an empty command".into()),
+        };
+        let line = match answer {
+            Ok(answer) => format!("ok {answer}"),
+            Err(error) => format!("error {error}"),
+        };
+        if writeln!(output, "{line}").and_then(|()| output.flush()).is_err() {
+            return;
+        }
+    }
+}
+
+/// The arguments of a command.
+struct Words<'a>(&'a [&'a str]);
+
+impl Words<'_> {
+    fn text(&self, index: usize) -> Result<&str, String> {
+        self.0.get(index).copied().ok_or(format!("argument {index} is missing"))
+    }
+
+    fn number(&self, index: usize) -> Result<usize, String> {
+        let text = self.text(index)?;
+        text.parse().map_err(|_| format!("`{text}` is no number"))
+    }
+
+    fn bytes(&self, index: usize) -> Result<Vec<u8>, String> {
+        from_hex(self.text(index)?).ok_or_else(|| format!("argument {index} is not hexadecimal"))
+    }
+
+    fn descriptor(&self, index: usize) -> Result<RegionDescriptor, String> {
+        RegionDescriptor::from_bytes(&self.bytes(index)?).map_err(told)
+    }
+}
+
+impl Script {
+    fn run(&mut self, command: &str, words: &Words<'_>) -> Answer {
+        match command {
+            // NAME [SETTING...]
+            "engine" => self.start_engine(words),
+            // ID LEN ACCESS
+            "region" => self.add_region(words),
+            // ID SEED OFFSET LEN AT
+            "fill" => {
+                let memory = self.memory(words.text(0)?)?;
+                let (seed, at) = (words.number(1)? as u64, words.number(4)? as u64);
+                memory.fill(seed, words.number(2)?, words.number(3)?, at);
+                Ok(String::new())
+            }
+            // ID SEED OFFSET LEN AT
+            "check" => {
+                let memory = self.memory(words.text(0)?)?;
+                let (seed, at) = (words.number(1)? as u64, words.number(4)? as u64);
+                memory.check(seed, words.number(2)?, words.number(3)?, at).map(|()| String::new())
+            }
+            // ID OFFSET LEN
+            "poison" => {
+                self.memory(words.text(0)?)?.poison(words.number(1)?, words.number(2)?);
+                Ok(String::new())
+            }
+            "check-poison" => {
+                let memory = self.memory(words.text(0)?)?;
+                memory.check_poison(words.number(1)?, words.number(2)?).map(|()| String::new())
+            }
+            // ID OFFSET LEN FILE
+            "dump" => {
+                let memory = self.memory(words.text(0)?)?;
+                let bytes = memory.snapshot(words.number(1)?, words.number(2)?);
+                std::fs::write(words.text(3)?, bytes)
+                    .map(|()| String::new())
+                    .map_err(|error| error.to_string())
+            }
+            // ID
+            "deregister" => {
+                let (_, region) = self.regions.get(words.text(0)?).ok_or("no such region")?;
+                self.engine()?.deregister(region).map_err(told).map(|()| String::new())
+            }
+            "unmap" => {
+                self.memory(words.text(0)?)?.unmap();
+                Ok(String::new())
+            }
+            // METADATA
+            "load" => {
+                let peer = self.engine()?.load_peer(&words.bytes(0)?).map_err(told)?;
+                let name = peer.name().to_owned();
+                self.peers.insert(name.clone(), peer);
+                Ok(name)
+            }
+            // NAME
+            "connect" => self.peer(words)?.connect(BOUND).map_err(told).map(|()| String::new()),
+            "disconnect" => {
+                self.peer(words)?.disconnect().map_err(told).map(|dropped| dropped.to_string())
+            }
+            // NAME BYTES
+            "notify" => {
+                let payload = words.bytes(1).unwrap_or_default();
+                self.peer(words)?.notify(&payload).map_err(told).map(|()| String::new())
+            }
+            // NAME COUNT
+            "flood" => flood(self.peer(words)?, words.number(1)?),
+            "exchange" => exchange(self.engine()?, self.peer(words)?, words.number(1)?)
+                .map(|()| String::new()),
+            // COUNT
+            "take" => self.take(words.number(0)?),
+            "take-flood" => take_flood(self.engine()?, words.number(0)?),
+            // PEER LOCAL OFFSET DESCRIPTOR OFFSET LEN [NOTIFICATION]
+            "read" => self.transfer(Operation::Read, words),
+            "write" => self.transfer(Operation::Write, words),
+            // PEER LOCAL DESCRIPTOR
+            "hammer-reads" => self.hammer(Operation::Read, words),
+            "hammer-writes" => self.hammer(Operation::Write, words),
+            "stop-hammers" => self.stop_hammers(),
+            // LOCAL BLOCK_BYTES COUNT PEER
+            "watch" => self.watch(words),
+            // CORE
+            "pin" => {
+                pin_process(words.number(0)?);
+                Ok(String::new())
+            }
+            "shutdown" => self.engine()?.shutdown().map_err(told).map(|()| String::new()),
+            "served" => Ok(self.engine()?.stats().totals.requests_served.to_string()),
+            "refused" => Ok(self.engine()?.stats().totals.requests_refused.to_string()),
+            "received" => Ok(self.engine()?.stats().notifications_received.to_string()),
+            other => Err(format!("unknown command `{other}`")),
+        }
+    }
+
+    fn engine(&self) -> Result<&Engine, String> {
+        self.engine.as_ref().ok_or("no engine yet".into())
+    }
+
+    fn peer(&self, words: &Words<'_>) -> Result<&Peer, String> {
+        self.peers.get(words.text(0)?).ok_or("no such peer".into())
+    }
+
+    fn memory(&self, id: &str) -> Result<Arc<Buffer>, String> {
+        self.regions.get(id).map(|(memory, _)| memory.clone()).ok_or(format!("no region `{id}`"))
+    }
+
+    fn start_engine(&mut self, words: &Words<'_>) -> Answer {
+        let mut config = local_config();
+        apply(&mut config, &words.0[1..].join(" "))?;
+        let engine = Engine::new(words.text(0)?, config).map_err(told)?;
+        let metadata = to_hex(&engine.metadata());
+        self.engine = Some(engine);
+        Ok(metadata)
+    }
+
+    fn add_region(&mut self, words: &Words<'_>) -> Answer {
+        let access = match words.text(2)? {
+            "local" => Access::LOCAL,
+            "read" => Access::REMOTE_READ,
+            "write" => Access::REMOTE_WRITE,
+            "read-write" => Access::READ_WRITE,
+            other => return Err(format!("unknown access `{other}`")),
+        };
+        let memory = Arc::new(Buffer::new(words.number(1)?));
+        let region = memory.register(self.engine()?, access);
+        let descriptor = to_hex(&region.descriptor().to_bytes());
+        self.regions.insert(words.text(0)?.to_owned(), (memory, region));
+        Ok(descriptor)
+    }
+
+    fn take(&self, count: usize) -> Answer {
+        let mut all = Vec::new();
+        let deadline = Instant::now() + BOUND;
+        while all.len() < count {
+            if Instant::now() > deadline {
+                return Err(format!("{} of {count} notifications: {all:?}", all.len()));
+            }
+            let taken = self.engine()?.take_notifications(|n| {
+                all.push(format!("{}:{}", n.from, to_hex(&n.payload)));
+            });
+            if taken.map_err(told)? == 0 {
+                std::thread::yield_now();
+            }
+        }
+        Ok(all.join(" "))
+    }
+
+    fn transfer(&self, operation: Operation, words: &Words<'_>) -> Answer {
+        let local = self.memory(words.text(1)?)?.segment(words.number(2)?, words.number(5)?);
+        let descriptor = words.descriptor(3)?;
+        let remote = descriptor.segment(words.number(4)? as u64, local.len);
+        let plan = self
+            .engine()?
+            .prepare(operation, self.peer(words)?, &[local], &[remote])
+            .map_err(told)?;
+        let transfer = plan.transfer();
+        match words.bytes(6) {
+            Ok(payload) => transfer.post_with_notification(&payload),
+            Err(_) => transfer.post(),
+        }
+        .map_err(told)?;
+        outcome(&transfer).map_err(told).map(|()| String::new())
+    }
+
+    fn hammer(&mut self, operation: Operation, words: &Words<'_>) -> Answer {
+        let memory = self.memory(words.text(1)?)?;
+        let descriptor = words.descriptor(2)?;
+        let plan = self
+            .engine()?
+            .prepare(
+                operation,
+                self.peer(words)?,
+                &[memory.segment(0, memory.len())],
+                &[descriptor.segment(0, memory.len() as u64)],
+            )
+            .map_err(told)?;
+        let go_on = Arc::new(AtomicBool::new(true));
+        let (asked, transfer) = (go_on.clone(), plan.transfer());
+        let thread = std::thread::spawn(move || {
+            let mut count = 0;
+            while asked.load(Ordering::Relaxed) {
+                end_of(&transfer).map_err(|error| format!("{count} {}", told(error)))?;
+                count += 1;
+            }
+            Ok(count.to_string())
+        });
+        self.hammers.push((go_on, thread));
+        Ok(String::new())
+    }
+
+    /// The counts of the transfers that were done; the error of the first hammer that met one.
+    fn stop_hammers(&mut self) -> Answer {
+        let mut counts = Vec::new();
+        for (go_on, thread) in self.hammers.drain(..) {
+            go_on.store(false, Ordering::Relaxed);
+            counts.push(thread.join().map_err(|_| "a hammer panicked".to_owned())??);
+        }
+        Ok(counts.join(" "))
+    }
+
+    fn watch(&self, words: &Words<'_>) -> Answer {
+        let memory = self.memory(words.text(0)?)?;
+        let peer = self.peers.get(words.text(3)?).ok_or("no such peer")?;
+        watch(self.engine()?, &memory, words.number(1)?, words.number(2)?, |free| {
+            peer.notify(&free.to_le_bytes()).map_err(told)
+        })
+        .map(|()| String::new())
+    }
+}
+
+/// Sends `COUNT` numbers, waiting where the peer is full; the answer is how often it was.
+fn flood(peer: &Peer, count: usize) -> Answer {
+    let mut full = 0u64;
+    let mut progress = Instant::now();
+    for number in 0..count as u64 {
+        loop {
+            match peer.notify(&number.to_le_bytes()) {
+                Ok(()) => break,
+                Err(Error::Backpressure { .. }) if progress.elapsed() < BOUND => {
+                    full += 1;
+                    std::thread::yield_now();
+                }
+                Err(error) => return Err(told(error)),
+            }
+        }
+        progress = Instant::now();
+    }
+    Ok(full.to_string())
+}
+
+/// Takes the numbers that `flood` sends, which must come in order and once.
+fn take_flood(engine: &Engine, count: usize) -> Answer {
+    let (mut next, mut wrong) = (0u64, None);
+    let mut progress = Instant::now();
+    while next < count as u64 {
+        let taken = engine.take_notifications(|notification| {
+            if notification.payload != next.to_le_bytes() {
+                wrong.get_or_insert(format!("{:?} instead of {next}", notification.payload));
+            }
+            next += 1;
+        });
+        match taken.map_err(told)? {
+            0 if progress.elapsed() > BOUND => return Err(format!("only {next} of {count}")),
+            0 => std::thread::yield_now(),
+            _ => progress = Instant::now(),
+        }
+    }
+    wrong.map_or(Ok(String::new()), Err)
+}
+
+/// Sends the numbers below `count` and takes as many, which must come in order and once: both at the same time.
+pub fn exchange(engine: &Engine, peer: &Peer, count: usize) -> Result<(), String> {
+    let (mut sent, mut received, mut wrong) = (0u64, 0u64, None);
+    let mut progress = Instant::now();
+    while sent < count as u64 || received < count as u64 {
+        let before = (sent, received);
+        if sent < count as u64 {
+            match peer.notify(&sent.to_le_bytes()) {
+                Ok(()) => sent += 1,
+                Err(Error::Backpressure { .. }) => {}
+                Err(error) => return Err(told(error)),
+            }
+        }
+        let taken = engine.take_notifications(|notification| {
+            if notification.payload != received.to_le_bytes() {
+                wrong.get_or_insert(format!("{:?} instead of {received}", notification.payload));
+            }
+            received += 1;
+        });
+        taken.map_err(told)?;
+        if let Some(wrong) = wrong {
+            return Err(wrong);
+        }
+        if (sent, received) != before {
+            progress = Instant::now();
+        } else if progress.elapsed() > BOUND {
+            return Err(format!("stuck: {sent} sent, {received} received of {count}"));
+        } else {
+            std::thread::yield_now();
+        }
+    }
+    Ok(())
+}

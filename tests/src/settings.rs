@@ -1,0 +1,66 @@
+//! Configurations of engines.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use corelane::{AssistMode, EngineConfig, LaneSpec, Spin};
+
+/// The defaults, listening on the loopback address only.
+pub fn local_config() -> EngineConfig {
+    let mut config = EngineConfig::default();
+    config.listen.addresses = vec![Ipv4Addr::LOCALHOST.into()];
+    config
+}
+
+/// Applies settings such as `port=4711 liveness_ms=500`.
+pub fn apply(config: &mut EngineConfig, settings: &str) -> Result<(), String> {
+    for setting in settings.split_whitespace() {
+        let (key, value) = setting.split_once('=').ok_or(format!("`{setting}` has no value"))?;
+        set(config, key, value).ok_or(format!("`{setting}` cannot be used"))?;
+    }
+    Ok(())
+}
+
+fn set(config: &mut EngineConfig, key: &str, value: &str) -> Option<()> {
+    let limits = &mut config.limits;
+    let number = || value.parse::<usize>().ok();
+    let millis = || value.parse().ok().map(Duration::from_millis);
+    match key {
+        "streams" => config.streams = number()?,
+        "chunk_bytes" => config.chunk_bytes = number()?,
+        "latency_bytes" => config.latency_bytes = number()?,
+        "liveness_ms" => config.liveness = millis()?,
+        "operation_ms" => config.operation_timeout = millis()?,
+        "connect_ms" => config.connect_timeout = millis()?,
+        "linger_ms" => config.linger = millis()?,
+        "deregister_ms" => config.deregister_timeout = millis()?,
+        "stream_idle_ms" => config.stream_idle = millis()?,
+        "half_open" => limits.half_open = number()?,
+        "transfers" => limits.transfers = number()?,
+        "pending" => limits.pending_notifications = number()?,
+        "pending_bytes" => limits.pending_notification_bytes = number()?,
+        "unacknowledged" => limits.unacknowledged_notifications = number()?,
+        "unacknowledged_bytes" => limits.unacknowledged_bytes = number()?,
+        "port" => {
+            let port = value.parse().ok()?;
+            config.listen.ports = port..=port;
+        }
+        "core" => config.lanes = LaneSpec::Cores(vec![number()?]),
+        "unpinned" => config.lanes = LaneSpec::Unpinned { count: number()? },
+        "spin" => {
+            config.spin = match value {
+                "forever" => Spin::Forever,
+                micros => Spin::For(Duration::from_micros(micros.parse().ok()?)),
+            }
+        }
+        "assist" => {
+            config.assist = match value {
+                "never" => AssistMode::Never,
+                "always" => AssistMode::Always,
+                _ => return None,
+            }
+        }
+        _ => return None,
+    }
+    Some(())
+}
