@@ -337,6 +337,24 @@ pub(crate) mod tests {
         }
     }
 
+    /// A closed-loop run of `case` on the engine.
+    pub(crate) fn spec(case: Case) -> RunSpec {
+        RunSpec {
+            case,
+            backend: Backend::Corelane,
+            run: 0,
+            duration: Duration::from_millis(1),
+            min_ops: 1,
+            rate: None,
+            seed: 42,
+            app: App::Thread,
+            target_app: TargetApp::Sleep,
+            spin: None,
+            burn: false,
+            sabotage: None,
+        }
+    }
+
     #[test]
     fn ids_are_readable_and_unique() {
         let ids: Vec<String> = cases(&options()).iter().map(Case::id).collect();
@@ -378,20 +396,7 @@ pub(crate) mod tests {
     #[test]
     fn contents_differ_between_runs_and_passes() {
         let case = cases(&options()).remove(0);
-        let spec = |run| RunSpec {
-            case: case.clone(),
-            backend: Backend::Corelane,
-            run,
-            duration: Duration::from_millis(1),
-            min_ops: 1,
-            rate: None,
-            seed: 1,
-            app: App::Thread,
-            target_app: TargetApp::Sleep,
-            spin: None,
-            burn: false,
-            sabotage: None,
-        };
+        let spec = |run| RunSpec { run, ..spec(case.clone()) };
         assert_ne!(spec(0).sequence(1), spec(1).sequence(1));
         assert_ne!(spec(0).sequence(1), spec(0).sequence(2));
         assert_ne!(spec(0).sequence(0), 0);
@@ -407,20 +412,6 @@ pub(crate) mod tests {
             block_bytes: 4096,
             window: 1,
             notification_bytes: 0,
-        };
-        let spec = |case: Case| RunSpec {
-            case,
-            backend: Backend::Corelane,
-            run: 0,
-            duration: Duration::from_millis(1),
-            min_ops: 1,
-            rate: None,
-            seed: 1,
-            app: App::Thread,
-            target_app: TargetApp::Sleep,
-            spin: None,
-            burn: false,
-            sabotage: None,
         };
         assert_eq!(spec(good.clone()).validate(64 << 20), Ok(()));
         assert!(spec(good.clone()).validate(16 << 20).is_err(), "the pool is twice as large");

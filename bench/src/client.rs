@@ -266,7 +266,8 @@ impl Measuring<'_> {
         }
         let cpu = self.run.burners.net_process_ns();
         let pass = self.plan(operations, until_ns, sequence);
-        let done = self.run_in_session(pass)?;
+        let done =
+            self.run_in_session(pass).map_err(|error| self.with_targets_view(error, sequence))?;
         let cpu_ns = self.run.burners.net_process_ns().saturating_sub(cpu);
         // An overloaded open loop leaves slots unused: those still hold the poison.
         let checked = slots.min(done.operations as usize);
@@ -289,6 +290,15 @@ impl Measuring<'_> {
         outcome.cpu_initiator_ns += cpu_ns;
         outcome.cpu_target_ns += target_ns;
         Ok(done)
+    }
+
+    /// Adds what the target knows about a failed pass: it is often the side that saw the cause.
+    fn with_targets_view(&mut self, error: anyhow::Error, sequence: u64) -> anyhow::Error {
+        let end = Ask::End { sequence, slots: 0, notifications: self.notifications };
+        match self.control.ask(&end) {
+            Err(view) => anyhow::anyhow!("{error:#}; the target says: {view:#}"),
+            Ok(_) => error,
+        }
     }
 
     /// Poisons the destination of reads, renews the source of writes.

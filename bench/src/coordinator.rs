@@ -142,8 +142,8 @@ fn run_on(pairs: &mut [Box<dyn Pair>], spec: &RunSpec) -> Result<Vec<Outcome>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::case::tests::options;
-    use crate::case::{App, TargetApp, cases};
+    use crate::case::cases;
+    use crate::case::tests::{options, spec};
     use std::cell::RefCell;
     use std::rc::Rc;
 
@@ -176,20 +176,7 @@ mod tests {
 
     fn plan() -> Plan {
         let cases = cases(&options())[..2].to_vec();
-        let template = RunSpec {
-            case: cases[0].clone(),
-            backend: Backend::Corelane,
-            run: 0,
-            duration: Duration::from_millis(1),
-            min_ops: 1,
-            rate: None,
-            seed: 1,
-            app: App::Thread,
-            target_app: TargetApp::Sleep,
-            spin: None,
-            burn: true,
-            sabotage: None,
-        };
+        let template = RunSpec { burn: true, ..spec(cases[0].clone()) };
         Plan { cases, rounds: 2, baseline: Some(Backend::RawTcp), template }
     }
 

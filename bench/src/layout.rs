@@ -75,32 +75,15 @@ fn shuffle(values: &mut [u64], seed: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::case::{App, Backend, Case, Operation, Scenario, TargetApp};
+    use crate::case::{Backend, Case, Operation, Scenario};
     use std::collections::BTreeSet;
-    use std::time::Duration;
 
     fn spec(backend: Backend, blocks: usize, block_bytes: usize) -> RunSpec {
-        RunSpec {
-            case: Case {
-                scenario: Scenario::Kv,
-                operation: Operation::Read,
-                blocks,
-                block_bytes,
-                window: 1,
-                notification_bytes: 0,
-            },
-            backend,
-            run: 1,
-            duration: Duration::from_secs(1),
-            min_ops: 1,
-            rate: None,
-            seed: 42,
-            app: App::Thread,
-            target_app: TargetApp::Sleep,
-            spin: None,
-            burn: false,
-            sabotage: None,
-        }
+        let scenario = Scenario::Kv;
+        let operation = Operation::Read;
+        let case =
+            Case { scenario, operation, blocks, block_bytes, window: 1, notification_bytes: 0 };
+        RunSpec { backend, ..crate::case::tests::spec(case) }
     }
 
     #[test]

@@ -6,10 +6,10 @@ fn entries(directory: &str) -> usize {
     fs::read_dir(directory).map(Iterator::count).unwrap_or(0)
 }
 
-/// Open files of this process.
-pub fn open_files() -> usize {
-    // Less the one that the listing itself opens.
-    entries("/proc/self/fd") - 1
+/// Open files of a process.
+pub fn open_files(pid: u32) -> usize {
+    // In this process, less the one that the listing itself opens.
+    entries(&format!("/proc/{pid}/fd")) - usize::from(pid == std::process::id())
 }
 
 /// Threads of this process.

@@ -1,15 +1,32 @@
 //! Configurations of engines.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 
-use corelane::{AssistMode, EngineConfig, LaneSpec, Spin};
+use corelane::{AssistMode, Engine, EngineConfig, Error, LaneSpec, Spin};
 
 /// The defaults, listening on the loopback address only.
 pub fn local_config() -> EngineConfig {
     let mut config = EngineConfig::default();
     config.listen.addresses = vec![Ipv4Addr::LOCALHOST.into()];
     config
+}
+
+/// An engine whose port is known: one that was free a moment ago.
+pub fn engine_on_a_known_port(name: &str, mut config: EngineConfig) -> (Engine, u16) {
+    for _ in 0..100 {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = free.local_addr().expect("its address").port();
+        drop(free);
+        config.listen.ports = port..=port;
+        match Engine::new(name, config.clone()) {
+            Ok(engine) => return (engine, port),
+            // Somebody else was faster.
+            Err(Error::Io { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+    panic!("no port stays free");
 }
 
 /// Applies settings such as `port=4711 liveness_ms=500`.

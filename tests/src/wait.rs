@@ -37,7 +37,7 @@ pub fn end_of(transfer: &Transfer) -> Result<(), Error> {
     transfer.post().and_then(|()| outcome(transfer))
 }
 
-/// Takes notifications until there are `count`.
+/// Takes notifications until there are `count` or more.
 #[track_caller]
 pub fn collect(engine: &Engine, count: usize) -> Vec<Notification> {
     let mut all = Vec::new();

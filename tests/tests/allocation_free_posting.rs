@@ -1,0 +1,45 @@
+//! Posting and completing a prepared transfer allocates nothing. Alone in its binary, since it counts what all threads
+//! of the process allocate.
+
+use corelane::{Access, AssistMode, Engine, Operation};
+use corelane_tests::{Buffer, CountingAllocator, end_of, local_config, target};
+
+#[global_allocator]
+static ALLOCATIONS: CountingAllocator = CountingAllocator::new();
+
+#[test]
+fn posting_and_completing_a_prepared_transfer_allocates_nothing() {
+    let counted = ALLOCATIONS.count();
+    drop(std::hint::black_box(vec![1u8; 100]));
+    assert!(ALLOCATIONS.count() > counted, "the allocator does not count");
+    for assist in [AssistMode::Auto, AssistMode::Always, AssistMode::Never] {
+        let mut config = local_config();
+        config.assist = assist;
+        let far = target!("far", 64 << 10);
+        let engine = Engine::new("near", config).unwrap();
+        let near = Buffer::new(64 << 10);
+        let region = near.register(&engine, Access::LOCAL);
+        let peer = engine.load_peer(&far.metadata).unwrap();
+        for (count, len) in [(1, 64), (1, 4096), (16, 256)] {
+            let local: Vec<_> = (0..count).map(|i| region.segment(i * 2048, len)).collect();
+            let remote: Vec<_> = (0..count).map(|i| far.region.segment(i * 1024, len)).collect();
+            let transfers = [Operation::Read, Operation::Write].map(|operation| {
+                engine.prepare(operation, &peer, &local, &remote).unwrap().transfer()
+            });
+            let run = |rounds: usize| {
+                for _ in 0..rounds {
+                    for transfer in &transfers {
+                        end_of(transfer).unwrap();
+                    }
+                }
+            };
+            run(500);
+            let before = ALLOCATIONS.count();
+            run(1000);
+            let allocated = ALLOCATIONS.count() - before;
+            assert_eq!(allocated, 0, "in 2000 transfers of {count} x {len} B, assist {assist:?}");
+            near.assert_pattern(1, 0, len as usize, 0);
+        }
+        assert_eq!(engine.stats().totals.failed, 0);
+    }
+}

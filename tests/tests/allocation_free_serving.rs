@@ -1,0 +1,41 @@
+//! Serving the transfers of others allocates nothing either, counted in the process that serves.
+
+use corelane::{Access, Engine, Operation};
+use corelane_tests::{Buffer, end_of, local_config, target};
+
+#[test]
+fn serving_reads_and_writes_allocates_nothing() {
+    for settings in ["", "assist=never"] {
+        let mut far = target!("far", 64 << 10, "read-write", settings);
+        let engine = Engine::new("near", local_config()).unwrap();
+        let near = Buffer::with_pattern(1, 64 << 10);
+        let region = near.register(&engine, Access::LOCAL);
+        let peer = engine.load_peer(&far.metadata).unwrap();
+        for (count, len) in [(1, 64), (16, 256)] {
+            let local: Vec<_> = (0..count).map(|i| region.segment(i * 1024, len)).collect();
+            let remote: Vec<_> = (0..count).map(|i| far.region.segment(i * 1024, len)).collect();
+            let transfers = [Operation::Read, Operation::Write].map(|operation| {
+                engine.prepare(operation, &peer, &local, &remote).unwrap().transfer()
+            });
+            let run = |rounds: usize| {
+                for _ in 0..rounds {
+                    for transfer in &transfers {
+                        end_of(transfer).unwrap();
+                    }
+                }
+            };
+            run(500);
+            let (before, served) =
+                (far.process.number("allocations"), far.process.number("served"));
+            run(1000);
+            assert_eq!(far.process.number("served"), served + 2000);
+            let allocated = far.process.number("allocations") - before;
+            assert_eq!(allocated, 0, "while serving 2000 transfers of {count} x {len} B");
+        }
+        // It does count: a new connection allocates.
+        let before = far.process.number("allocations");
+        peer.disconnect().unwrap();
+        peer.connect(corelane_tests::BOUND).unwrap();
+        assert!(far.process.number("allocations") > before);
+    }
+}

@@ -1,0 +1,107 @@
+//! Registered memory that its owner has unmapped or protected: an error for who uses it, and nothing worse.
+
+use corelane::{Access, Engine, Error, Operation, Peer};
+use corelane_tests::{Buffer, end_of, kind, local_config, target};
+
+const LEN: usize = 4 << 20;
+const SIZES: [u64; 3] = [100, 64 << 10, LEN as u64];
+
+fn run(
+    engine: &Engine,
+    peer: &Peer,
+    operation: Operation,
+    local: corelane::LocalSegment,
+    remote: corelane::RemoteSegment<'_>,
+) -> Result<(), Error> {
+    end_of(&engine.prepare(operation, peer, &[local], &[remote])?.transfer())
+}
+
+#[test]
+fn memory_that_the_initiator_has_unmapped_is_its_own_error() {
+    let mut far = target!("far", LEN);
+    let engine = Engine::new("near", local_config()).unwrap();
+    let peer = engine.load_peer(&far.metadata).unwrap();
+    let good = Buffer::new(LEN);
+    let good_region = good.register(&engine, Access::LOCAL);
+    for len in SIZES {
+        for operation in [Operation::Read, Operation::Write] {
+            let gone = Buffer::new(LEN);
+            let region = gone.register(&engine, Access::LOCAL);
+            gone.unmap();
+            let (local, remote) = (region.segment(0, len), far.region.segment(0, len));
+            let error = run(&engine, &peer, operation, local, remote).unwrap_err();
+            assert_eq!(kind(&error), "Fault", "{operation:?} of {len}: {error}");
+            assert!(error.to_string().contains("unmapped"), "{error}");
+            engine.deregister(&region).unwrap();
+
+            good.poison(0, LEN);
+            let local = good_region.segment(0, len);
+            run(&engine, &peer, Operation::Read, local, far.region.segment(0, len)).unwrap();
+            good.assert_pattern(1, 0, len as usize, 0);
+        }
+    }
+    far.assert_pattern(1, 0, LEN, 0);
+}
+
+#[test]
+fn memory_that_its_owner_has_unmapped_is_refused_to_peers_and_the_owner_lives() {
+    let mut far = target!("far", LEN);
+    let engine = Engine::new("near", local_config()).unwrap();
+    let peer = engine.load_peer(&far.metadata).unwrap();
+    let near = Buffer::new(LEN);
+    let region = near.register(&engine, Access::LOCAL);
+    for len in SIZES {
+        for operation in [Operation::Read, Operation::Write] {
+            let gone = far.process.region("gone", LEN, "read-write");
+            far.process.ask("unmap gone");
+            let error =
+                run(&engine, &peer, operation, region.segment(0, len), gone.segment(0, len))
+                    .unwrap_err();
+            let typed = matches!(kind(&error), "Permission" | "Fault" | "RemoteDisconnect");
+            assert!(typed, "{operation:?} of {len}: {error}");
+            assert!(error.to_string().contains("unmapped"), "{error}");
+            far.process.ask("deregister gone");
+
+            near.poison(0, LEN);
+            let (local, remote) = (region.segment(0, len), far.region.segment(0, len));
+            run(&engine, &peer, Operation::Read, local, remote).unwrap();
+            near.assert_pattern(1, 0, len as usize, 0);
+        }
+    }
+    far.assert_pattern(1, 0, LEN, 0);
+}
+
+#[test]
+fn memory_that_may_not_be_written_fails_writes_and_serves_reads() {
+    let engine = Engine::new("near", local_config()).unwrap();
+    let owner = Engine::new("owner", local_config()).unwrap();
+    let peer = engine.load_peer(&owner.metadata()).unwrap();
+    let (fixed, near) = (Buffer::with_pattern(1, LEN), Buffer::with_pattern(2, LEN));
+    let region = fixed.register(&owner, Access::READ_WRITE);
+    let local = near.register(&engine, Access::LOCAL);
+    fixed.make_read_only();
+    for len in SIZES {
+        let segments = || (local.segment(0, len), region.descriptor().segment(0, len));
+        let (here, there) = segments();
+        let error = run(&engine, &peer, Operation::Write, here, there).unwrap_err();
+        assert!(matches!(kind(&error), "Permission" | "Fault"), "{error}");
+        fixed.assert_pattern(1, 0, LEN, 0);
+        let (here, there) = segments();
+        run(&engine, &peer, Operation::Read, here, there).unwrap();
+        near.assert_pattern(1, 0, len as usize, 0);
+        near.fill(2, 0, LEN, 0);
+    }
+    near.make_read_only();
+    let writable = Buffer::new(LEN);
+    let remote = writable.register(&owner, Access::READ_WRITE);
+    for len in SIZES {
+        let segments = || (local.segment(0, len), remote.descriptor().segment(0, len));
+        let (here, there) = segments();
+        let error = run(&engine, &peer, Operation::Read, here, there).unwrap_err();
+        assert_eq!(kind(&error), "Fault", "{error}");
+        near.assert_pattern(2, 0, LEN, 0);
+        let (here, there) = segments();
+        run(&engine, &peer, Operation::Write, here, there).unwrap();
+        writable.assert_pattern(2, 0, len as usize, 0);
+    }
+}
