@@ -274,6 +274,26 @@ impl<T> LaneTask<T> {
         }
     }
 
+    /// Like [`wait`](Self::wait), for at most `timeout`: then the handle comes back, and the task goes on.
+    pub fn wait_timeout(self, timeout: Duration) -> Result<Result<T, TaskError>, Self> {
+        let start = Instant::now();
+        let mut state = lock(&self.result.state);
+        loop {
+            if let Some(output) = state.output.take() {
+                return Ok(output);
+            }
+            let Some(left) = timeout.checked_sub(start.elapsed()).filter(|left| !left.is_zero())
+            else {
+                drop(state);
+                return Err(self);
+            };
+            state = match self.result.changed.wait_timeout(state, left) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
     /// Whether the task has ended.
     pub fn is_done(&self) -> bool {
         lock(&self.result.state).done

@@ -27,9 +27,11 @@ use crate::{
 const PASS_EVERY_NS: u64 = 2_000_000;
 /// While tasks live, a parked lane looks after glommio's I/O and timers this often.
 const PARK_WITH_TASKS_NS: u64 = 4_000_000;
-/// A stand-by begins with the first, and doubles up to the second.
+/// A stand-by sleeps for a sixteenth of the time that callers have been driving, between the two: looking after them
+/// costs the caller on this core some microseconds, and each is paid for by what a caller that has left costs.
 const STANDBY_FIRST_NS: u64 = 200_000;
-const STANDBY_MAX_NS: u64 = 2_000_000;
+const STANDBY_MAX_NS: u64 = 10_000_000;
+const STANDBY_SHARE: u64 = 16;
 /// How often hot descriptors are looked over while the lane spins.
 const COOL_EVERY_NS: u64 = 50_000;
 
@@ -333,19 +335,21 @@ impl<D: Driver> LaneThread<D> {
     fn stand_by(&mut self) {
         let local = self.local.clone();
         let shared = &*local.shared;
+        let since_ns = shared.clock_ns();
         let mut for_ns = STANDBY_FIRST_NS;
         loop {
             shared.counters.standbys.add(1);
             self.sleep(shared, LaneState::Standby, Some(for_ns));
             let last = shared.drive.last_turn_ns.load(Ordering::Relaxed);
-            let driven = shared.clock_ns().saturating_sub(last) <= DRIVEN_NS;
+            let now_ns = shared.clock_ns();
+            let driven = now_ns.saturating_sub(last) <= DRIVEN_NS;
             if !driven
                 || self.ring.has_completions()
                 || shared.wakeup.attention.load(Ordering::Acquire)
             {
                 break;
             }
-            for_ns = (for_ns * 2).min(STANDBY_MAX_NS);
+            for_ns = ((now_ns - since_ns) / STANDBY_SHARE).clamp(STANDBY_FIRST_NS, STANDBY_MAX_NS);
         }
         self.policy.woke(shared);
     }

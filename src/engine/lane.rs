@@ -265,10 +265,19 @@ impl LaneDriver {
 
     fn leave(&mut self, cx: &mut Cx<'_>) {
         self.leaving = true;
+        self.stop_listening();
         let deadline = cx.now() + self.engine.config.linger;
         let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
             self.with_core(slot, cx, |core, env| core.leave(deadline, Ticket::new(), env));
+        }
+    }
+
+    /// Gives the ports back at once: the ring may hold on to closed sockets for a while.
+    fn stop_listening(&mut self) {
+        for listener in &self.listeners {
+            // One that is not connected answers with an error, and has stopped all the same.
+            let _ = socket2::SockRef::from(listener).shutdown(std::net::Shutdown::Both);
         }
     }
 
@@ -421,6 +430,7 @@ impl Driver for LaneDriver {
 
 impl Drop for LaneDriver {
     fn drop(&mut self) {
+        self.stop_listening();
         self.fail_everything(&Error::Shutdown);
     }
 }

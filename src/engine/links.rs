@@ -10,7 +10,9 @@ use super::lane::{LaneDriver, env};
 use crate::session::handshake::{HandshakeError, Initiator, InitiatorStep, Target};
 use crate::session::{ConnectFailure, LinkId};
 use crate::sys::{self, IoSegment};
-use crate::transport::link::{Flow, Receiver, Sender};
+use crate::transport::link::Flow;
+use crate::transport::receive::Receiver;
+use crate::transport::send::Sender;
 use crate::wire::hello::{LinkKind, MAX_MESSAGE, Welcome};
 
 /// A TCP connection.

@@ -133,10 +133,8 @@ fn bind(address: SocketAddr) -> io::Result<Listener> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    if address.port() != 0 {
-        // A restarted server may take its port back from connections in TIME_WAIT.
-        socket.set_reuse_address(true)?;
-    }
+    // A restarted server may take its port back from connections in TIME_WAIT: both need the option.
+    socket.set_reuse_address(true)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(1024)?;
     let bound = socket.local_addr()?.as_socket().unwrap_or(address);

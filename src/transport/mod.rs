@@ -2,3 +2,5 @@
 
 pub(crate) mod addresses;
 pub(crate) mod link;
+pub(crate) mod receive;
+pub(crate) mod send;

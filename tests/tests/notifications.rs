@@ -1,5 +1,7 @@
 //! What notifications promise: whole, once, in order, bounded.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use corelane::{Access, Engine, Error, MAX_NOTIFICATION_BYTES, Notification, Operation, Status};
 use corelane_tests::{
     Buffer, collect, end_of, eventually, exchange, kind, local_config, outcome, pattern,

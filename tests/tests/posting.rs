@@ -1,5 +1,7 @@
 //! Posting: again and again, many at once, from many threads, on a lane; and taking it back.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use super::requests::Queue;
 use super::{
-    ACK_COUNT, BULK_WINDOW, Core, Env, Event, LinkId, MAX_OUTSTANDING, Phase, Sent, TxFrame,
-    TxPayload,
+    ACK_COUNT, AckPlan, BULK_WINDOW, Core, Env, Event, LinkId, MAX_OUTSTANDING, Phase, Sent,
+    TxFrame, TxPayload,
 };
 use crate::memory::RegionUses;
 use crate::session::outbox::Fragment;
@@ -28,6 +28,8 @@ pub(super) struct CoreLink {
     pub(super) ours: bool,
     /// Our requests on it without an answer.
     pub(super) outstanding: usize,
+    /// The last READ among them.
+    pub(super) last_read: u64,
     /// Answers that we owe.
     pub(super) replies: VecDeque<Reply>,
     pub(super) last_use: Instant,
@@ -45,6 +47,7 @@ impl Core {
             kind,
             ours,
             outstanding: 0,
+            last_read: 0,
             replies: VecDeque::new(),
             last_use: now,
             since: now,
@@ -165,14 +168,17 @@ impl Core {
     }
 
     fn next_acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<TxFrame> {
-        if !self.ack_now {
-            let due = self.ack_due?;
-            let many = self.inbox.expects().saturating_sub(self.ack_base) >= ACK_COUNT;
-            if !batched && !many && due > env.now {
-                return None;
+        match self.ack {
+            AckPlan::None => return None,
+            AckPlan::At(due) => {
+                let many = self.inbox.expects().saturating_sub(self.ack_base) >= ACK_COUNT;
+                if !batched && !many && due > env.now {
+                    return None;
+                }
             }
+            AckPlan::Now => {}
         }
-        (self.ack_due, self.ack_now) = (None, false);
+        self.ack = AckPlan::None;
         let below = self.inbox.acknowledgement()?;
         self.ack_base = below;
         Some(TxFrame::header(&Header { aux: below, ..Header::new(FrameKind::Ack) }))

@@ -27,6 +27,7 @@ use crate::sys::IoSegment;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header};
 use crate::wire::hello::LinkKind;
 
+pub(crate) use self::requests::Expected;
 pub(crate) use self::serve::Dest;
 pub(crate) use self::session::ConnectFailure;
 
@@ -143,6 +144,16 @@ enum Phase {
     },
 }
 
+/// When to acknowledge notifications.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AckPlan {
+    None,
+    /// At this instant, or with other frames before it.
+    At(Instant),
+    /// As soon as the link takes a frame.
+    Now,
+}
+
 /// A free-standing call that waits for the session.
 pub(crate) type ConnectTicket = Arc<Ticket<Result<(), Error>>>;
 
@@ -162,9 +173,7 @@ pub(crate) struct Core {
     liveness: Option<Liveness>,
     outbox: Outbox,
     inbox: Inbox,
-    ack_due: Option<Instant>,
-    /// That instant has come: with the next frame that the link takes.
-    ack_now: bool,
+    ack: AckPlan,
     ack_base: u64,
     /// When to connect again for notifications that wait (`None`: under way), and the last pause.
     retry: Option<(Option<Instant>, Duration)>,
@@ -212,8 +221,7 @@ impl Core {
             liveness: None,
             outbox: Outbox::default(),
             inbox: Inbox::default(),
-            ack_due: None,
-            ack_now: false,
+            ack: AckPlan::None,
             ack_base: 0,
             retry: None,
             forget: None,
@@ -259,7 +267,7 @@ impl Core {
         [
             self.liveness.as_ref().map(Liveness::next),
             self.deadlines.front().map(|(at, _)| *at),
-            self.ack_due,
+            if let AckPlan::At(at) = self.ack { Some(at) } else { None },
             self.forget,
             self.retry.and_then(|(at, _)| at),
             leaving,
@@ -272,8 +280,8 @@ impl Core {
 
     /// Does what time has made due.
     pub(crate) fn on_timeout(&mut self, env: &mut Env<'_>) {
-        if self.ack_due.is_some_and(|at| at <= env.now) {
-            (self.ack_due, self.ack_now) = (None, true);
+        if matches!(self.ack, AckPlan::At(at) if at <= env.now) {
+            self.ack = AckPlan::Now;
         }
         self.check_liveness(env);
         self.expire_transfers(env);

@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use super::links::Reply;
-use super::{ACK_DELAY, Core, Env, LinkId, MAX_OUTSTANDING, ProtocolError};
+use super::{ACK_DELAY, AckPlan, Core, Env, LinkId, MAX_OUTSTANDING, ProtocolError};
 use crate::memory::RegionUses;
 use crate::notification::Notification;
 use crate::session::inbox::Arrival;
@@ -285,8 +285,8 @@ impl Core {
                 .map_err(|back| back.payload)
         });
         // Without a link the next handshake tells the peer.
-        if self.ack_due.is_none() && !self.ack_now && self.session_link().is_some() {
-            self.ack_due = Some(env.now + ACK_DELAY);
+        if self.ack == AckPlan::None && self.session_link().is_some() {
+            self.ack = AckPlan::At(env.now + ACK_DELAY);
         }
     }
 

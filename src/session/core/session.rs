@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    ConnectTicket, Core, Env, Event, KEEP_LOST, LinkId, Phase, RETRY_MAX, RETRY_MIN, SIMULTANEOUS,
+    AckPlan, ConnectTicket, Core, Env, Event, KEEP_LOST, LinkId, Phase, RETRY_MAX, RETRY_MIN,
+    SIMULTANEOUS,
 };
 use crate::error::Error;
 use crate::session::handshake::{HandshakeError, Intent};
@@ -251,7 +252,7 @@ impl Core {
         self.peer.set_last_error(Some(reason.to_owned()));
         self.liveness = None;
         self.control.clear();
-        (self.ack_due, self.ack_now) = (None, false);
+        self.ack = AckPlan::None;
         for link in &mut self.links {
             if !link.closing {
                 link.closing = true;
@@ -334,12 +335,12 @@ impl Core {
             self.drop_notifications(env);
             return self.try_finish_leaving(env);
         }
-        if !self.outbox.is_empty() {
-            let pause = self.retry.map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
-            self.retry = Some((Some(env.now + pause), pause));
+        self.retry = if self.outbox.is_empty() {
+            None
         } else {
-            self.retry = None;
-        }
+            let pause = self.retry.map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
+            Some((Some(env.now + pause), pause))
+        };
     }
 
     /// The peer has left: the session is over.

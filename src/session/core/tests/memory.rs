@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::memory::RegionInner;
 use crate::sys::IoSegment;
 
-/// SplitMix64: one seed, one run.
+/// `SplitMix64`: one seed, one run.
 pub(super) struct Rng(u64);
 
 impl Rng {

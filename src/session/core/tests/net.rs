@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::memory::{gather, scatter};
 use super::world::World;
-use crate::session::core::{ConnectFailure, Dest, LinkId, TxFrame, TxPayload};
+use crate::session::core::{ConnectFailure, Core, Dest, LinkId, TxFrame, TxPayload};
 use crate::session::handshake::HandshakeError;
 use crate::sys::IoSegment;
 use crate::wire::frame::{HEADER_BYTES, Header};
@@ -177,7 +177,7 @@ impl World {
             if refused {
                 // The initiator is gone before the welcome can be sent.
                 if hello.kind == LinkKind::Session {
-                    self.call(target, |core, env| core.accept_failed(env));
+                    self.call(target, Core::accept_failed);
                 }
                 return self.close_end(wire, 1, "gone");
             }
@@ -265,7 +265,7 @@ impl World {
         self.wires[wire].ends[1 - side].pipe.clear();
         self.call(node, |core, env| {
             if let Rx::Payload { dest, .. } = state {
-                crate::session::Core::drop_payload(dest, env);
+                Core::drop_payload(dest, env);
             }
             for frame in frames {
                 core.on_sent(frame.sent, env);
@@ -382,17 +382,16 @@ impl World {
     fn header_or_body(&mut self, wire: usize, side: usize) -> Result<(), String> {
         let end = &mut self.wires[wire].ends[side];
         let input = std::mem::take(&mut end.input);
-        let (header, body) = match end.state {
-            Rx::Body(header) => (header, input),
-            _ => {
-                let bytes: [u8; HEADER_BYTES] = input.try_into().map_err(|_| "header")?;
-                let header = Header::decode(&bytes).map_err(|e| e.to_string())?;
-                if header.body > 0 {
-                    end.state = Rx::Body(header);
-                    return Ok(());
-                }
-                (header, Vec::new())
+        let (header, body) = if let Rx::Body(header) = end.state {
+            (header, input)
+        } else {
+            let bytes: [u8; HEADER_BYTES] = input.try_into().map_err(|_| "header")?;
+            let header = Header::decode(&bytes).map_err(|e| e.to_string())?;
+            if header.body > 0 {
+                end.state = Rx::Body(header);
+                return Ok(());
             }
+            (header, Vec::new())
         };
         let (node, id) = (end.node, link_id(wire, side));
         end.state = Rx::Header;

@@ -79,7 +79,7 @@ fn a_bound_one_is_never_seen_before_its_data_whatever_link_is_late() {
                 1 => (Write, LEN),
                 _ => (Read, LEN),
             };
-            let from = if operation == Read { 1 } else { 0 };
+            let from = usize::from(operation == Read);
             let at = i as usize * LEN;
             let bytes = w.fill(from, 0, at, len);
             // One is too large to be sent before the transfer has ended.

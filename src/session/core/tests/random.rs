@@ -193,7 +193,7 @@ impl Model {
                 let pause = ms(self.w.rng.below(90));
                 self.w.nodes[node].stopped = Some(self.w.now + pause);
             }
-            66 if self.seed % 3 == 0 => {
+            66 if self.seed.is_multiple_of(3) => {
                 let node = self.w.rng.below(2) as usize;
                 let linger = ms(self.w.rng.below(20));
                 let _ = self.w.leave(node, linger);
@@ -226,8 +226,7 @@ impl Model {
     fn finish(&mut self) {
         self.w.heal();
         self.w.refusing = [false; 2];
-        let ended =
-            |w: &World| (0..w.posted.len()).all(|t| w.state(t) != SlotState::Posted);
+        let ended = |w: &World| (0..w.posted.len()).all(|t| w.state(t) != SlotState::Posted);
         for _ in 0..200 {
             self.w.run(ms(200));
             (0..2).for_each(|node| self.take(node));

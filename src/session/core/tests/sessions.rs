@@ -150,7 +150,7 @@ fn a_silent_peer_is_dead_after_the_liveness_timeout() {
 fn an_idle_connection_stays_up_by_pings() {
     let mut w = world(6, false);
     w.connect();
-    w.run(Duration::from_secs(60));
+    w.run(Duration::from_mins(1));
     assert_eq!(w.wires.len(), 1);
     assert!(w.is_up(0) && w.is_up(1));
     w.assert_clean();

@@ -23,6 +23,9 @@ use crate::wire::{Access, MemoryKind, Metadata, RegionDescriptor, RegionKey};
 pub(super) const CHUNK: usize = 1024;
 pub(super) const SMALL: usize = 256;
 
+/// A buffer of a node, and an offset in it.
+pub(super) type Place = (usize, usize);
+
 pub(super) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
@@ -251,7 +254,7 @@ impl World {
         &self,
         node: usize,
         operation: Operation,
-        pairs: &[((usize, usize), (usize, usize), usize)],
+        pairs: &[(Place, Place, usize)],
     ) -> Arc<PlanInner> {
         let (own, other) = (&self.nodes[node], &self.nodes[1 - node]);
         let local: Vec<_> = pairs
@@ -301,8 +304,8 @@ impl World {
         &mut self,
         node: usize,
         operation: Operation,
-        local: (usize, usize),
-        remote: (usize, usize),
+        local: Place,
+        remote: Place,
         len: usize,
         notification: Option<&[u8]>,
     ) -> usize {
@@ -553,7 +556,7 @@ impl World {
                 }
             }
             Action::Events(node) => self.handle_events(node),
-            Action::Timeout(node) => self.call(node, |core, env| core.on_timeout(env)),
+            Action::Timeout(node) => self.call(node, Core::on_timeout),
             Action::Retry(node) => {
                 let wire = self.wires.len();
                 let now = self.now;
