@@ -62,8 +62,6 @@ counters! {
     liveness_timeouts,
     /// `recv` and `recvmsg` calls.
     receive_calls,
-    /// Bytes of another frame arrived where an answer was expected, and were fetched back.
-    receives_fetched_back,
     /// `sendmsg` calls.
     send_calls,
 }

@@ -236,8 +236,16 @@ pub(crate) fn sleep_until_woken(timeout: Duration, register: impl FnOnce(&Waker)
             self.0.unpark();
         }
     }
-    if register(&Waker::from(Arc::new(Unpark(std::thread::current())))) {
+    thread_local! {
+        // Made once per thread: waiting allocates nothing.
+        static WAKER: Waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    }
+    let registered = WAKER.try_with(register).unwrap_or(false);
+    if registered {
         std::thread::park_timeout(timeout.min(LOOK_AGAIN));
+    } else {
+        // Ended meanwhile, or this thread is ending and has no waker any more.
+        std::thread::yield_now();
     }
 }
 

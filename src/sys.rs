@@ -102,56 +102,6 @@ pub(crate) fn send_segments(fd: BorrowedFd<'_>, segments: &[IoSegment]) -> io::R
     })
 }
 
-/// Copies `len` bytes out of `segments` of this process, with the kernel checking every address:
-/// unlike a load, a range that its owner has unmapped gives an error.
-pub(crate) fn read_back(segments: &[IoSegment], len: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; len];
-    let local = IoSegment::of(&bytes);
-    // SAFETY: `local` is `bytes`, which nothing else borrows. The remote side is this process;
-    // the kernel only reads from it and checks what is mapped.
-    let n = result(unsafe {
-        libc::process_vm_readv(
-            libc::getpid(),
-            std::ptr::from_ref(&local).cast(),
-            1,
-            segments.as_ptr().cast(),
-            segments.len().min(MAX_IO_SEGMENTS) as _,
-            0,
-        )
-    })?;
-    bytes.truncate(n);
-    if n == len { Ok(bytes) } else { Err(io::Error::from_raw_os_error(libc::EFAULT)) }
-}
-
-/// Copies `bytes` into `segments` of this process, with the kernel checking every address. The
-/// answer is how many bytes there was room for.
-///
-/// # Safety
-/// As for [`recv_segments`].
-pub(crate) unsafe fn write_into(segments: &[IoSegment], bytes: &[u8]) -> io::Result<usize> {
-    let local = IoSegment::of(bytes);
-    // SAFETY: `local` is `bytes`, which are only read; the caller answers for what is written.
-    result(unsafe {
-        libc::process_vm_writev(
-            libc::getpid(),
-            std::ptr::from_ref(&local).cast(),
-            1,
-            segments.as_ptr().cast(),
-            segments.len().min(MAX_IO_SEGMENTS) as _,
-            0,
-        )
-    })
-}
-
-/// Whether `read_back` and `write_into` work here: a seccomp filter may forbid them. Asked once.
-pub(crate) fn can_read_back() -> bool {
-    static ANSWER: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *ANSWER.get_or_init(|| {
-        let probe = [7u8; 1];
-        read_back(&[IoSegment::of(&probe)], 1).is_ok_and(|bytes| bytes == probe)
-    })
-}
-
 /// Random bytes from the kernel.
 pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
@@ -175,22 +125,6 @@ mod tests {
         // SAFETY: nothing is mapped there; the kernel refuses.
         let error = unsafe { recv_segments(b.as_fd(), &nowhere) }.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
-    }
-
-    #[test]
-    fn copies_within_the_process_are_checked_by_the_kernel() {
-        assert!(can_read_back());
-        let nowhere = [IoSegment::new(4096, 8)];
-        assert_eq!(read_back(&nowhere, 8).unwrap_err().raw_os_error(), Some(libc::EFAULT));
-        // SAFETY: nothing is mapped there; the kernel refuses.
-        let refused = unsafe { write_into(&nowhere, b"12345678") };
-        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EFAULT));
-        let mut target = [0u8; 6];
-        let base = target.as_mut_ptr() as u64;
-        let segments = [IoSegment::new(base, 2), IoSegment::new(base + 2, 4)];
-        // SAFETY: `target` is live and not borrowed elsewhere.
-        assert_eq!(unsafe { write_into(&segments, b"abcde") }.unwrap(), 5);
-        assert_eq!(read_back(&segments, 6).unwrap(), b"abcde\0");
     }
 
     #[test]

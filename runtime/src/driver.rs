@@ -24,8 +24,8 @@ pub trait Driver: Send + 'static {
     /// A timer of [`Cx::set_timer`] is due: never early, late by up to a tick (1.05 ms) and the lane's own lateness.
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64);
 
-    /// Once a turn, after messages, descriptors and timers: flush queued work, poll what only polling can see. Returns
-    /// true if it made progress.
+    /// Once a turn, after messages, descriptors and timers, and in between after messages: flush queued work, poll what
+    /// only polling can see. Returns true if it made progress.
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool;
 
     /// True while something must be polled that cannot wake a parked lane: the lane then does not park. Asked once per

@@ -32,6 +32,8 @@ pub(super) struct Connector {
     connected: VecDeque<LinkId>,
     handshaking: Option<LinkId>,
     errors: Vec<String>,
+    /// How many of the errors say that nobody listens there.
+    refusals: usize,
     handshake_error: Option<HandshakeError>,
     deadline: Instant,
     timer: Option<TimerId>,
@@ -51,12 +53,12 @@ impl LaneDriver {
     fn connect_session(&mut self, slot: usize, deadline: Instant, cx: &mut Cx<'_>) {
         let Some(peer) = self.peers.get(slot) else { return };
         let Some(metadata) = peer.core.peer.metadata() else {
-            return self.give_up(slot, "its metadata has not been loaded".into(), None, cx);
+            return self.cannot_try(slot, "its metadata has not been loaded", cx);
         };
         let own = addresses::own_addresses(None).unwrap_or_default();
         let untried: VecDeque<_> = addresses::preferred(&metadata.addresses, &own).into();
         if untried.is_empty() {
-            return self.give_up(slot, "its metadata lists no address".into(), None, cx);
+            return self.cannot_try(slot, "its metadata lists no address", cx);
         }
         self.abort_connect(slot, cx);
         let second = cx.now() + STAGGER;
@@ -67,6 +69,7 @@ impl LaneDriver {
             connected: VecDeque::new(),
             handshaking: None,
             errors: Vec::new(),
+            refusals: 0,
             handshake_error: None,
             deadline,
             timer: Some(timer),
@@ -148,7 +151,7 @@ impl LaneDriver {
         cx: &mut Cx<'_>,
     ) {
         tracing::warn!(slot, reason, "a bulk stream could not be opened");
-        let failure = ConnectFailure { reason, handshake };
+        let failure = ConnectFailure { reason, handshake, refused: false };
         self.connect_failed(slot, LinkKind::Bulk, &failure, cx);
     }
 
@@ -166,6 +169,11 @@ impl LaneDriver {
             Ok(Some(e)) | Err(e) => Some(e),
         };
         if let Some(error) = failed {
+            if error.kind() == std::io::ErrorKind::ConnectionRefused
+                && let Some(connector) = self.connector(slot)
+            {
+                connector.refusals += usize::from(kind == LinkKind::Session);
+            }
             self.attempt_failed(id, &error.to_string(), None, cx);
             return true;
         }
@@ -258,23 +266,25 @@ impl LaneDriver {
             connector.timer = Some(timer);
             return;
         }
-        let reason = connector.errors.join("; ");
-        let handshake = connector.handshake_error;
-        self.give_up(slot, reason, handshake, cx);
+        let failure = ConnectFailure {
+            reason: connector.errors.join("; "),
+            handshake: connector.handshake_error,
+            refused: connector.refusals > 0 && connector.refusals == connector.errors.len(),
+        };
+        self.give_up(slot, &failure, cx);
     }
 
-    fn give_up(
-        &mut self,
-        slot: usize,
-        reason: String,
-        handshake: Option<HandshakeError>,
-        cx: &mut Cx<'_>,
-    ) {
+    fn give_up(&mut self, slot: usize, failure: &ConnectFailure, cx: &mut Cx<'_>) {
         self.abort_connect(slot, cx);
         if let Some(peer) = self.peers.get(slot) {
-            tracing::warn!(peer = &*peer.core.peer.name, reason, "cannot connect");
+            tracing::warn!(peer = &*peer.core.peer.name, reason = failure.reason, "cannot connect");
         }
-        self.connect_failed(slot, LinkKind::Session, &ConnectFailure { reason, handshake }, cx);
+        self.connect_failed(slot, LinkKind::Session, failure, cx);
+    }
+
+    fn cannot_try(&mut self, slot: usize, reason: &str, cx: &mut Cx<'_>) {
+        let failure = ConnectFailure { reason: reason.into(), handshake: None, refused: false };
+        self.give_up(slot, &failure, cx);
     }
 
     /// A link of ours is open: the other attempts are not needed.

@@ -18,10 +18,17 @@ struct Entry {
     closing: Option<Arc<Ticket<()>>>,
 }
 
+/// The memory of one admitted request, in order. Short lists, the common case, are inline.
+pub(crate) type Segments = SmallVec<[IoSegment; 4]>;
+
+/// Long segment lists kept for the next requests that need one.
+const SPARE_LISTS: usize = 64;
+
 /// This lane's copy of the region table, kept up to date by messages.
 #[derive(Default)]
 pub(crate) struct LaneRegions {
     slots: Vec<Option<Entry>>,
+    spare: Vec<Segments>,
 }
 
 /// Proof that a region is counted as in use; must be given back to [`LaneRegions::release`].
@@ -103,6 +110,27 @@ impl LaneRegions {
         Ok(IoSegment::new(segment.addr, segment.len))
     }
 
+    /// An empty list for `len` segments; allocates only until enough lists go around.
+    pub(crate) fn segments(&mut self, len: usize) -> Segments {
+        let mut list = match self.spare.pop() {
+            Some(list) if len > list.inline_size() => list,
+            other => {
+                self.spare.extend(other);
+                Segments::new()
+            }
+        };
+        list.reserve(len);
+        list
+    }
+
+    /// Takes a list back.
+    pub(crate) fn recycle(&mut self, mut list: Segments) {
+        if list.spilled() && self.spare.len() < SPARE_LISTS {
+            list.clear();
+            self.spare.push(list);
+        }
+    }
+
     pub(crate) fn release(&mut self, uses: impl IntoIterator<Item = RegionUse>) {
         for RegionUse { slot } in uses {
             let Some(Some(entry)) = self.slots.get_mut(slot as usize) else {
@@ -180,6 +208,19 @@ mod tests {
         table.release([first]);
         assert!(ticket.is_complete());
         assert!(table.use_own(&own).is_none(), "gone for good");
+    }
+
+    #[test]
+    fn long_lists_go_around() {
+        let mut table = LaneRegions::default();
+        let mut list = table.segments(100);
+        list.push(IoSegment::new(1, 1));
+        let place = list.as_ptr();
+        table.recycle(list);
+        table.recycle(Segments::new());
+        assert!(!table.segments(1).spilled(), "a short list needs none");
+        let again = table.segments(50);
+        assert!(again.is_empty() && again.as_ptr() == place);
     }
 
     #[test]

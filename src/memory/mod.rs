@@ -3,7 +3,7 @@
 mod lane_table;
 mod registry;
 
-pub(crate) use lane_table::{LaneRegions, RegionUses};
+pub(crate) use lane_table::{LaneRegions, RegionUses, Segments};
 pub(crate) use registry::{RegionInner, Registry};
 
 pub use crate::wire::{Access, MemoryKind, RegionDescriptor};

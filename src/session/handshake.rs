@@ -34,6 +34,7 @@ pub(crate) struct Identity {
 pub(crate) struct Intent {
     pub(crate) kind: LinkKind,
     pub(crate) session: u64,
+    pub(crate) attempt: u64,
     pub(crate) expects: u64,
 }
 
@@ -120,6 +121,7 @@ impl Initiator {
             target: peer.incarnation,
             nonce,
             session: intent.session,
+            attempt: intent.attempt,
             expects: intent.expects,
             liveness_ms: identity.liveness_ms,
             name: identity.name.clone(),
@@ -296,7 +298,7 @@ mod tests {
         }
     }
 
-    const INTENT: Intent = Intent { kind: LinkKind::Session, session: 9, expects: 0 };
+    const INTENT: Intent = Intent { kind: LinkKind::Session, session: 9, attempt: 1, expects: 0 };
 
     fn unframe(bytes: &[u8]) -> &[u8] {
         &bytes[2..]

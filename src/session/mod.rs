@@ -18,6 +18,5 @@ mod liveness;
 mod outbox;
 
 pub(crate) use core::{
-    ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, Expected, LinkId, TxFrame,
-    TxPayload,
+    ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, LinkId, TxFrame, TxPayload,
 };

@@ -1,14 +1,14 @@
 //! The receiving half of a link.
 //!
 //! Calls per frame: one `recv` for the header and one `recvmsg` for the payload, straight into its
-//! destination; and a single one for both where the answer to our only READ is what will come next.
-//! No allocation in steady state.
+//! destination. One call for both would save 0.35 us, but would hand user memory to the kernel before
+//! it is known what arrives: a refusal would land in it. No allocation in steady state.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::link::{Broken, Cursor, Flow, Scratch, TURN_BYTES, broken};
-use crate::session::{Core, Dest, Env, Expected, LinkId};
+use crate::session::{Core, Dest, Env, LinkId};
 use crate::sys::{self, IoSegment};
 use crate::wire::frame::{FLAG_COUNTED, FrameKind, HEADER_BYTES, Header};
 
@@ -18,54 +18,8 @@ enum Rx {
     Payload { dest: Dest, left: usize, cursor: Cursor, fault: Option<u64> },
 }
 
-/// Where a link's bytes come from: the socket, after what was read from it too early.
-#[derive(Default)]
-struct Source {
-    early: Vec<u8>,
-    at: usize,
-}
-
-impl Source {
-    fn is_empty(&self) -> bool {
-        self.at == self.early.len()
-    }
-
-    fn recv(&mut self, fd: &OwnedFd, buf: &mut [u8]) -> io::Result<usize> {
-        if self.is_empty() {
-            return sys::recv(fd.as_fd(), buf);
-        }
-        let early = &self.early[self.at..];
-        let n = early.len().min(buf.len());
-        buf[..n].copy_from_slice(&early[..n]);
-        self.took(n);
-        Ok(n)
-    }
-
-    /// # Safety
-    /// As for [`sys::recv_segments`].
-    unsafe fn recv_segments(&mut self, fd: &OwnedFd, segments: &[IoSegment]) -> io::Result<usize> {
-        if self.is_empty() {
-            // SAFETY: the caller's promise.
-            return unsafe { sys::recv_segments(fd.as_fd(), segments) };
-        }
-        // SAFETY: the caller's promise.
-        let n = unsafe { sys::write_into(segments, &self.early[self.at..]) }?;
-        self.took(n);
-        Ok(n)
-    }
-
-    fn took(&mut self, n: usize) {
-        self.at += n;
-        if self.is_empty() {
-            self.early.clear();
-            self.at = 0;
-        }
-    }
-}
-
 /// The receiving half.
 pub(crate) struct Receiver {
-    source: Source,
     /// The kind and flags of the last frame.
     last: (FrameKind, u8),
     header: [u8; HEADER_BYTES],
@@ -77,7 +31,6 @@ pub(crate) struct Receiver {
 impl Receiver {
     pub(crate) fn new() -> Self {
         Self {
-            source: Source::default(),
             last: (FrameKind::Pong, 0),
             header: [0; HEADER_BYTES],
             body: Vec::new(),
@@ -101,9 +54,6 @@ impl Receiver {
         let mut moved = 0;
         while moved < TURN_BYTES {
             let step = match &self.state {
-                Rx::Header if one && self.have == 0 => {
-                    self.expected_step(fd, id, core, env, scratch)
-                }
                 Rx::Header => self.header_step(fd, id, core, env),
                 Rx::Body(header) => {
                     let header = *header;
@@ -124,7 +74,7 @@ impl Receiver {
             if let Rx::Payload { left: 0, .. } = self.state {
                 self.end_payload(id, core, env)?;
             }
-            let done = self.have == 0 && matches!(self.state, Rx::Header) && self.source.is_empty();
+            let done = self.have == 0 && matches!(self.state, Rx::Header);
             if one && done && self.last != (FrameKind::Write, FLAG_COUNTED) {
                 break;
             }
@@ -142,57 +92,6 @@ impl Receiver {
         }
     }
 
-    /// Receives the next header, and with it the payload of the DATA that is expected: one call
-    /// instead of two. If something else came first, what went to the wrong place is fetched back.
-    fn expected_step(
-        &mut self,
-        fd: &OwnedFd,
-        id: LinkId,
-        core: &mut Core,
-        env: &mut Env<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<usize, Step> {
-        let possible = self.source.is_empty() && sys::can_read_back();
-        let Some(Expected { request, segments, len }) = core.expected(id).filter(|_| possible)
-        else {
-            return self.header_step(fd, id, core, env);
-        };
-        scratch.segments.clear();
-        scratch.segments.push(IoSegment::new(self.header.as_mut_ptr() as u64, HEADER_BYTES as u64));
-        Cursor::default().rest(segments, &mut scratch.segments);
-        env.counters.receive_calls.add(1);
-        // SAFETY: the header is ours and not borrowed; for the rest as in `payload_step`: it is the
-        // destination of a READ in flight, whose bytes are unspecified until it ends.
-        let n = match unsafe { sys::recv_segments(fd.as_fd(), &scratch.segments) } {
-            Ok(n) => n,
-            // Not mapped: nothing was taken from the socket, and one by one it will show.
-            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
-                return self.header_step(fd, id, core, env);
-            }
-            Err(e) => return Err(e.into()),
-        };
-        if n < HEADER_BYTES {
-            self.have = n;
-            return Ok(n);
-        }
-        let early = n - HEADER_BYTES;
-        let header = Header::decode(&self.header).map_err(|e| e.to_string())?;
-        if (header.kind, header.id, header.len) != (FrameKind::Data, request, len) && early > 0 {
-            env.counters.receives_fetched_back.add(1);
-            self.source.early = sys::read_back(segments, early).map_err(|e| broken(&e))?;
-            self.take_header(id, &header, core, env)?;
-            return Ok(n);
-        }
-        self.take_header(id, &header, core, env)?;
-        if let Rx::Payload { left, cursor, .. } = &mut self.state
-            && early > 0
-        {
-            cursor.advance(core.destination(request).unwrap_or(&[]), early);
-            *left -= early;
-        }
-        Ok(n)
-    }
-
     fn header_step(
         &mut self,
         fd: &OwnedFd,
@@ -201,7 +100,7 @@ impl Receiver {
         env: &mut Env<'_>,
     ) -> Result<usize, Step> {
         env.counters.receive_calls.add(1);
-        let n = self.source.recv(fd, &mut self.header[self.have..])?;
+        let n = sys::recv(fd.as_fd(), &mut self.header[self.have..])?;
         self.have += n;
         if self.have == HEADER_BYTES {
             self.have = 0;
@@ -236,7 +135,7 @@ impl Receiver {
         env: &mut Env<'_>,
     ) -> Result<usize, Step> {
         env.counters.receive_calls.add(1);
-        let n = self.source.recv(fd, &mut self.body[self.have..])?;
+        let n = sys::recv(fd.as_fd(), &mut self.body[self.have..])?;
         self.have += n;
         if self.have == self.body.len() {
             self.have = 0;
@@ -281,7 +180,7 @@ impl Receiver {
             Dest::Region { segments, .. } => segments,
             Dest::Notification { payload, .. } => {
                 let have = payload.len() - *left;
-                let n = self.source.recv(fd, &mut payload[have..])?;
+                let n = sys::recv(fd.as_fd(), &mut payload[have..])?;
                 *left -= n;
                 return Ok(n);
             }
@@ -290,14 +189,14 @@ impl Receiver {
         cursor.rest(segments, &mut scratch.segments);
         if scratch.segments.is_empty() {
             let len = scratch.discard.len().min(*left);
-            let n = self.source.recv(fd, &mut scratch.discard[..len])?;
+            let n = sys::recv(fd.as_fd(), &mut scratch.discard[..len])?;
             *left -= n;
             return Ok(n);
         }
         // SAFETY: the segments are ranges of live registered regions that are counted as used by
         // this request (`LaneRegions`), so that deregistration waits for it; their owner allowed
         // writing. The kernel checks that they are mapped.
-        match unsafe { self.source.recv_segments(fd, &scratch.segments) } {
+        match unsafe { sys::recv_segments(fd.as_fd(), &scratch.segments) } {
             Ok(n) => {
                 cursor.advance(segments, n);
                 *left -= n;

@@ -140,6 +140,9 @@ impl Sender {
             n -= left;
             self.sent = 0;
             if let Some(frame) = self.frames.pop_front() {
+                if let TxPayload::Served(segments) = frame.payload {
+                    env.regions.recycle(segments);
+                }
                 core.on_sent(frame.sent, env);
             }
         }

@@ -34,6 +34,8 @@ pub(crate) struct Hello {
     pub(crate) nonce: [u8; 32],
     /// The session that this link resumes or belongs to; 0: none.
     pub(crate) session: u64,
+    /// Numbers the attempts of an initiator: one that was given up may arrive behind a later one.
+    pub(crate) attempt: u64,
     /// Sequence number of the next notification that the initiator expects.
     pub(crate) expects: u64,
     /// Liveness timeout that the initiator proposes, in milliseconds.
@@ -154,7 +156,8 @@ impl Message {
         match self {
             Self::Hello(m) => {
                 w.u8(1).u16(m.min_version).u16(m.max_version).u8(m.kind as u8).u32(m.transports);
-                w.u128(m.initiator).u128(m.target).raw(&m.nonce).u64(m.session).u64(m.expects);
+                w.u128(m.initiator).u128(m.target).raw(&m.nonce).u64(m.session);
+                w.u64(m.attempt).u64(m.expects);
                 w.u32(m.liveness_ms).string(&m.name);
             }
             Self::Challenge(m) => {
@@ -193,6 +196,7 @@ impl Message {
                 target: r.u128()?,
                 nonce: r.array()?,
                 session: r.u64()?,
+                attempt: r.u64()?,
                 expects: r.u64()?,
                 liveness_ms: r.u32()?,
                 name: r.string(MAX_AGENT_NAME).filter(|name| !name.is_empty())?.to_owned(),
@@ -237,6 +241,7 @@ pub(crate) mod tests {
             target: 22,
             nonce: [3; 32],
             session: 44,
+            attempt: 8,
             expects: 5,
             liveness_ms: 3000,
             name: "decode-1".into(),

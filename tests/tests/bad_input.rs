@@ -1,5 +1,7 @@
 //! Metadata, names, addresses and ports that cannot be used: each a typed error that says what to do.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Duration;
 

@@ -190,3 +190,24 @@ fn tasks_on_a_lane_do_not_keep_an_engine_from_shutting_down() {
         assert!(task.wait().is_err(), "a task that never returns has returned");
     }
 }
+
+#[test]
+fn a_task_on_a_lane_can_shut_its_engine_down() {
+    let far = target!("far", LEN);
+    let engine = Engine::new("near", local_config()).unwrap();
+    let memory = Buffer::new(LEN);
+    let transfers = reads(&engine, &far, &memory, 4);
+    end_of(&transfers[0]).unwrap();
+    for transfer in &transfers {
+        transfer.post().unwrap();
+    }
+    let (peer, inner) = (engine.peer("far").unwrap(), engine.clone());
+    // It may be cut short by what it asks for.
+    let _ = engine.spawn_on(&peer, move |_| async move { inner.shutdown() }).unwrap().wait();
+    eventually("the engine is shut down", || engine.notifications().is_err());
+    for transfer in &transfers {
+        let _ = outcome(transfer);
+    }
+    engine.shutdown().unwrap();
+    assert_eq!(kind(&end_of(&transfers[0]).unwrap_err()), "Shutdown");
+}

@@ -18,9 +18,13 @@ struct Near {
 
 impl Near {
     fn new(len: usize) -> Self {
+        Self::named("near", len)
+    }
+
+    fn named(name: &str, len: usize) -> Self {
         let mut config = local_config();
         config.liveness = BOUND;
-        let engine = Engine::new("near", config).expect("an engine");
+        let engine = Engine::new(name, config).expect("an engine");
         let memory = Buffer::new(len);
         let region = memory.register(&engine, Access::READ_WRITE);
         Self { memory, region, engine }
@@ -44,18 +48,20 @@ fn small_transfers_complete_while_a_bulk_transfer_is_in_flight() {
         let bulk = near.transfer(&far, operation, 0, LEN);
         end_of(&bulk).unwrap();
         end_of(&small).unwrap();
-        bulk.post().unwrap();
         let mut beside = 0;
-        // Each of them waits for a chunk of the 256 at most.
-        loop {
-            end_of(&small).unwrap();
-            if !matches!(bulk.status(), Status::InProgress) {
-                break;
+        for _ in 0..5 {
+            bulk.post().unwrap();
+            // Each of them waits for a chunk of the 256 at most; at the end of the line, for all.
+            loop {
+                end_of(&small).unwrap();
+                if !matches!(bulk.status(), Status::InProgress) {
+                    break;
+                }
+                beside += 1;
             }
-            beside += 1;
+            outcome(&bulk).unwrap();
         }
-        outcome(&bulk).unwrap();
-        assert!(beside >= 5, "only {beside} small reads beside a bulk {operation:?} of 64 MiB");
+        assert!(beside >= 8, "{beside} small reads beside 5 bulk transfers ({operation:?})");
     }
     near.memory.assert_pattern(1, 0, LEN, 0);
 }
@@ -126,7 +132,7 @@ fn an_initiator_that_is_killed_lets_go_of_the_targets_memory() {
     }
     near.engine.deregister(&near.region).unwrap();
     near.memory.poison(0, LEN / 8);
-    let other = Near::new(4096);
+    let other = Near::named("other", 4096);
     end_of(&other.transfer(&healthy, Operation::Read, 0, 4096)).unwrap();
     near.memory.assert_poison(0, LEN / 8);
 }
@@ -184,7 +190,7 @@ fn waiting_for_notifications_ends_with_the_first_or_with_the_time() {
 #[test]
 fn tasks_on_a_lane_await_notifications_and_answer_them() {
     const COUNT: u64 = 2000;
-    let (asker, answerer) = (Near::new(4096), Near::new(4096));
+    let (asker, answerer) = (Near::named("asker", 4096), Near::named("answerer", 4096));
     let back = answerer.engine.load_peer(&asker.engine.metadata()).unwrap();
     let engine = answerer.engine.clone();
     let answering = answerer.engine.spawn_on(&back.clone(), move |_| async move {
@@ -225,13 +231,12 @@ fn what_would_stop_a_lane_is_an_error_on_it() {
             engine.wait_notifications(BOUND).err(),
             inner.disconnect().err(),
             engine.deregister(&region).err(),
-            engine.shutdown().err(),
         ]
     });
     let errors = blocked.unwrap().wait().unwrap();
     for (i, error) in errors.iter().enumerate() {
         let error = error.as_ref().unwrap_or_else(|| panic!("call {i} has stopped the lane"));
-        assert!(matches!(kind(error), "InvalidArgument" | "Busy" | "Lane"), "call {i}: {error}");
+        assert_eq!(kind(error), "InvalidArgument", "call {i}: {error}");
     }
     far.process.thaw();
     end_of(&near.transfer(&far, Operation::Read, 0, 4096)).unwrap();

@@ -8,16 +8,15 @@ use super::{
     ACK_COUNT, AckPlan, BULK_WINDOW, Core, Env, Event, LinkId, MAX_OUTSTANDING, Phase, Sent,
     TxFrame, TxPayload,
 };
-use crate::memory::RegionUses;
+use crate::memory::{RegionUses, Segments};
 use crate::session::outbox::Fragment;
-use crate::sys::IoSegment;
 use crate::wire::frame::{FLAG_COUNTED, FLAG_VOID, FrameKind, Header};
 use crate::wire::hello::LinkKind;
 
 /// An answer to a request of the peer.
 pub(super) enum Reply {
     Status(Header),
-    Data { header: Header, segments: smallvec::SmallVec<[IoSegment; 4]>, uses: RegionUses },
+    Data { header: Header, segments: Segments, uses: RegionUses },
 }
 
 /// A link that is up.
@@ -28,8 +27,6 @@ pub(super) struct CoreLink {
     pub(super) ours: bool,
     /// Our requests on it without an answer.
     pub(super) outstanding: usize,
-    /// The last READ among them.
-    pub(super) last_read: u64,
     /// Answers that we owe.
     pub(super) replies: VecDeque<Reply>,
     pub(super) last_use: Instant,
@@ -47,7 +44,6 @@ impl Core {
             kind,
             ours,
             outstanding: 0,
-            last_read: 0,
             replies: VecDeque::new(),
             last_use: now,
             since: now,

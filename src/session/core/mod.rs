@@ -17,17 +17,15 @@ use super::inbox::{Inbox, InboxError};
 use super::liveness::Liveness;
 use super::outbox::Outbox;
 use crate::error::Error;
-use crate::memory::{LaneRegions, RegionUses};
+use crate::memory::{LaneRegions, RegionUses, Segments};
 use crate::notification::NotificationQueue;
 use crate::peer::PeerShared;
 use crate::plan::PlanInner;
 use crate::stats::Counters;
 use crate::sync::Ticket;
-use crate::sys::IoSegment;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header};
 use crate::wire::hello::LinkKind;
 
-pub(crate) use self::requests::Expected;
 pub(crate) use self::serve::Dest;
 pub(crate) use self::session::ConnectFailure;
 
@@ -100,7 +98,7 @@ pub(crate) enum TxPayload {
     /// This engine's memory, by a piece of a plan.
     Plan(Arc<PlanInner>, u32),
     /// This engine's memory, as a peer asked for it.
-    Served(smallvec::SmallVec<[IoSegment; 4]>),
+    Served(Segments),
     /// Bytes of a notification.
     Bytes(Arc<[u8]>, std::ops::Range<usize>),
 }
@@ -170,6 +168,8 @@ pub(crate) struct Core {
     session: u64,
     /// The peer knows that its session link is up: before, it might forget what we tell it.
     confirmed: bool,
+    /// The last attempt of the peer that was accepted.
+    newest_attempt: u64,
     liveness: Option<Liveness>,
     outbox: Outbox,
     inbox: Inbox,
@@ -218,6 +218,7 @@ impl Core {
             phase: Phase::Idle,
             session: 0,
             confirmed: false,
+            newest_attempt: 0,
             liveness: None,
             outbox: Outbox::default(),
             inbox: Inbox::default(),

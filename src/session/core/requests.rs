@@ -63,14 +63,6 @@ pub(super) struct Request {
     orphan: bool,
 }
 
-/// The answer that will be the next DATA of a link.
-pub(crate) struct Expected<'a> {
-    pub(crate) request: u64,
-    /// Where its payload goes.
-    pub(crate) segments: &'a [IoSegment],
-    pub(crate) len: u64,
-}
-
 fn request_id(slot: usize, stamp: u32) -> u64 {
     u64::from(stamp) << 32 | slot as u64
 }
@@ -284,9 +276,6 @@ impl Core {
         active.unsent += u32::from(write);
         let link: &mut CoreLink = &mut self.links[link];
         link.outstanding += 1;
-        if !write {
-            link.last_read = id;
-        }
         link.last_use = env.now;
         self.requests.insert(Request {
             active: key,
@@ -367,17 +356,6 @@ impl Core {
         let request = self.request(id).filter(|request| !request.orphan)?;
         let (key, piece) = (request.active, request.piece);
         self.active.get(key.slot).map(|active| active.plan.local(piece))
-    }
-
-    /// The DATA that comes next on this link, when only one request waits for an answer there.
-    #[inline]
-    pub(crate) fn expected(&mut self, link: LinkId) -> Option<Expected<'_>> {
-        let link = self.link(link).filter(|link| link.outstanding == 1)?;
-        let id = link.last_read;
-        let request = self.request(id).filter(|request| !request.orphan)?;
-        let (key, piece, len) = (request.active, request.piece, request.len);
-        let segments = self.active.get(key.slot)?.plan.local(piece);
-        Some(Expected { request: id, segments, len })
     }
 
     /// The frame that is being sent names memory of ours that is not mapped. The link is about to

@@ -1,10 +1,8 @@
 //! Frames of the peer: its requests are served, its answers and notifications taken.
 
-use smallvec::SmallVec;
-
 use super::links::Reply;
 use super::{ACK_DELAY, AckPlan, Core, Env, LinkId, MAX_OUTSTANDING, ProtocolError};
-use crate::memory::RegionUses;
+use crate::memory::{RegionUses, Segments};
 use crate::notification::Notification;
 use crate::session::inbox::Arrival;
 use crate::session::outbox::Bound;
@@ -34,7 +32,7 @@ pub(crate) enum Dest {
     /// The answer to one of our READs: ask `destination` before every byte.
     Request(u64),
     /// Memory of ours that the peer writes.
-    Region { segments: SmallVec<[IoSegment; 4]>, write: ServedWrite },
+    Region { segments: Segments, write: ServedWrite },
     /// A WRITE that was refused: its payload is thrown away.
     Refused(ServedWrite),
     /// A notification; the buffer has the payload's length.
@@ -42,7 +40,7 @@ pub(crate) enum Dest {
 }
 
 /// The memory of an admitted request, counted as used.
-type Admitted = (SmallVec<[IoSegment; 4]>, RegionUses);
+type Admitted = (Segments, RegionUses);
 
 impl Core {
     /// Takes a header and its body.
@@ -117,7 +115,7 @@ impl Core {
         needs: Access,
         env: &mut Env<'_>,
     ) -> Result<Result<Admitted, ServeStatus>, ProtocolError> {
-        let mut admitted = SmallVec::new();
+        let mut admitted = env.regions.segments(header.segments as usize);
         let mut uses = RegionUses::new();
         let mut total = 0u64;
         let mut outcome = Ok(());
@@ -243,6 +241,7 @@ impl Core {
                 }
                 let len: usize = segments.iter().map(IoSegment::len).sum();
                 env.counters.bytes_served_write.add(len as u64);
+                env.regions.recycle(segments);
                 self.finish_write(link, write, env)
             }
             Dest::Refused(write) => self.finish_write(link, write, env),

@@ -1,6 +1,7 @@
 //! The life of the session: connecting, coming up, silence, goodbye.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{
@@ -22,12 +23,17 @@ pub(crate) struct ConnectFailure {
     pub(crate) reason: String,
     /// The handshake error, when one address got that far.
     pub(crate) handshake: Option<HandshakeError>,
+    /// The peer's host answered that nobody listens there, on every address that answered at all.
+    pub(crate) refused: bool,
 }
 
 impl Core {
     /// What a link of this kind says in its handshake.
     pub(crate) fn intent(&self, kind: LinkKind) -> Intent {
-        Intent { kind, session: self.session, expects: self.inbox.expects() }
+        // Of the process and not of the core, which may be made anew for the same peer.
+        static ATTEMPTS: AtomicU64 = AtomicU64::new(1);
+        let attempt = ATTEMPTS.fetch_add(1, Ordering::Relaxed);
+        Intent { kind, session: self.session, attempt, expects: self.inbox.expects() }
     }
 
     fn start_session(&mut self, number: u64, env: &mut Env<'_>) {
@@ -130,6 +136,10 @@ impl Core {
         random: u64,
         env: &mut Env<'_>,
     ) -> Result<Welcome, Refusal> {
+        if hello.attempt <= self.newest_attempt {
+            // It was given up before the one that was accepted.
+            return Err(Refusal::Simultaneous);
+        }
         let connecting =
             matches!(self.phase, Phase::Connecting | Phase::Leaving { connecting: true, .. });
         // An attempt that the peer began before it knew of our link may arrive after it.
@@ -141,6 +151,7 @@ impl Core {
             // Both sides connect: the link of the smaller incarnation stays.
             return Err(Refusal::Simultaneous);
         }
+        self.newest_attempt = hello.attempt;
         if self.session_link().is_some() {
             // The peer would not connect if its link were alive.
             self.session_lost("the peer has connected again", env);
@@ -328,8 +339,9 @@ impl Core {
         self.answer_connects(&Err(error));
         let restarted =
             matches!(failure.handshake, Some(HandshakeError::Refused(Refusal::Incarnation)));
-        if restarted || leaving {
-            // Nobody will ever take them: another engine lives there now, or we are leaving.
+        if restarted || failure.refused || leaving {
+            // Nobody will ever take them: its process is gone, another engine lives there now, or
+            // we are leaving.
             self.session = 0;
             self.retry = None;
             self.drop_notifications(env);
@@ -432,6 +444,8 @@ impl Core {
             self.control.push_back(Header::new(FrameKind::Goodbye));
             self.close(link, "disconnected by this side", true);
         }
+        // Before anybody is told: who was told may ask.
+        self.peer.connected.store(false, std::sync::atomic::Ordering::Release);
         for ticket in self.leaving.drain(..) {
             ticket.complete(dropped);
         }

@@ -8,7 +8,7 @@ use super::world::World;
 use crate::session::core::{ConnectFailure, Core, Dest, LinkId, TxFrame, TxPayload};
 use crate::session::handshake::HandshakeError;
 use crate::sys::IoSegment;
-use crate::wire::frame::{HEADER_BYTES, Header};
+use crate::wire::frame::{FrameKind, HEADER_BYTES, Header};
 use crate::wire::hello::{Hello, LinkKind, Refusal, Welcome};
 
 /// How a network behaves. Delays are drawn for each chunk of bytes.
@@ -134,6 +134,7 @@ impl World {
             target: to,
             nonce: [0; 32],
             session: intent.session,
+            attempt: intent.attempt,
             expects: intent.expects,
             liveness_ms: self.liveness.as_millis() as u32,
             name: from.name.into(),
@@ -246,6 +247,7 @@ impl World {
         let failure = ConnectFailure {
             reason: reason.into(),
             handshake: refusal.map(HandshakeError::Refused),
+            refused: !self.nodes[1 - node].alive,
         };
         self.call(node, |core, env| core.connect_failed(kind, &failure, env));
     }
@@ -285,6 +287,12 @@ impl World {
             let batched = !self.wires[wire].ends[side].frames.is_empty();
             let frame = self.quiet_call(node, |core, env| core.poll_transmit(id, batched, env));
             let Some(frame) = frame else { break };
+            if let Ok(header) = Header::decode(&frame.header)
+                && matches!(header.kind, FrameKind::Read | FrameKind::Write)
+                && node == 0
+            {
+                self.asked.push((wire, header));
+            }
             self.wires[wire].ends[side].frames.push_back(frame);
         }
         if self.wires[wire].ends[side].frames.is_empty() {

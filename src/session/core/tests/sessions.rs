@@ -385,6 +385,84 @@ fn a_welcome_that_is_lost_leaves_both_sides_able_to_meet() {
 }
 
 #[test]
+fn notifications_are_tried_again_after_the_peer_was_found_restarted() {
+    let mut w = world(12, false);
+    w.connect();
+    w.refusing[1] = true;
+    let wire = w.open_wires(LinkKind::Session)[0];
+    w.cut(wire);
+    w.run(ms(20));
+    w.notify(0, b"waits");
+    w.run(ms(20));
+    w.restart(1, 3);
+    w.refusing[1] = false;
+    w.run(ms(3000));
+    assert_eq!(w.nodes[0].peer.unacknowledged(), (0, 0), "given up");
+    let wires = w.wires.len();
+    w.notify(0, b"again");
+    w.run(ms(50));
+    assert!(w.wires.len() > wires, "and tried again when asked");
+}
+
+#[test]
+fn leaving_ends_at_once_when_the_handshake_acknowledges_everything() {
+    let mut w = world(13, false);
+    w.connect();
+    w.run(ms(10));
+    w.notify(0, b"seen");
+    w.run_until("it has arrived", |w| w.nodes[1].queue.len() == 1);
+    w.refusing[1] = true;
+    let wire = w.open_wires(LinkKind::Session)[0];
+    w.cut(wire);
+    w.run(ms(20));
+    assert_eq!(w.nodes[0].peer.unacknowledged().0, 1, "its acknowledgement is lost");
+    w.refusing[1] = false;
+    let (ticket, start) = (w.leave(0, ms(5000)), w.now);
+    w.run_until("left", |_| ticket.is_complete());
+    assert!(w.now - start < ms(200), "{:?}", w.now - start);
+    assert_eq!(ticket.wait(std::time::Instant::now(), || ()), Some(0));
+    assert_eq!(w.take(1), [b"seen"]);
+    w.assert_clean();
+}
+
+#[test]
+fn a_write_between_two_of_its_requests_fails_with_its_session_link() {
+    let mut between = 0;
+    for seed in 0..60 {
+        let mut w = world(seed, false);
+        // Without streams two requests go at a time, and the transfers take turns.
+        w.connect();
+        w.refusing[1] = true;
+        let transfers: Vec<usize> = (0..5u8)
+            .map(|i| {
+                let at = usize::from(i) * LEN;
+                w.move_bytes(0, Write, (0, at), (0, at), 6 * CHUNK, Some(&[i]))
+            })
+            .collect();
+        w.run(Duration::from_micros(2000 + seed * 100));
+        let posted = w.posted.iter().filter(|p| p.shared.slot.state() == SlotState::Posted);
+        between += posted.count();
+        for wire in w.open_wires(LinkKind::Session) {
+            w.cut(wire);
+        }
+        w.refusing[1] = false;
+        let mut done: Vec<Vec<u8>> = Vec::new();
+        for (i, t) in transfers.into_iter().enumerate() {
+            w.run_to_end(t);
+            if w.is_done(t) {
+                done.push(vec![i as u8]);
+            }
+        }
+        w.notify(0, b"end");
+        w.run(ms(300));
+        let seen = w.take(1);
+        assert!(done.iter().all(|text| seen.contains(text)), "seed {seed}: {done:?} {seen:?}");
+        w.assert_clean();
+    }
+    assert!(between > 50, "{between} were under way");
+}
+
+#[test]
 fn an_aborted_core_ends_everything_at_once() {
     let mut w = world(11, false);
     w.connect();
