@@ -27,11 +27,15 @@ use crate::{
 const PASS_EVERY_NS: u64 = 2_000_000;
 /// While tasks live, a parked lane looks after glommio's I/O and timers this often.
 const PARK_WITH_TASKS_NS: u64 = 4_000_000;
-/// A stand-by sleeps for a sixteenth of the time that callers have been driving, between the two: looking after them
-/// costs the caller on this core some microseconds, and each is paid for by what a caller that has left costs.
+/// How long a stand-by sleeps before it looks whether callers still drive. Looking costs the caller on this core some
+/// microseconds; a caller that has left costs everybody else what is left of the sleep. So: the first, doubling up to
+/// the second, and beyond it a sixteenth of the time that callers have been driving, up to the third.
 const STANDBY_FIRST_NS: u64 = 200_000;
+const STANDBY_DOUBLING_NS: u64 = 2_000_000;
 const STANDBY_MAX_NS: u64 = 10_000_000;
 const STANDBY_SHARE: u64 = 16;
+/// A stand-by that begins this soon after the last goes on where that was.
+const STANDBY_AGAIN_NS: u64 = 5_000_000;
 /// How often hot descriptors are looked over while the lane spins.
 const COOL_EVERY_NS: u64 = 50_000;
 
@@ -116,8 +120,17 @@ fn start<D: Driver>(
         cool_at_ns: 0,
         turn_ns: 0,
         jobs: Vec::new(),
+        standby: Standby { for_ns: STANDBY_FIRST_NS, ..Standby::default() },
     };
     Ok((thread, executor))
+}
+
+/// Where the last stand-by was when it ended.
+#[derive(Default)]
+struct Standby {
+    since_ns: u64,
+    for_ns: u64,
+    ended_ns: u64,
 }
 
 struct LaneThread<D: Driver> {
@@ -130,6 +143,7 @@ struct LaneThread<D: Driver> {
     turn_ns: u64,
     /// Tasks that are still to be made.
     jobs: Vec<Job<D>>,
+    standby: Standby,
 }
 
 /// What the loop does next.
@@ -335,8 +349,11 @@ impl<D: Driver> LaneThread<D> {
     fn stand_by(&mut self) {
         let local = self.local.clone();
         let shared = &*local.shared;
-        let since_ns = shared.clock_ns();
-        let mut for_ns = STANDBY_FIRST_NS;
+        let begin_ns = shared.clock_ns();
+        if begin_ns.saturating_sub(self.standby.ended_ns) > STANDBY_AGAIN_NS {
+            self.standby = Standby { since_ns: begin_ns, for_ns: STANDBY_FIRST_NS, ended_ns: 0 };
+        }
+        let Standby { since_ns, mut for_ns, .. } = self.standby;
         loop {
             shared.counters.standbys.add(1);
             self.sleep(shared, LaneState::Standby, Some(for_ns));
@@ -349,8 +366,10 @@ impl<D: Driver> LaneThread<D> {
             {
                 break;
             }
-            for_ns = ((now_ns - since_ns) / STANDBY_SHARE).clamp(STANDBY_FIRST_NS, STANDBY_MAX_NS);
+            let share_ns = (now_ns.saturating_sub(since_ns) / STANDBY_SHARE).min(STANDBY_MAX_NS);
+            for_ns = (2 * for_ns).min(STANDBY_DOUBLING_NS).max(share_ns);
         }
+        self.standby = Standby { since_ns, for_ns, ended_ns: shared.clock_ns() };
         self.policy.woke(shared);
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -66,6 +67,10 @@ pub(crate) struct Listener {
     pub(crate) bound: SocketAddr,
 }
 
+/// A killed process keeps its ports for some milliseconds after it is gone (its ring is taken
+/// down later): a supervisor that restarts it at once should not see an error.
+const RESTART_PATIENCE: Duration = Duration::from_millis(300);
+
 /// Binds as configured; all sockets get the same port where that is possible.
 pub(crate) fn listen(config: &Listen) -> Result<Vec<Listener>> {
     let wanted: Vec<IpAddr> = if !config.addresses.is_empty() {
@@ -77,19 +82,25 @@ pub(crate) fn listen(config: &Listen) -> Result<Vec<Listener>> {
         vec![IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)]
     };
     let everywhere = config.addresses.is_empty() && config.interface.is_none();
-    let mut last = None;
-    for port in config.ports.clone() {
-        match bind_all(&wanted, port, everywhere) {
-            Ok(listeners) => return Ok(listeners),
-            Err((address, error)) if error.kind() == io::ErrorKind::AddrInUse => {
-                last = Some((address, error));
-            }
-            Err((address, error)) => {
-                return Err(Error::io(format!("listening on {address}"), error));
+    let patience = Instant::now() + RESTART_PATIENCE;
+    let (address, error) = loop {
+        let mut last = None;
+        for port in config.ports.clone() {
+            match bind_all(&wanted, port, everywhere) {
+                Ok(listeners) => return Ok(listeners),
+                Err((address, error)) if error.kind() == io::ErrorKind::AddrInUse => {
+                    last = Some((address, error));
+                }
+                Err((address, error)) => {
+                    return Err(Error::io(format!("listening on {address}"), error));
+                }
             }
         }
-    }
-    let (address, error) = last.ok_or_else(|| Error::Config("the port range is empty".into()))?;
+        if Instant::now() >= patience {
+            break last.ok_or_else(|| Error::Config("the port range is empty".into()))?;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
     let (first, end) = (config.ports.start(), config.ports.end());
     let hint = if first == end {
         "; choose another port, or 0 to let the kernel choose".to_owned()

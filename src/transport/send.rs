@@ -19,6 +19,9 @@ pub(crate) struct Sender {
     frames: VecDeque<TxFrame>,
     /// Bytes of the first frame that are sent.
     sent: usize,
+    /// One of several frames names memory that is not mapped: they go one by one until it shows
+    /// which.
+    alone: bool,
 }
 
 /// The three parts of a frame on the wire, as segments.
@@ -44,7 +47,7 @@ fn wire_len(frame: &TxFrame) -> usize {
 
 impl Sender {
     pub(crate) fn new() -> Self {
-        Self { frames: VecDeque::with_capacity(TX_FRAMES), sent: 0 }
+        Self { frames: VecDeque::with_capacity(TX_FRAMES), sent: 0, alone: false }
     }
 
     /// Takes frames from the core and sends them until there are none, the socket is full, or this
@@ -70,6 +73,7 @@ impl Sender {
             env.counters.send_calls.add(1);
             match sys::send_segments(fd.as_fd(), &scratch.segments) {
                 Ok(n) => {
+                    self.alone = false;
                     moved += n;
                     self.advance(n, core, env);
                 }
@@ -80,10 +84,14 @@ impl Sender {
                     return Ok((Flow::Progress, true));
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
-                    // The header that promises these bytes may be on the wire: nothing but the end
-                    // of the link tells the peer.
+                    if self.sent == 0 {
+                        self.drop_faulty(core, env);
+                        continue;
+                    }
+                    // The header that promises these bytes is on the wire: nothing but the end of
+                    // the link tells the peer.
                     if let Some(front) = self.frames.front() {
-                        core.on_send_fault(&front.sent, env);
+                        core.blame_send_fault(&front.sent, env);
                     }
                     return Err("registered memory could not be read: was it unmapped before it \
                                 was deregistered?"
@@ -124,9 +132,23 @@ impl Sender {
                 skip = 0;
             }
             cursor.rest(payload, out);
-            if out.len() >= MAX_IO_SEGMENTS {
+            if self.alone || out.len() >= MAX_IO_SEGMENTS {
                 return;
             }
+        }
+    }
+
+    /// The kernel could not read what the frames name, and has taken nothing.
+    fn drop_faulty(&mut self, core: &mut Core, env: &mut Env<'_>) {
+        if !self.alone && self.frames.len() > 1 {
+            self.alone = true;
+            return;
+        }
+        self.alone = false;
+        if let Some(frame) = self.frames.pop_front()
+            && let Some(instead) = core.on_send_fault(frame, env)
+        {
+            self.frames.push_front(instead);
         }
     }
 

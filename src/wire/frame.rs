@@ -10,6 +10,7 @@
 //! 24  aux       u64       transfer number of a WRITE, sequence number of NOTIFY and ACK
 //! 32  segments  u32       entries of the segment table; 0: the one segment is in the header
 //! 36  keys      u32       region keys at the head of the body
+//! 32  ack       u64       of a NOTIFY, in their place: as ACK; 0: nothing
 //! 40  key       u128      region key of the one segment; or transfer and piece count of a NOTIFY
 //! 56  addr      u64       address of the one segment; total length of a NOTIFY
 //! ```
@@ -171,6 +172,17 @@ impl Header {
             key: 0,
             addr: 0,
         }
+    }
+
+    /// Lets a NOTIFY carry an acknowledgement: all notifications below `below` have arrived.
+    pub(crate) fn set_acknowledges(&mut self, below: u64) {
+        (self.segments, self.keys) = (below as u32, (below >> 32) as u32);
+    }
+
+    /// The acknowledgement that a NOTIFY carries.
+    pub(crate) fn acknowledges(&self) -> Option<u64> {
+        let below = u64::from(self.segments) | u64::from(self.keys) << 32;
+        (below != 0).then_some(below)
     }
 
     #[inline]

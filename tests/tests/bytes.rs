@@ -1,5 +1,7 @@
 //! Reads and writes between two processes, byte by byte.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use corelane::{Access, Engine, LocalBlocks, Operation, RemoteBlocks};
 use corelane_tests::{Buffer, POISON, Random, end_of, local_config, pattern, target};
 

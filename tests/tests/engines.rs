@@ -1,5 +1,7 @@
 //! Engines beside each other: in one process, on one lane, on one core; and an engine with itself.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::{

@@ -1,5 +1,7 @@
 //! A forked child has its parent's engine only in name. Alone in its binary, since it forks.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::time::Duration;
 
 use corelane::{Access, Engine, Error, Operation, Status};

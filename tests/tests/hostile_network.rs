@@ -1,5 +1,7 @@
 //! A network that lies: garbage at the listener, half handshakes, floods, replays, cuts, altered bytes.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};

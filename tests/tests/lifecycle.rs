@@ -1,5 +1,7 @@
 //! Engines come and go without leaving anything behind. Alone in its binary, since it counts what the process has.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use corelane::{Access, Engine, Operation};
 use corelane_tests::{
     Buffer, collect, end_of, eventually, local_config, mappings, open_files, resident_bytes,

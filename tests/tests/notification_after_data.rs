@@ -1,5 +1,7 @@
 //! A notification is never seen before the data of the transfer that it is bound to.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 

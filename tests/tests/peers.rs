@@ -1,11 +1,13 @@
 //! Peers that die, come back, connect at the same time, or claim a name.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::sync::Barrier;
 
 use corelane::{Access, Engine, Error, Operation, Plan, Transfer};
 use corelane_tests::{
-    BOUND, Buffer, Target, collect, end_of, eventually, kind, listening_ports, local_config,
-    outcome, peer_process, target, to_hex,
+    BOUND, Buffer, Target, collect, end_of, eventually, from_hex, kind, listening_ports,
+    local_config, outcome, peer_process, target, to_hex,
 };
 
 const LEN: usize = 8 << 20;
@@ -108,7 +110,18 @@ fn a_peer_restarted_under_its_name_needs_new_metadata_and_gets_it() {
     let old_plan = near.plan(&first, Operation::Read, 100).transfer();
     let (old_metadata, old_descriptor) = (first.metadata.clone(), first.region.clone());
     drop(first);
-    let second = target!("phoenix", LEN, "read-write", &format!("port={port}"));
+    // The kernel may need a moment to take the dead process's listener away.
+    let mut process = peer_process!();
+    let command = format!("engine phoenix port={port}");
+    let mut metadata = Err(String::new());
+    eventually("the port is free", || {
+        metadata = process.try_ask(&command);
+        metadata.is_ok()
+    });
+    let region = process.region("r", LEN, "read-write");
+    process.ask(&format!("fill r 1 0 {LEN} 0"));
+    let metadata = from_hex(&metadata.unwrap()).unwrap();
+    let second = Target { process, metadata, region };
     // The old metadata leads to the right address and the wrong incarnation.
     near.memory.poison(0, LEN);
     let error = end_of(&old_plan).unwrap_err();

@@ -1,5 +1,7 @@
 //! Registered memory: what is checked before and while it is used, and how it is given back.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::{Access, Engine, Error, LocalSegment, Operation, Peer, RegionDescriptor};

@@ -1,5 +1,7 @@
 //! Shutting down: bounded, whatever is going on, and final.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::{Access, Engine, Error, LocalEngine, Operation, Status, Transfer};

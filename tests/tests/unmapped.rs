@@ -1,5 +1,7 @@
 //! Registered memory that its owner has unmapped or protected: an error for who uses it, and nothing worse.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use corelane::{Access, Engine, Error, Operation, Peer};
 use corelane_tests::{Buffer, end_of, kind, local_config, target};
 

@@ -160,10 +160,19 @@ impl Core {
         if range.end == payload.len() && !void {
             env.counters.notifications_sent.add(1);
         }
+        if let Some(below) = self.acknowledgement(true, env) {
+            header.set_acknowledges(below);
+        }
         Some(TxFrame { payload: TxPayload::Bytes(payload, range), ..TxFrame::header(&header) })
     }
 
     fn next_acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<TxFrame> {
+        let below = self.acknowledgement(batched, env)?;
+        Some(TxFrame::header(&Header { aux: below, ..Header::new(FrameKind::Ack) }))
+    }
+
+    /// What to acknowledge now; `batched`: something is sent anyway.
+    fn acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<u64> {
         match self.ack {
             AckPlan::None => return None,
             AckPlan::At(due) => {
@@ -177,7 +186,7 @@ impl Core {
         self.ack = AckPlan::None;
         let below = self.inbox.acknowledgement()?;
         self.ack_base = below;
-        Some(TxFrame::header(&Header { aux: below, ..Header::new(FrameKind::Ack) }))
+        Some(below)
     }
 
     /// The driver is done with a frame: it was sent, or its link is gone.

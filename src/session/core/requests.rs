@@ -358,9 +358,32 @@ impl Core {
         self.active.get(key.slot).map(|active| active.plan.local(piece))
     }
 
-    /// The frame that is being sent names memory of ours that is not mapped. The link is about to
-    /// be closed for it; the transfer that is to blame says why.
-    pub(crate) fn on_send_fault(&mut self, sent: &Sent, env: &mut Env<'_>) {
+    /// A frame of which nothing is sent names memory of ours that is not mapped: it is dropped. The
+    /// answer is the frame to send instead.
+    pub(crate) fn on_send_fault(&mut self, frame: TxFrame, env: &mut Env<'_>) -> Option<TxFrame> {
+        match frame.sent {
+            Sent::Nothing => None,
+            Sent::Served(uses) => {
+                env.regions.release(uses);
+                let id = Header::decode(&frame.header).ok()?.id;
+                let status = ServeStatus::Fault as u16;
+                let refused = Header { status, id, ..Header::new(FrameKind::Status) };
+                Some(TxFrame::header(&refused))
+            }
+            Sent::Write(id) => {
+                self.blame_send_fault(&Sent::Write(id), env);
+                self.write_sent(id, env);
+                if self.request(id).is_some() {
+                    self.answered(id, None, env);
+                }
+                None
+            }
+        }
+    }
+
+    /// A frame that is partly sent names memory of ours that is not mapped. The link is about to be
+    /// closed for it; the transfer that is to blame says why.
+    pub(crate) fn blame_send_fault(&mut self, sent: &Sent, env: &mut Env<'_>) {
         let Sent::Write(id) = sent else { return };
         let Some(request) = self.request(*id).filter(|request| !request.orphan) else { return };
         let (key, piece) = (request.active, request.piece);

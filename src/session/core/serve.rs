@@ -68,17 +68,14 @@ impl Core {
                 return Ok(Dest::Request(header.id));
             }
             FrameKind::Status if session || ours => self.on_status(link, header, env)?,
-            FrameKind::Notify if session => return self.on_notify(header),
-            // What has been dropped with its session may be acknowledged while the link closes.
-            FrameKind::Ack if session && self.session == 0 => {}
-            FrameKind::Ack if session => {
-                let freed = self
-                    .outbox
-                    .acknowledge(header.aux)
-                    .ok_or(ProtocolError::Rule("ACK for a notification that was not sent"))?;
-                self.peer.release(freed.count, freed.bytes);
-                self.try_finish_leaving(env);
+            FrameKind::Notify if session => {
+                if let Some(below) = header.acknowledges() {
+                    self.on_ack(below, env)?;
+                }
+                return self.on_notify(header);
             }
+            // What has been dropped with its session may be acknowledged while the link closes.
+            FrameKind::Ack if session => self.on_ack(header.aux, env)?,
             FrameKind::Ping if session => {
                 let pongs = || self.control.iter().filter(|h| h.kind == FrameKind::Pong).count();
                 if self.control.len() >= 2 * MAX_OUTSTANDING && pongs() >= 2 * MAX_OUTSTANDING {
@@ -95,6 +92,20 @@ impl Core {
     }
 
     /// Asked before a region is counted as used for a request.
+    fn on_ack(&mut self, below: u64, env: &mut Env<'_>) -> Result<(), ProtocolError> {
+        if self.session == 0 {
+            // The session has ended here, and the peer does not know yet.
+            return Ok(());
+        }
+        let freed = self
+            .outbox
+            .acknowledge(below)
+            .ok_or(ProtocolError::Rule("ACK for a notification that was not sent"))?;
+        self.peer.release(freed.count, freed.bytes);
+        self.try_finish_leaving(env);
+        Ok(())
+    }
+
     fn check_room(&mut self, link: LinkId) -> Result<(), ProtocolError> {
         if self.link(link).is_some_and(|link| link.replies.len() >= MAX_OUTSTANDING) {
             return Err(ProtocolError::Rule("more requests outstanding than allowed"));

@@ -364,7 +364,7 @@ fn nearly(w: &mut World, rng: &mut Rng, wire: usize) -> (Header, Vec<u8>) {
                 header.aux = w.nodes[0].core.inbox.expects();
             }
             header.flags &= FLAG_COUNTED;
-            (header.id, header.addr) = (0, header.len + if rng.chance(5) { 1 } else { 0 });
+            (header.id, header.addr) = (0, header.len + u64::from(rng.chance(5)));
             header.key = u128::from(rng.below(6)) | u128::from(rng.below(4)) << 64;
         }
         Ack if rng.chance(95) => header.aux = 0,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::net::Handshake;
 use super::world::{CHUNK, World, ms};
 use crate::error::Error;
 use crate::plan::Operation::{Read, Write};
@@ -460,6 +461,23 @@ fn a_write_between_two_of_its_requests_fails_with_its_session_link() {
         w.assert_clean();
     }
     assert!(between > 50, "{between} were under way");
+}
+
+#[test]
+fn an_attempt_that_was_given_up_does_not_replace_a_later_one() {
+    let mut w = world(14, false);
+    w.attempt(0, LinkKind::Session);
+    if let Handshake::Hello { at, .. } = &mut w.wires[0].handshake {
+        *at += ms(30);
+    }
+    w.wires[0].ends[0].closed = true;
+    w.connect();
+    let session = w.nodes[1].core.session;
+    w.run(ms(100));
+    assert!(matches!(w.wires[0].handshake, Handshake::Over), "it arrived late");
+    assert!(w.is_up(0) && w.is_up(1));
+    assert_eq!((w.nodes[0].core.session, w.nodes[1].core.session), (session, session));
+    w.assert_clean();
 }
 
 #[test]
