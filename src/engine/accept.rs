@@ -11,6 +11,7 @@ use crate::peer::home_lane;
 use crate::session::handshake::{HandshakeError, Proven, Target, TargetStep};
 use crate::session::{Core, LinkId};
 use crate::sys;
+use crate::transport::addresses;
 use crate::wire::hello::{Hello, LinkKind, Message as HelloMessage, Refusal, Welcome};
 
 /// Connections accepted in one turn.
@@ -30,9 +31,8 @@ fn accept(listener: &OwnedFd) -> std::io::Result<(OwnedFd, SocketAddr)> {
     let raw = nix::sys::socket::accept4(listener.as_raw_fd(), flags)?;
     // SAFETY: accept4 has just returned this descriptor, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-    let socket = socket2::SockRef::from(&fd);
-    socket.set_tcp_nodelay(true)?;
-    let remote = socket.peer_addr()?.as_socket();
+    addresses::set_up(&socket2::SockRef::from(&fd))?;
+    let remote = socket2::SockRef::from(&fd).peer_addr()?.as_socket();
     let remote = remote.ok_or_else(|| std::io::Error::other("not an IP connection"))?;
     Ok((fd, remote))
 }

@@ -37,6 +37,21 @@ pub fn exempt_this_thread() {
     EXEMPT.with(|exempt| exempt.set(true));
 }
 
+/// Runs `work` in 100 short windows, and panics if memory is allocated in more than half of them. A lane may allocate
+/// when it looks at its surroundings about once a second; what allocates for each transfer is seen in every window.
+#[track_caller]
+pub fn assert_allocation_free(what: &str, mut count: impl FnMut() -> u64, mut work: impl FnMut()) {
+    let allocated: Vec<u64> = (0..100)
+        .map(|_| {
+            let before = count();
+            work();
+            count() - before
+        })
+        .collect();
+    let windows = allocated.iter().filter(|&&allocated| allocated > 0).count();
+    assert!(windows <= 50, "{what}: {allocated:?} allocations");
+}
+
 // SAFETY: every call is passed on to the system's allocator unchanged.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -16,7 +16,7 @@ mod settings;
 mod slots;
 mod wait;
 
-pub use allocations::{CountingAllocator, exempt_this_thread};
+pub use allocations::{CountingAllocator, assert_allocation_free, exempt_this_thread};
 pub use buffer::{Buffer, POISON, pattern};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
 pub use peer_process::{PeerProcess, Target, from_hex, to_hex};
