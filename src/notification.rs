@@ -35,6 +35,9 @@ pub(crate) struct NotificationQueue {
     wakers: Mutex<Vec<Waker>>,
 }
 
+/// Waiters remembered at a time.
+const MAX_WAITERS: usize = 1024;
+
 impl NotificationQueue {
     pub(crate) fn new(max_count: usize, max_bytes: usize) -> Self {
         Self {
@@ -60,6 +63,11 @@ impl NotificationQueue {
             return false;
         }
         if !wakers.iter().any(|known| known.will_wake(waker)) {
+            if wakers.len() >= MAX_WAITERS {
+                // Callers that gave up leave their wakers behind: the oldest is woken for nothing,
+                // and registers again if it still waits.
+                wakers.remove(0).wake();
+            }
             wakers.push(waker.clone());
         }
         true
@@ -76,6 +84,16 @@ impl NotificationQueue {
     /// Takes a notification, or gives it back because the queue is full. A queue that is empty
     /// takes one of any size.
     pub(crate) fn push(&self, notification: Notification) -> Result<(), Notification> {
+        self.try_push(notification).or_else(|back| {
+            self.stalled.store(true, Ordering::Relaxed);
+            // With the fence in `take_stalled`: either the consumer sees `stalled`, or this sees
+            // the room that it has made.
+            fence(Ordering::SeqCst);
+            self.try_push(back)
+        })
+    }
+
+    fn try_push(&self, notification: Notification) -> Result<(), Notification> {
         let len = notification.payload.len();
         let count = self.count.fetch_add(1, Ordering::AcqRel);
         let bytes = self.bytes.fetch_add(len, Ordering::AcqRel);
@@ -83,7 +101,6 @@ impl NotificationQueue {
         if full && count > 0 {
             self.count.fetch_sub(1, Ordering::AcqRel);
             self.bytes.fetch_sub(len, Ordering::AcqRel);
-            self.stalled.store(true, Ordering::Release);
             return Err(notification);
         }
         self.queue.push(notification);
@@ -104,7 +121,8 @@ impl NotificationQueue {
 
     /// Whether a lane waits for room; asked after popping.
     pub(crate) fn take_stalled(&self) -> bool {
-        self.stalled.load(Ordering::Acquire) && self.stalled.swap(false, Ordering::AcqRel)
+        fence(Ordering::SeqCst);
+        self.stalled.load(Ordering::Relaxed) && self.stalled.swap(false, Ordering::AcqRel)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

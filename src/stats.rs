@@ -103,7 +103,7 @@ pub struct PeerStats {
 }
 
 /// A snapshot of an engine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct EngineStats {
     /// Counters summed over the lanes.

@@ -41,6 +41,11 @@ pub(crate) enum SlotState {
     Failed,
 }
 
+/// The state of a slot before a posting.
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub(crate) struct Before(u32);
+
 /// The state of one posting, shared by caller and lane.
 ///
 /// `begin` (caller) and `complete` (lane) alternate: a posting ends exactly once. Everything that
@@ -77,8 +82,8 @@ impl Slot {
         }
     }
 
-    /// Takes the slot for a new posting; false: one is in flight.
-    pub(crate) fn begin(&self) -> bool {
+    /// Takes the slot for a new posting; `None`: one is in flight. The answer is for `abort`.
+    pub(crate) fn begin(&self) -> Option<Before> {
         let mut seen = self.state.load(Ordering::Relaxed);
         while seen & STATE != POSTED {
             match self.state.compare_exchange_weak(
@@ -87,21 +92,18 @@ impl Slot {
                 Ordering::AcqRel,
                 Ordering::Relaxed,
             ) {
-                Ok(FAILED) => {
-                    *lock(&self.error) = None;
-                    return true;
-                }
-                Ok(_) => return true,
+                Ok(before) => return Some(Before(before & STATE)),
                 Err(now) => seen = now,
             }
         }
-        false
+        None
     }
 
-    /// Takes back a `begin` whose posting never reached the lane.
-    pub(crate) fn abort(&self) {
-        let before = self.state.swap(IDLE, Ordering::AcqRel);
-        self.wake(before);
+    /// Takes back a `begin` whose posting never reached the lane: the answer to the posting before
+    /// stands.
+    pub(crate) fn abort(&self, before: Before) {
+        let seen = self.state.swap(before.0, Ordering::AcqRel);
+        self.wake(seen);
     }
 
     /// Ends the posting. The lane calls this exactly once per `begin`.
@@ -161,7 +163,7 @@ pub(crate) struct Ticket<T> {
 impl<T> Ticket<T> {
     pub(crate) fn new() -> Arc<Self> {
         let ticket = Self { slot: Slot::new(), value: Mutex::new(None) };
-        ticket.slot.begin();
+        let _ = ticket.slot.begin();
         Arc::new(ticket)
     }
 
@@ -262,13 +264,16 @@ mod tests {
     fn a_slot_can_be_used_again_and_keeps_its_answer() {
         let slot = Slot::new();
         assert_eq!(slot.state(), SlotState::Idle);
-        assert!(slot.begin() && !slot.begin());
+        assert!(slot.begin().is_some() && slot.begin().is_none());
         slot.complete(Err(Error::Cancelled));
         assert_eq!(slot.state(), SlotState::Failed);
         assert!(matches!(slot.error(), Some(Error::Cancelled)));
         assert!(matches!(slot.error(), Some(Error::Cancelled)), "asking again gives the same");
-        assert!(slot.begin());
-        assert!(slot.error().is_none());
+        let before = slot.begin().unwrap();
+        slot.abort(before);
+        assert_eq!(slot.state(), SlotState::Failed, "the last answer stands");
+        assert!(slot.error().is_some());
+        assert!(slot.begin().is_some());
         slot.complete(Ok(()));
         assert_eq!(slot.state(), SlotState::Done);
         assert!(!slot.register(Waker::noop()));
@@ -308,7 +313,7 @@ mod loom_tests {
         loom::model(|| {
             let slot = Arc::new(Slot::new());
             let data = Arc::new(AtomicUsize::new(0));
-            assert!(slot.begin());
+            assert!(slot.begin().is_some());
             let lane = {
                 let (slot, data) = (slot.clone(), data.clone());
                 loom::thread::spawn(move || {
@@ -329,7 +334,7 @@ mod loom_tests {
         loom::model(|| {
             let slot = Arc::new(Slot::new());
             let woken = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-            assert!(slot.begin());
+            assert!(slot.begin().is_some());
             let lane = {
                 let slot = slot.clone();
                 loom::thread::spawn(move || slot.complete(Err(Error::Cancelled)))
@@ -349,9 +354,9 @@ mod loom_tests {
             let slot = Arc::new(Slot::new());
             let other = {
                 let slot = slot.clone();
-                loom::thread::spawn(move || slot.begin())
+                loom::thread::spawn(move || slot.begin().is_some())
             };
-            let mine = slot.begin();
+            let mine = slot.begin().is_some();
             let theirs = other.join().unwrap();
             assert!(mine ^ theirs);
         });

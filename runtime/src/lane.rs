@@ -281,6 +281,11 @@ impl<D: Driver> Lane<D> {
         !self.shared.has_mode(ENDED)
     }
 
+    /// Whether the lane's thread has done its last: nothing that it held will be given back any more. Takes a lock.
+    pub fn has_finished(&self) -> bool {
+        lock(&self.shared.life).finished
+    }
+
     /// The message of the panic that ended the lane.
     pub fn failure(&self) -> Option<String> {
         lock(&self.shared.life).failure.clone()

@@ -183,6 +183,12 @@ impl<D: Driver> Shared<D> {
         OWN_LANE.get() == self.identity()
     }
 
+    /// Whether this thread is a lane's, this or another, or inside a turn of one: lanes never wait for lanes, or two of
+    /// them could wait for each other.
+    fn must_not_wait_for_room(&self) -> bool {
+        !OWN_LANE.get().is_null() || !IN_TURN.get().is_null()
+    }
+
     /// Whether this thread must not wait for the lane, because the lane waits for it.
     pub(crate) fn must_not_wait(&self) -> bool {
         self.is_lane_thread() || IN_TURN.get() == self.identity()
@@ -190,7 +196,7 @@ impl<D: Driver> Shared<D> {
 
     /// Queues a message and wakes the lane if nobody else would see it. Err: full, or ended.
     pub(crate) fn push(&self, message: D::Message) -> Result<(), PushError<D::Message>> {
-        let message = if self.must_not_wait() {
+        let message = if self.must_not_wait_for_room() {
             match self.push_or_spill(message)? {
                 Some(message) => message,
                 None => return Ok(()),
@@ -249,7 +255,7 @@ impl<D: Driver> Shared<D> {
         let state = self.wakeup.sleep.look();
         match state {
             LaneState::Awake => return,
-            // Whoever drives the pump will see the message; the lane looks again within two milliseconds anyway.
+            // Whoever drives the pump will see the message; the lane looks again within ten milliseconds anyway.
             LaneState::Standby => {
                 let last = self.drive.last_turn_ns.load(Ordering::Relaxed);
                 if self.clock_ns().saturating_sub(last) <= DRIVEN_NS {

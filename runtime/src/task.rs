@@ -394,7 +394,11 @@ impl<D: Driver> LocalLane<D> {
 
     /// Ends after `duration` on the lane's timer wheel: never early, late by up to a tick (1.05 ms).
     pub fn sleep(&self, duration: Duration) -> Sleep<D> {
-        Sleep { local: self.local.clone(), deadline: Instant::now() + duration, timer: None }
+        let now = Instant::now();
+        // Longer than any lane lives.
+        const FAR: Duration = Duration::from_hours(24 * 365);
+        let deadline = now.checked_add(duration.min(FAR)).unwrap_or(now);
+        Sleep { local: self.local.clone(), deadline, timer: None }
     }
 
     /// Lets the lane turn its pump, and other tasks run, once.

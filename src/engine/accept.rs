@@ -37,6 +37,12 @@ fn accept(listener: &OwnedFd) -> std::io::Result<(OwnedFd, SocketAddr)> {
     Ok((fd, remote))
 }
 
+/// The connection was gone before it was accepted; the next may be well.
+fn is_of_one_connection(error: &std::io::Error) -> bool {
+    let gone = [libc::ECONNABORTED, libc::ENOTCONN, libc::EINVAL, libc::EPROTO];
+    error.raw_os_error().is_some_and(|code| gone.contains(&code))
+}
+
 impl LaneDriver {
     /// A listener is readable.
     pub(super) fn accept(&mut self, number: usize, cx: &mut Cx<'_>) -> bool {
@@ -45,10 +51,12 @@ impl LaneDriver {
             match accept(listener) {
                 Ok((fd, remote)) => self.accepted(fd, remote, cx),
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return accepted > 0,
+                Err(e) if is_of_one_connection(&e) => {}
                 Err(e) => {
-                    // Out of descriptors, most likely; a connection that cannot be had now may be
-                    // had when others have ended. Not polled in a tight loop: it is not progress.
-                    tracing::warn!(error = %e, "cannot accept a connection");
+                    // Out of descriptors, most likely: a connection that cannot be had now may be
+                    // had when others have ended.
+                    tracing::warn!(error = %e, "cannot accept connections for a while");
+                    self.rest_listener(number, cx);
                     return false;
                 }
             }
@@ -179,7 +187,7 @@ impl LaneDriver {
         welcome: &Welcome,
         cx: &mut Cx<'_>,
     ) {
-        let phase = Phase::Standby { peer: slot };
+        let phase = Phase::Standby { peer: slot, kind: hello.kind };
         let id = self.add_link(fd, remote, phase, Interest::READABLE, cx);
         self.with_core(slot, cx, |core, env| match hello.kind {
             LinkKind::Session => core.session_up(id, welcome.liveness_ms, false, env),
@@ -193,7 +201,12 @@ impl LaneDriver {
         if hello.initiator == self.engine.identity.incarnation {
             return Ok(self.mirror_slot());
         }
-        let (peer, _) = self.engine.peers().admit(&hello.name, hello.initiator)?;
+        let mut peers = self.engine.peers();
+        if hello.kind == LinkKind::Bulk && !peers.contains(hello.initiator) {
+            return Err(Refusal::NoSession);
+        }
+        let (peer, _) = peers.admit(&hello.name, hello.initiator)?;
+        drop(peers);
         Ok(self.add_peer(&peer, false))
     }
 

@@ -177,7 +177,8 @@ impl LaneDriver {
             self.attempt_failed(id, &error.to_string(), None, cx);
             return true;
         }
-        link.phase = Phase::Standby { peer: slot };
+        link.phase = Phase::Standby { peer: slot, kind };
+        self.watch(id, Interest::NONE, cx);
         if kind == LinkKind::Bulk {
             self.initiate(id, slot, kind, cx);
             return true;
@@ -213,7 +214,7 @@ impl LaneDriver {
                     machine: Box::new(machine),
                     input: Input::default(),
                 };
-                self.watch_readable(id, cx);
+                self.watch(id, Interest::READABLE, cx);
             }
             Err(reason) => self.attempt_failed(id, &reason, None, cx),
         }
@@ -232,6 +233,7 @@ impl LaneDriver {
         let bulk = matches!(
             link.phase,
             Phase::Connecting { kind: LinkKind::Bulk, .. }
+                | Phase::Standby { kind: LinkKind::Bulk, .. }
                 | Phase::Initiating { kind: LinkKind::Bulk, .. }
         );
         let reason = format!("{}: {reason}", link.remote);

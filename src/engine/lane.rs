@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use corelane_runtime::{Cx, Driver, Interest, Readiness, Start, TimerId};
+use corelane_runtime::{Cx, Driver, FdId, Interest, Readiness, Start, TimerId};
 use slab::Slab;
 use smallvec::SmallVec;
 
@@ -49,7 +49,11 @@ pub(crate) enum Message {
 pub(super) const LISTENER: u64 = 1 << 63;
 pub(super) const PEER_TIMER: u64 = 1 << 63;
 pub(super) const CONNECT_TIMER: u64 = 1 << 62;
+/// Both tags of timers: a listener that rests is watched again.
+const LISTENER_TIMER: u64 = PEER_TIMER | CONNECT_TIMER;
 const TAGS: u64 = LISTENER | CONNECT_TIMER;
+/// How long a listener rests that cannot accept.
+const LISTENER_REST: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// One peer on its lane.
 pub(super) struct LanePeer {
@@ -74,9 +78,9 @@ pub(crate) struct LaneDriver {
     pub(super) scratch: Scratch,
     /// Peers with something to do at the end of this turn.
     dirty: Vec<usize>,
-    /// Some peer could not finish its sends in its share of the turn.
-    pub(super) busy: bool,
-    listeners: Vec<OwnedFd>,
+    /// Peers that could not finish their sends in their share of the turn.
+    pub(super) busy: Vec<usize>,
+    listeners: Vec<(OwnedFd, FdId)>,
     /// Links that have not proven anything yet, oldest first.
     pub(super) half_open: std::collections::VecDeque<LinkId>,
     pub(super) mirror: Option<usize>,
@@ -91,10 +95,15 @@ impl LaneDriver {
         cx: &mut Cx<'_>,
     ) -> Self {
         use std::os::fd::AsRawFd;
-        for (number, listener) in listeners.iter().enumerate() {
-            let token = LISTENER | number as u64;
-            cx.add_fd(listener.socket.as_raw_fd(), token, Interest::READABLE, Start::Quiet);
-        }
+        let listeners = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(number, listener)| {
+                let (raw, token) = (listener.socket.as_raw_fd(), LISTENER | number as u64);
+                let fd_id = cx.add_fd(raw, token, Interest::READABLE, Start::Quiet);
+                (listener.socket, fd_id)
+            })
+            .collect();
         let counters = engine.counters[index].clone();
         Self {
             engine,
@@ -106,8 +115,8 @@ impl LaneDriver {
             next_stamp: 0,
             scratch: Scratch::new(),
             dirty: Vec::with_capacity(64),
-            busy: false,
-            listeners: listeners.into_iter().map(|listener| listener.socket).collect(),
+            busy: Vec::with_capacity(64),
+            listeners,
             half_open: std::collections::VecDeque::new(),
             mirror: None,
             leaving: false,
@@ -115,7 +124,16 @@ impl LaneDriver {
     }
 
     pub(super) fn listener(&self, number: usize) -> Option<&OwnedFd> {
-        self.listeners.get(number)
+        self.listeners.get(number).map(|(socket, _)| socket)
+    }
+
+    /// Looks away from a listener that cannot accept, for a while.
+    pub(super) fn rest_listener(&mut self, number: usize, cx: &mut Cx<'_>) {
+        if let Some((_, fd_id)) = self.listeners.get(number) {
+            cx.set_interest(*fd_id, Interest::NONE);
+            let again = cx.now() + LISTENER_REST;
+            cx.set_timer(again, LISTENER_TIMER | number as u64);
+        }
     }
 
     /// Where a peer of this lane is; `None` after it was removed.
@@ -157,6 +175,10 @@ impl LaneDriver {
             self.close_link(link, "the peer was unloaded", cx);
         }
         self.abort_connect(slot, cx);
+        // Those on their way would come up for whoever gets the place next.
+        for link in self.links_of(slot) {
+            drop(self.take_link(link, cx));
+        }
         let mut peer = self.peers.remove(slot);
         if let Some((_, timer)) = peer.timer.take() {
             cx.cancel_timer(timer);
@@ -195,7 +217,6 @@ impl LaneDriver {
     /// Does what the cores of the dirty peers ask for and sends what they have.
     fn service(&mut self, cx: &mut Cx<'_>) -> bool {
         let mut worked = false;
-        self.busy = false;
         // Peers that become dirty on the way come at the end of the same list; what does not fit
         // into this turn's share stays for the next.
         let mut at = 0;
@@ -212,6 +233,9 @@ impl LaneDriver {
             }
         }
         self.dirty.drain(..at);
+        while let Some(slot) = self.busy.pop() {
+            self.mark(slot);
+        }
         worked
     }
 
@@ -275,7 +299,7 @@ impl LaneDriver {
 
     /// Gives the ports back at once: the ring may hold on to closed sockets for a while.
     fn stop_listening(&mut self) {
-        for listener in &self.listeners {
+        for (listener, _) in &self.listeners {
             // One that is not connected answers with an error, and has stopped all the same.
             let _ = socket2::SockRef::from(listener).shutdown(std::net::Shutdown::Both);
         }
@@ -384,7 +408,11 @@ impl Driver for LaneDriver {
 
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64) {
         let slot = (token & !TAGS) as usize;
-        if token & PEER_TIMER != 0 {
+        if token & TAGS == LISTENER_TIMER {
+            if let Some((_, fd_id)) = self.listeners.get(slot) {
+                cx.set_interest(*fd_id, Interest::READABLE);
+            }
+        } else if token & PEER_TIMER != 0 {
             if let Some(peer) = self.peers.get_mut(slot) {
                 peer.timer = None;
             }
@@ -401,7 +429,7 @@ impl Driver for LaneDriver {
     }
 
     fn must_poll(&self) -> bool {
-        self.busy || !self.dirty.is_empty()
+        !self.dirty.is_empty()
     }
 
     fn on_stop(&mut self, cx: &mut Cx<'_>) -> bool {
@@ -412,7 +440,7 @@ impl Driver for LaneDriver {
     }
 
     fn on_abandoned(&mut self, message: Message) {
-        let gone = Error::Shutdown;
+        let gone = self.engine.dead();
         match message {
             Message::Post(transfer) => refuse(&transfer, &gone),
             Message::Notify(message) => message.0.release(1, message.1.len()),
@@ -424,6 +452,7 @@ impl Driver for LaneDriver {
     }
 
     fn on_panic(&mut self, message: &str) {
+        self.engine.set_failed();
         self.fail_everything(&Error::Backend(format!("lane {} failed: {message}", self.index)));
     }
 }

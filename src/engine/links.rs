@@ -31,7 +31,7 @@ pub(super) enum Phase {
     /// The kernel connects.
     Connecting { peer: usize, kind: LinkKind },
     /// Connected, and waiting for another attempt to fail or win.
-    Standby { peer: usize },
+    Standby { peer: usize, kind: LinkKind },
     /// We opened it and prove ourselves.
     Initiating { peer: usize, kind: LinkKind, machine: Box<Initiator>, input: Input },
     /// Somebody opened it and has proven nothing yet.
@@ -44,7 +44,7 @@ impl Phase {
     pub(super) fn peer(&self) -> Option<usize> {
         match self {
             Self::Connecting { peer, .. }
-            | Self::Standby { peer }
+            | Self::Standby { peer, .. }
             | Self::Initiating { peer, .. }
             | Self::Open { peer, .. } => Some(*peer),
             Self::Accepting { .. } => None,
@@ -119,10 +119,10 @@ impl LaneDriver {
         id
     }
 
-    pub(super) fn watch_readable(&mut self, id: LinkId, cx: &mut Cx<'_>) {
+    pub(super) fn watch(&mut self, id: LinkId, interest: Interest, cx: &mut Cx<'_>) {
         if let Some(link) = self.link(id) {
             let fd_id = link.fd_id;
-            cx.set_interest(fd_id, Interest::READABLE);
+            cx.set_interest(fd_id, interest);
         }
     }
 
@@ -140,6 +140,15 @@ impl LaneDriver {
             cx.cancel_timer(timer);
         }
         Some(link)
+    }
+
+    /// All links of a peer, whatever their phase.
+    pub(super) fn links_of(&self, slot: usize) -> Vec<LinkId> {
+        self.links
+            .iter()
+            .filter(|(_, link)| link.phase.peer() == Some(slot))
+            .map(|(index, link)| u64::from(link.stamp) << 32 | index as u64)
+            .collect()
     }
 
     pub(super) fn on_link(&mut self, id: LinkId, readiness: Readiness, cx: &mut Cx<'_>) -> bool {
@@ -186,9 +195,10 @@ impl LaneDriver {
         let slot = *peer;
         let Some(peer) = peers.get_mut(slot) else { return false };
         let mut worked = false;
-        if *blocked && readiness.may_write() {
+        let unblocked = *blocked && readiness.may_write();
+        if unblocked {
+            // Worth a try, and no progress by itself: a socket that stays full must go quiet.
             *blocked = false;
-            worked = true;
         }
         if readiness.may_read() {
             let one = *kind == LinkKind::Session;
@@ -202,7 +212,7 @@ impl LaneDriver {
                 }
             }
         }
-        if worked {
+        if worked || unblocked {
             self.mark(slot);
         }
         worked
@@ -246,14 +256,12 @@ impl LaneDriver {
             Flow::Blocked => {
                 *blocked = true;
                 cx.set_interest(link.fd_id, Interest::BOTH);
-                cx.make_hot(link.fd_id);
                 return Ok(flow);
             }
         }
         cx.set_interest(link.fd_id, Interest::READABLE);
         if more {
-            self.busy = true;
-            self.mark(slot);
+            self.busy.push(slot);
         }
         Ok(flow)
     }

@@ -47,6 +47,8 @@ fn watch_forks() {
 
 const RUNNING: u32 = 0;
 const STOPPING: u32 = 1;
+/// A lane has panicked.
+const FAILED: u32 = 2;
 
 /// All that lanes and callers share.
 pub(crate) struct EngineShared {
@@ -115,12 +117,25 @@ impl EngineShared {
         }
     }
 
+    /// The calling thread stops driving lanes: those that stand by must take over.
+    pub(crate) fn wake_lanes(&self) {
+        for lane in self.lanes() {
+            if !lane.is_lane_thread() {
+                lane.wake();
+            }
+        }
+    }
+
     pub(crate) fn lanes(&self) -> &[Lane<LaneDriver>] {
         self.lanes.get().map_or(&[], Vec::as_slice)
     }
 
     pub(crate) fn peers(&self) -> MutexGuard<'_, PeerTable> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_failed(&self) {
+        let _ = self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Relaxed);
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -236,6 +251,9 @@ impl Engine {
         })?;
         for lane in shared.lanes() {
             if lane.submit(Message::AddRegion(region.clone())).is_err() {
+                let mut registry = shared.registry_mut();
+                registry.close(&region);
+                registry.remove(&region);
                 return Err(shared.dead());
             }
         }
@@ -302,10 +320,9 @@ impl Engine {
                 metadata.name
             )));
         }
-        let Loaded { peer, new, replaced } = shared.peers().load(metadata)?;
-        if new {
-            self.submit(peer.lane, Message::AddPeer(peer.clone()))?;
-        }
+        let Loaded { peer, replaced, .. } = shared.peers().load(metadata)?;
+        // Also when another thread was first: its message may not have been sent yet.
+        self.submit(peer.lane, Message::AddPeer(peer.clone()))?;
         if let Some(old) = replaced {
             self.submit(old.lane, Message::Retire(old))?;
         }
@@ -314,6 +331,7 @@ impl Engine {
 
     /// The peer that was loaded under this name.
     pub fn peer(&self, name: &str) -> Option<Peer> {
+        self.shared.check_process().ok()?;
         let shared = self.shared.peers().named(name).cloned()?;
         Some(Peer { shared, engine: self.shared.clone() })
     }
@@ -324,6 +342,8 @@ impl Engine {
     /// # Errors
     /// Those of [`Peer::disconnect`].
     pub fn unload_peer(&self, peer: &Peer) -> Result<usize> {
+        self.shared.check()?;
+        self.shared.check_may_wait("unload_peer")?;
         let dropped = peer.disconnect();
         self.shared.peers().remove(&peer.shared);
         self.submit(peer.shared.lane, Message::RemovePeer(peer.shared.clone()))?;
@@ -424,12 +444,17 @@ impl Engine {
             take(notification);
             count += 1;
         }
-        if queue.take_stalled() {
-            for lane in shared.lanes() {
+        self.drain_stalled();
+        Ok(count)
+    }
+
+    /// Lets lanes try again that found the queue of notifications full.
+    fn drain_stalled(&self) {
+        if self.shared.notifications.take_stalled() {
+            for lane in self.shared.lanes() {
                 let _ = lane.submit(Message::Drain);
             }
         }
-        Ok(count)
     }
 
     /// Resolves when there is a notification to take. Any number of tasks may wait, on lanes or
@@ -445,10 +470,12 @@ impl Engine {
             if let Err(error) = self.shared.check() {
                 return Poll::Ready(Err(error));
             }
-            if self.shared.notifications.register(context.waker()) {
-                return Poll::Pending;
+            if !self.shared.notifications.register(context.waker()) {
+                return Poll::Ready(Ok(()));
             }
-            Poll::Ready(Ok(()))
+            self.drain_stalled();
+            self.shared.wake_lanes();
+            Poll::Pending
         })
         .await
     }
@@ -470,7 +497,7 @@ impl Engine {
                 return Ok(all);
             }
             if patience.is_over(now) {
-                shared.lanes().iter().for_each(Lane::wake);
+                shared.wake_lanes();
                 sleep_until_woken(deadline - now, |waker| shared.notifications.register(waker));
             }
         }
@@ -500,6 +527,10 @@ impl Engine {
         for counters in &shared.counters {
             totals.add(counters);
         }
+        if shared.check_process().is_err() {
+            // The parent's locks may be held for ever in this child.
+            return EngineStats { totals, ..EngineStats::default() };
+        }
         let peers = shared.peers().all().map(|peer| peer_stats(peer)).collect();
         EngineStats {
             totals,
@@ -518,7 +549,9 @@ impl Engine {
     }
 
     /// Says goodbye to all peers (notifications are flushed for at most `linger`), ends all
-    /// transfers, stops the lanes and joins their threads. Idempotent, bounded.
+    /// transfers, stops the lanes and joins their threads. Idempotent, bounded. On a lane's own
+    /// thread it only asks for all that: there, memory must stay until the engine is dropped or
+    /// shut down elsewhere.
     ///
     /// # Errors
     /// [`Error::Lane`] when a lane had failed or did not stop in time.
@@ -546,17 +579,18 @@ fn peer_stats(peer: &PeerShared) -> PeerStats {
 
 fn shutdown(shared: &EngineShared) -> Result<()> {
     shared.check_process()?;
-    if shared.state.swap(STOPPING, Ordering::AcqRel) == STOPPING {
-        return Ok(());
-    }
+    let before = shared.state.swap(STOPPING, Ordering::AcqRel);
     // A lane leaves its peers for `linger`; the rest is for its thread to wind down.
     let deadline = shared.config.linger + Duration::from_secs(2);
     shared.notifications.wake_all();
     let lanes = shared.lanes();
-    for lane in lanes {
-        // Lanes that are dead already need no telling.
-        let _ = lane.submit(Message::Leave);
+    if before != STOPPING {
+        for lane in lanes {
+            // Lanes that are dead already need no telling.
+            let _ = lane.submit(Message::Leave);
+        }
     }
+    // Whoever calls second waits as the first does: memory may be freed once this has returned.
     let mut outcome = Ok(());
     for lane in lanes {
         if let Err(error) = lane.stop(deadline) {

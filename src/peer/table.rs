@@ -17,7 +17,8 @@ pub(crate) fn home_lane(incarnation: u128, lanes: usize) -> usize {
 /// What loading metadata came to.
 pub(crate) struct Loaded {
     pub(crate) peer: Arc<PeerShared>,
-    /// Its lane does not know it yet.
+    /// Whether the table did not know it.
+    #[cfg(test)]
     pub(crate) new: bool,
     /// The peer that had the name before.
     pub(crate) replaced: Option<Arc<PeerShared>>,
@@ -72,7 +73,12 @@ impl PeerTable {
         if let Some(replaced) = &replaced {
             replaced.replace();
         }
-        Ok(Loaded { peer, new, replaced })
+        Ok(Loaded {
+            peer,
+            #[cfg(test)]
+            new,
+            replaced,
+        })
     }
 
     /// The peer behind an incoming link, which has proven that it holds our metadata.
@@ -104,6 +110,10 @@ impl PeerTable {
         let peer = Arc::new(PeerShared::new(name.into(), incarnation, lane, None, &self.limits));
         self.by_incarnation.insert(incarnation, peer.clone());
         Ok((peer, true))
+    }
+
+    pub(crate) fn contains(&self, incarnation: u128) -> bool {
+        self.by_incarnation.contains_key(&incarnation)
     }
 
     /// The secret of an incarnation whose metadata is loaded.

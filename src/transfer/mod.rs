@@ -147,12 +147,12 @@ impl Transfer {
     fn start(&self, notification: Option<&[u8]>) -> Result<()> {
         self.engine.check()?;
         let (shared, peer) = (&self.shared, &self.shared.plan.peer);
-        if !shared.slot.begin() {
+        let Some(before) = shared.slot.begin() else {
             return Err(Error::Busy {
                 what: "the transfer",
                 hint: "; wait for its end, or use another transfer of the same plan",
             });
-        }
+        };
         let admitted = self.enter().and_then(|()| match notification {
             None => Ok(()),
             Some(payload) => {
@@ -162,7 +162,7 @@ impl Transfer {
             }
         });
         if let Err(error) = admitted {
-            shared.slot.abort();
+            shared.slot.abort(before);
             return Err(error);
         }
         let lane = self.engine.lane(peer.lane)?;
@@ -172,7 +172,7 @@ impl Transfer {
                 peer.release(1, payload.len());
             }
             peer.leave();
-            shared.slot.abort();
+            shared.slot.abort(before);
             return Err(self.engine.dead());
         }
         if shared.plan.class == Class::Latency {
@@ -193,8 +193,8 @@ impl Transfer {
             what: "every transfer slot of the peer",
             hint: "; wait for transfers to end, or raise limits.transfers",
         };
-        if lane.is_lane_thread() {
-            // Waiting here would stop the lane that has to end them.
+        if self.engine.check_may_wait("post").is_err() {
+            // Waiting here would stop a lane that has to end them.
             return Err(busy);
         }
         loop {
@@ -225,15 +225,28 @@ impl Transfer {
     fn describe(&self, state: SlotState) -> Status {
         match state {
             SlotState::Idle => Status::Idle,
-            SlotState::Posted => match self.engine.check_process() {
-                Ok(()) => Status::InProgress,
-                Err(error) => Status::Failed(error),
+            SlotState::Posted => match self.lost() {
+                None => Status::InProgress,
+                Some(error) => Status::Failed(error),
             },
             SlotState::Done => Status::Done,
             SlotState::Failed => {
                 Status::Failed(self.shared.slot.error().unwrap_or(Error::Shutdown))
             }
         }
+    }
+
+    /// Why nobody will end this transfer: the process has forked, or its lane died with it in hand.
+    fn lost(&self) -> Option<Error> {
+        if let Err(error) = self.engine.check_process() {
+            return Some(error);
+        }
+        let lane = self.engine.lane(self.shared.plan.peer.lane).ok()?;
+        if lane.is_alive() || !lane.has_finished() {
+            return None;
+        }
+        // Ended meanwhile, perhaps: then that is the answer, at the next look.
+        (self.shared.slot.state() == SlotState::Posted).then(|| self.engine.dead())
     }
 
     /// Waits for the end: polls for a millisecond after the last progress, then sleeps.
@@ -247,7 +260,8 @@ impl Transfer {
         let mut patience = Patience::new();
         loop {
             match self.describe(self.shared.slot.state()) {
-                Status::Idle | Status::Done => return Ok(()),
+                Status::Idle => return Err(never_posted()),
+                Status::Done => return Ok(()),
                 Status::Failed(error) => return Err(error),
                 Status::InProgress => {}
             }
@@ -267,16 +281,18 @@ impl Transfer {
     }
 
     /// The end as a future, for code on a lane and for async callers. One transfer has one waker:
-    /// the last future polled is woken.
+    /// the last future polled is woken, or the thread that called [`wait`](Self::wait) last.
     pub fn completed(&self) -> impl Future<Output = Result<()>> + '_ {
         std::future::poll_fn(move |context| {
             loop {
                 match self.describe(self.shared.slot.state()) {
-                    Status::Idle | Status::Done => return Poll::Ready(Ok(())),
+                    Status::Idle => return Poll::Ready(Err(never_posted())),
+                    Status::Done => return Poll::Ready(Ok(())),
                     Status::Failed(error) => return Poll::Ready(Err(error)),
                     Status::InProgress => {}
                 }
                 if self.shared.slot.register(context.waker()) {
+                    self.engine.wake_lanes();
                     return Poll::Pending;
                 }
             }
@@ -301,6 +317,10 @@ impl Drop for Transfer {
     fn drop(&mut self) {
         self.cancel();
     }
+}
+
+fn never_posted() -> Error {
+    Error::InvalidArgument("the transfer was never posted".into())
 }
 
 pub(crate) fn check_notification(payload: &[u8]) -> Result<()> {

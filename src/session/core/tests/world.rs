@@ -280,7 +280,7 @@ impl World {
         notification: Option<&[u8]>,
     ) -> usize {
         let shared = Arc::new(TransferShared::new(plan));
-        assert!(shared.slot.begin() && self.nodes[node].peer.try_enter());
+        assert!(shared.slot.begin().is_some() && self.nodes[node].peer.try_enter());
         if let Some(payload) = notification {
             self.nodes[node].peer.reserve(payload.len()).unwrap();
             *shared.notification() = Some(payload.into());
