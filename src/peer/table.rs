@@ -17,9 +17,6 @@ pub(crate) fn home_lane(incarnation: u128, lanes: usize) -> usize {
 /// What loading metadata came to.
 pub(crate) struct Loaded {
     pub(crate) peer: Arc<PeerShared>,
-    /// Whether the table did not know it.
-    #[cfg(test)]
-    pub(crate) new: bool,
     /// The peer that had the name before.
     pub(crate) replaced: Option<Arc<PeerShared>>,
 }
@@ -45,10 +42,10 @@ impl PeerTable {
     pub(crate) fn load(&mut self, metadata: Metadata) -> Result<Loaded> {
         let incarnation = metadata.incarnation;
         let metadata = Arc::new(metadata);
-        let (peer, new) = match self.by_incarnation.get(&incarnation) {
+        let peer = match self.by_incarnation.get(&incarnation) {
             Some(known) => {
                 known.set_metadata(metadata);
-                (known.clone(), false)
+                known.clone()
             }
             None if self.is_full() => {
                 return Err(Error::Limit {
@@ -63,7 +60,7 @@ impl PeerTable {
                 let peer = PeerShared::new(name, incarnation, lane, Some(metadata), &self.limits);
                 let peer = Arc::new(peer);
                 self.by_incarnation.insert(incarnation, peer.clone());
-                (peer, true)
+                peer
             }
         };
         let before = self.loaded.insert(peer.name.clone(), incarnation);
@@ -73,12 +70,7 @@ impl PeerTable {
         if let Some(replaced) = &replaced {
             replaced.replace();
         }
-        Ok(Loaded {
-            peer,
-            #[cfg(test)]
-            new,
-            replaced,
-        })
+        Ok(Loaded { peer, replaced })
     }
 
     /// The peer behind an incoming link, which has proven that it holds our metadata.
@@ -167,13 +159,12 @@ mod tests {
     #[test]
     fn a_loaded_name_admits_only_its_own_incarnation() {
         let mut table = PeerTable::new(1, Limits::default());
-        let Loaded { peer: loaded, new, .. } = table.load(metadata("a", 1)).unwrap();
-        assert!(new);
+        let Loaded { peer: loaded, .. } = table.load(metadata("a", 1)).unwrap();
         assert!(Arc::ptr_eq(&table.admit("a", 1).unwrap().0, &loaded));
         assert_eq!(table.admit("a", 2).unwrap_err(), Refusal::NameInUse);
         assert_eq!(table.admit("b", 1).unwrap_err(), Refusal::Proof);
         let again = table.load(metadata("a", 2)).unwrap();
-        assert!(again.new && Arc::ptr_eq(again.replaced.as_ref().unwrap(), &loaded));
+        assert!(Arc::ptr_eq(again.replaced.as_ref().unwrap(), &loaded));
         assert!(table.forget(&loaded) && !table.forget(&again.peer));
         assert_eq!(table.named("a").unwrap().incarnation, 2);
         assert!(table.admit("a", 2).is_ok());
@@ -194,8 +185,8 @@ mod tests {
         let mut table = PeerTable::new(1, Limits::default());
         let (inbound, _) = table.admit("a", 1).unwrap();
         assert!(table.secret_of(1).is_none());
-        let Loaded { peer: loaded, new, .. } = table.load(metadata("a", 1)).unwrap();
-        assert!(Arc::ptr_eq(&inbound, &loaded) && !new);
+        let Loaded { peer: loaded, .. } = table.load(metadata("a", 1)).unwrap();
+        assert!(Arc::ptr_eq(&inbound, &loaded));
         assert_eq!(table.secret_of(1), Some([1; 32]));
         table.remove(&loaded);
         assert!(table.named("a").is_none());

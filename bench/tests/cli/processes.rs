@@ -163,13 +163,8 @@ fn a_killed_server_ends_the_run_with_an_error() {
                 .is_ok_and(|line| line.contains("server"))
         })
         .expect("a server");
-    assert!(
-        std::process::Command::new("kill")
-            .args(["-9", &server.to_string()])
-            .status()
-            .expect("kill")
-            .success()
-    );
+    let server = nix::unistd::Pid::from_raw(*server as i32);
+    nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).expect("kill");
     let begin = Instant::now();
     let status = loop {
         if let Some(status) = coordinator.try_wait().expect("waits") {
