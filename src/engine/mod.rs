@@ -4,25 +4,28 @@ mod accept;
 mod connect;
 mod lane;
 mod links;
+mod shared;
 mod start;
 
 pub(crate) use lane::{LaneDriver, Message};
+pub(crate) use shared::EngineShared;
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use corelane_runtime::{Assist, Lane, LaneTask, LocalLane};
+use corelane_runtime::{Lane, LaneTask, LocalLane};
+
+use self::shared::{shutdown, watch_forks};
 
 use crate::config::{EngineConfig, MAX_AGENT_NAME};
 use crate::error::{Error, Result};
-use crate::memory::{LocalSegment, Region, Registry, RemoteSegment};
-use crate::notification::{Notification, NotificationQueue};
-use crate::peer::{Loaded, Peer, PeerShared, PeerTable};
+use crate::memory::{LocalSegment, Region, RemoteSegment};
+use crate::notification::Notification;
+use crate::peer::{Loaded, Peer, PeerShared};
 use crate::plan::{LocalBlocks, LocalList, Operation, PlanBuilder, RemoteBlocks, RemoteList};
-use crate::session::handshake::Identity;
-use crate::stats::{Counters, EngineStats, PeerStats, Totals};
+use crate::stats::{EngineStats, PeerStats, Totals};
 use crate::sync::{Patience, Ticket, deadline, sleep_until_woken};
 use crate::sys;
 use crate::transfer::Plan;
@@ -30,126 +33,6 @@ use crate::wire::{Access, MemoryKind, Metadata, RegionDescriptor, RegionKey};
 
 /// A task that runs on a lane; await it, or `wait()` from an ordinary thread.
 pub type Task<T> = LaneTask<T>;
-
-/// Counts forks: an engine of another generation belongs to a parent process.
-static FORKS: AtomicU64 = AtomicU64::new(0);
-
-fn watch_forks() {
-    extern "C" fn in_child() {
-        FORKS.fetch_add(1, Ordering::Relaxed);
-    }
-    static WATCH: OnceLock<()> = OnceLock::new();
-    WATCH.get_or_init(|| {
-        // SAFETY: the handler does one atomic addition, which is safe in a forked child.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-    });
-}
-
-const RUNNING: u32 = 0;
-const STOPPING: u32 = 1;
-/// A lane has panicked.
-const FAILED: u32 = 2;
-
-/// All that lanes and callers share.
-pub(crate) struct EngineShared {
-    pub(crate) name: Arc<str>,
-    pub(crate) config: EngineConfig,
-    pub(crate) identity: Identity,
-    pub(crate) notifications: NotificationQueue,
-    metadata: OnceLock<Vec<u8>>,
-    registry: RwLock<Registry>,
-    peers: Mutex<PeerTable>,
-    lanes: OnceLock<Vec<Lane<LaneDriver>>>,
-    counters: Vec<Arc<Counters>>,
-    forks: u64,
-    state: AtomicU32,
-}
-
-impl std::fmt::Debug for EngineShared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-impl EngineShared {
-    /// The engine belongs to this process.
-    #[inline]
-    pub(crate) fn check_process(&self) -> Result<()> {
-        if self.forks == FORKS.load(Ordering::Relaxed) { Ok(()) } else { Err(Error::Shutdown) }
-    }
-
-    /// The engine works. Two loads.
-    #[inline]
-    pub(crate) fn check(&self) -> Result<()> {
-        self.check_process()?;
-        if self.state.load(Ordering::Relaxed) == RUNNING { Ok(()) } else { Err(self.dead()) }
-    }
-
-    /// The calling thread may wait: it is no lane of this engine.
-    pub(crate) fn check_may_wait(&self, what: &str) -> Result<()> {
-        if self.lanes().iter().any(Lane::is_lane_thread) {
-            return Err(Error::InvalidArgument(format!(
-                "{what} would stop the lane that it is called on; use the async API there"
-            )));
-        }
-        Ok(())
-    }
-
-    /// Why a lane takes nothing any more.
-    pub(crate) fn dead(&self) -> Error {
-        let lanes = self.lanes.get().map_or(&[][..], Vec::as_slice);
-        match lanes.iter().find_map(Lane::failure) {
-            Some(message) => Error::Backend(format!("a lane has failed: {message}")),
-            None => Error::Shutdown,
-        }
-    }
-
-    pub(crate) fn lane(&self, index: usize) -> Result<&Lane<LaneDriver>> {
-        self.lanes.get().and_then(|lanes| lanes.get(index)).ok_or(Error::Shutdown)
-    }
-
-    /// Gives a lane that needs it a turn of this thread. Not on the lane itself, which runs anyway.
-    #[inline]
-    pub(crate) fn drive(&self, index: usize) -> Assist {
-        match self.lane(index) {
-            Ok(lane) if !lane.is_lane_thread() => lane.assist(),
-            _ => Assist::Busy,
-        }
-    }
-
-    /// The calling thread stops driving lanes: those that stand by must take over.
-    pub(crate) fn wake_lanes(&self) {
-        for lane in self.lanes() {
-            if !lane.is_lane_thread() {
-                lane.wake();
-            }
-        }
-    }
-
-    pub(crate) fn lanes(&self) -> &[Lane<LaneDriver>] {
-        self.lanes.get().map_or(&[], Vec::as_slice)
-    }
-
-    pub(crate) fn peers(&self) -> MutexGuard<'_, PeerTable> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn set_failed(&self) {
-        let _ = self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Relaxed);
-    }
-
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.state.load(Ordering::Relaxed) != RUNNING
-    }
-
-    fn registry_mut(&self) -> std::sync::RwLockWriteGuard<'_, Registry> {
-        self.registry.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn registry(&self) -> std::sync::RwLockReadGuard<'_, Registry> {
-        self.registry.read().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Shuts the engine down when the last handle is dropped.
 #[derive(Debug)]
@@ -575,29 +458,6 @@ fn peer_stats(peer: &PeerShared) -> PeerStats {
         unacknowledged_bytes,
         last_error: peer.last_error(),
     }
-}
-
-fn shutdown(shared: &EngineShared) -> Result<()> {
-    shared.check_process()?;
-    let before = shared.state.swap(STOPPING, Ordering::AcqRel);
-    // A lane leaves its peers for `linger`; the rest is for its thread to wind down.
-    let deadline = shared.config.linger + Duration::from_secs(2);
-    shared.notifications.wake_all();
-    let lanes = shared.lanes();
-    if before != STOPPING {
-        for lane in lanes {
-            // Lanes that are dead already need no telling.
-            let _ = lane.submit(Message::Leave);
-        }
-    }
-    // Whoever calls second waits as the first does: memory may be freed once this has returned.
-    let mut outcome = Ok(());
-    for lane in lanes {
-        if let Err(error) = lane.stop(deadline) {
-            outcome = Err(error.into());
-        }
-    }
-    outcome
 }
 
 /// An engine as seen by a task on one of its lanes.

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use corelane_runtime::{Lane, LaneConfig, placement};
 
-use super::{EngineShared, FORKS, LaneDriver, RUNNING};
+use super::shared::{FORKS, RUNNING};
+use super::{EngineShared, LaneDriver};
 use crate::config::{EngineConfig, LaneSpec, TransportKind};
 use crate::error::{Error, Result};
 use crate::memory::Registry;

@@ -1,0 +1,160 @@
+//! What lanes and callers of an engine share, and how it ends.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
+
+use corelane_runtime::{Assist, Lane};
+
+use super::{LaneDriver, Message};
+use crate::config::EngineConfig;
+use crate::error::{Error, Result};
+use crate::memory::Registry;
+use crate::notification::NotificationQueue;
+use crate::peer::PeerTable;
+use crate::session::handshake::Identity;
+use crate::stats::Counters;
+
+/// Counts forks: an engine of another generation belongs to a parent process.
+pub(super) static FORKS: AtomicU64 = AtomicU64::new(0);
+
+pub(super) fn watch_forks() {
+    extern "C" fn in_child() {
+        FORKS.fetch_add(1, Ordering::Relaxed);
+    }
+    static WATCH: OnceLock<()> = OnceLock::new();
+    WATCH.get_or_init(|| {
+        // SAFETY: the handler does one atomic addition, which is safe in a forked child.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    });
+}
+
+pub(super) const RUNNING: u32 = 0;
+const STOPPING: u32 = 1;
+/// A lane has panicked.
+const FAILED: u32 = 2;
+
+/// All that lanes and callers share.
+pub(crate) struct EngineShared {
+    pub(crate) name: Arc<str>,
+    pub(crate) config: EngineConfig,
+    pub(crate) identity: Identity,
+    pub(crate) notifications: NotificationQueue,
+    pub(super) metadata: OnceLock<Vec<u8>>,
+    pub(super) registry: RwLock<Registry>,
+    pub(super) peers: Mutex<PeerTable>,
+    pub(super) lanes: OnceLock<Vec<Lane<LaneDriver>>>,
+    pub(super) counters: Vec<Arc<Counters>>,
+    pub(super) forks: u64,
+    pub(super) state: AtomicU32,
+}
+
+impl std::fmt::Debug for EngineShared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl EngineShared {
+    /// The engine belongs to this process.
+    #[inline]
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.forks == FORKS.load(Ordering::Relaxed) { Ok(()) } else { Err(Error::Shutdown) }
+    }
+
+    /// The engine works. Two loads.
+    #[inline]
+    pub(crate) fn check(&self) -> Result<()> {
+        self.check_process()?;
+        if self.state.load(Ordering::Relaxed) == RUNNING { Ok(()) } else { Err(self.dead()) }
+    }
+
+    /// The calling thread may wait: it is no lane of this engine.
+    pub(crate) fn check_may_wait(&self, what: &str) -> Result<()> {
+        if self.lanes().iter().any(Lane::is_lane_thread) {
+            return Err(Error::InvalidArgument(format!(
+                "{what} would stop the lane that it is called on; use the async API there"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Why a lane takes nothing any more.
+    pub(crate) fn dead(&self) -> Error {
+        let lanes = self.lanes.get().map_or(&[][..], Vec::as_slice);
+        match lanes.iter().find_map(Lane::failure) {
+            Some(message) => Error::Backend(format!("a lane has failed: {message}")),
+            None => Error::Shutdown,
+        }
+    }
+
+    pub(crate) fn lane(&self, index: usize) -> Result<&Lane<LaneDriver>> {
+        self.lanes.get().and_then(|lanes| lanes.get(index)).ok_or(Error::Shutdown)
+    }
+
+    /// Gives a lane that needs it a turn of this thread. Not on the lane itself, which runs anyway.
+    #[inline]
+    pub(crate) fn drive(&self, index: usize) -> Assist {
+        match self.lane(index) {
+            Ok(lane) if !lane.is_lane_thread() => lane.assist(),
+            _ => Assist::Busy,
+        }
+    }
+
+    /// The calling thread stops driving lanes: those that stand by must take over.
+    pub(crate) fn wake_lanes(&self) {
+        for lane in self.lanes() {
+            if !lane.is_lane_thread() {
+                lane.wake();
+            }
+        }
+    }
+
+    pub(crate) fn lanes(&self) -> &[Lane<LaneDriver>] {
+        self.lanes.get().map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn peers(&self) -> MutexGuard<'_, PeerTable> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_failed(&self) {
+        let _ = self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.state.load(Ordering::Relaxed) != RUNNING
+    }
+
+    pub(super) fn registry_mut(&self) -> std::sync::RwLockWriteGuard<'_, Registry> {
+        self.registry.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn registry(&self) -> std::sync::RwLockReadGuard<'_, Registry> {
+        self.registry.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says goodbye to all peers and stops the lanes; see `Engine::shutdown`.
+pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
+    shared.check_process()?;
+    let before = shared.state.swap(STOPPING, Ordering::AcqRel);
+    // A lane leaves its peers for `linger`; the rest is for its thread to wind down.
+    let deadline = shared.config.linger + Duration::from_secs(2);
+    shared.notifications.wake_all();
+    let lanes = shared.lanes();
+    if before != STOPPING {
+        for lane in lanes {
+            // Lanes that are dead already need no telling.
+            let _ = lane.submit(Message::Leave);
+        }
+    }
+    // Whoever calls second waits as the first does: memory may be freed once this has returned.
+    let mut outcome = Ok(());
+    for lane in lanes {
+        if let Err(error) = lane.stop(deadline) {
+            outcome = Err(error.into());
+        }
+    }
+    outcome
+}
