@@ -37,10 +37,15 @@ pub fn exempt_this_thread() {
     EXEMPT.with(|exempt| exempt.set(true));
 }
 
-/// Runs `work` in 100 short windows, and panics if memory is allocated in more than half of them. A lane may allocate
-/// when it looks at its surroundings about once a second; what allocates for each transfer is seen in every window.
+/// Runs `work` in 100 short windows, and panics if memory is allocated in more than `tolerated` of them. With automatic
+/// assistance a lane may allocate when it looks at its surroundings about once a second; without it, nothing may.
 #[track_caller]
-pub fn assert_allocation_free(what: &str, mut count: impl FnMut() -> u64, mut work: impl FnMut()) {
+pub fn assert_allocation_free(
+    what: &str,
+    tolerated: usize,
+    mut count: impl FnMut() -> u64,
+    mut work: impl FnMut(),
+) {
     let allocated: Vec<u64> = (0..100)
         .map(|_| {
             let before = count();
@@ -49,7 +54,7 @@ pub fn assert_allocation_free(what: &str, mut count: impl FnMut() -> u64, mut wo
         })
         .collect();
     let windows = allocated.iter().filter(|&&allocated| allocated > 0).count();
-    assert!(windows <= 50, "{what}: {allocated:?} allocations");
+    assert!(windows <= tolerated, "{what}: {allocated:?} allocations");
 }
 
 // SAFETY: every call is passed on to the system's allocator unchanged.

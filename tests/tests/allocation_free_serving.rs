@@ -5,7 +5,7 @@ use corelane_tests::{Buffer, assert_allocation_free, end_of, local_config, targe
 
 #[test]
 fn serving_reads_and_writes_allocates_nothing() {
-    for settings in ["", "assist=never"] {
+    for settings in ["", "assist=always", "assist=never"] {
         let mut far = target!("far", 64 << 10, "read-write", settings);
         let engine = Engine::new("near", local_config()).unwrap();
         let near = Buffer::with_pattern(1, 64 << 10);
@@ -27,7 +27,13 @@ fn serving_reads_and_writes_allocates_nothing() {
             run(500);
             let served = far.process.number("served");
             let what = format!("serving 20 transfers of {count} x {len} B");
-            assert_allocation_free(&what, || far.process.number("allocations"), || run(10));
+            let tolerated = if settings.is_empty() { 50 } else { 0 };
+            assert_allocation_free(
+                &what,
+                tolerated,
+                || far.process.number("allocations"),
+                || run(10),
+            );
             assert_eq!(far.process.number("served"), served + 2000);
         }
         // It does count: a new connection allocates.
