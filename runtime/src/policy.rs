@@ -27,6 +27,9 @@ const GAP_NS: u64 = 100_000;
 const PARK_AT_ONCE_FIRST_NS: u64 = 10_000_000;
 const PARK_AT_ONCE_MAX_NS: u64 = 100_000_000;
 
+/// A late yield counts if another came at most so long before it: a few time slices.
+const LATE_AGAIN_NS: u64 = 20_000_000;
+
 /// Lanes of this process that never park.
 static SPINNING_LANES: AtomicUsize = AtomicUsize::new(0);
 
@@ -53,6 +56,8 @@ pub(crate) struct Policy {
     seen_calls: u64,
     park_at_once_until_ns: u64,
     park_at_once_for_ns: u64,
+    /// When the last late yield came back.
+    late_yield_ns: Option<u64>,
     /// Tasks ran between the last two turns: the lane is polled by its own tasks, as by a caller that assists.
     has_busy_tasks: bool,
     watch: CoreWatch,
@@ -82,6 +87,7 @@ impl Policy {
             seen_calls: 0,
             park_at_once_until_ns: 0,
             park_at_once_for_ns: 0,
+            late_yield_ns: None,
             has_busy_tasks: false,
             watch: CoreWatch::NEW,
             evaluate_at_ns: 0,
@@ -214,6 +220,12 @@ impl Policy {
         let after = shared.clock_ns();
         self.fresh_ns = Some(after);
         if self.watch.yielded(before, after) {
+            shared.counters.late_yields.add(1);
+            // One late yield may be the hypervisor's doing; a thread that holds on to the core makes each one late.
+            let last_ns = std::mem::replace(&mut self.late_yield_ns, Some(after));
+            if last_ns.is_none_or(|last_ns| before.saturating_sub(last_ns) > LATE_AGAIN_NS) {
+                return;
+            }
             // Late again as soon as it was tried again: the other thread is there to stay.
             let is_repeated = before <= self.park_at_once_until_ns + self.park_at_once_for_ns;
             self.park_at_once_for_ns = match is_repeated {
@@ -223,7 +235,6 @@ impl Policy {
                 false => PARK_AT_ONCE_FIRST_NS,
             };
             self.park_at_once_until_ns = after + self.park_at_once_for_ns;
-            shared.counters.late_yields.add(1);
         }
     }
 }
