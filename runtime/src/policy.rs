@@ -222,7 +222,7 @@ impl Policy {
         if self.watch.yielded(before, after) {
             shared.counters.late_yields.add(1);
             // One late yield may be the hypervisor's doing; a thread that holds on to the core makes each one late.
-            let last_ns = std::mem::replace(&mut self.late_yield_ns, Some(after));
+            let last_ns = self.late_yield_ns.replace(after);
             if last_ns.is_none_or(|last_ns| before.saturating_sub(last_ns) > LATE_AGAIN_NS) {
                 return;
             }
