@@ -157,12 +157,17 @@ pub struct EngineConfig {
     pub chunk_bytes: usize,
     /// Transfers of at most this many bytes use the latency stream.
     pub latency_bytes: usize,
+    /// Transfers of at most this many bytes are started by the thread that posts them, where
+    /// [`assist`](Self::assist) lets it drive the lane; 0: always by the lane. Default 64 KiB.
+    pub inline_bytes: usize,
     /// A peer that is silent for so long is dead. Default 3 s, at least 50 ms.
     pub liveness: Duration,
     /// A transfer that takes longer fails. Default 30 s.
     pub operation_timeout: Duration,
     /// Connecting and handshake together. Default 3 s.
     pub connect_timeout: Duration,
+    /// How long the one attempt to connect again may take after a link was lost. Default 1 s.
+    pub reconnect_timeout: Duration,
     /// How long `disconnect` and `shutdown` wait for notifications to be acknowledged. Default 1 s.
     pub linger: Duration,
     /// How long `deregister` waits for accesses in progress. Default 5 s.
@@ -184,9 +189,11 @@ impl Default for EngineConfig {
             streams: 2,
             chunk_bytes: 256 << 10,
             latency_bytes: 64 << 10,
+            inline_bytes: 64 << 10,
             liveness: Duration::from_secs(3),
             operation_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(3),
+            reconnect_timeout: Duration::from_secs(1),
             linger: Duration::from_secs(1),
             deregister_timeout: Duration::from_secs(5),
             stream_idle: Duration::from_secs(10),
@@ -236,14 +243,18 @@ impl EngineConfig {
         if self.liveness < Duration::from_millis(50) {
             return refuse(format!("liveness={:?} is below 50 ms", self.liveness));
         }
-        if self.operation_timeout.is_zero() || self.connect_timeout.is_zero() {
-            return refuse("operation_timeout and connect_timeout must not be zero".into());
+        let waits = [self.operation_timeout, self.connect_timeout, self.reconnect_timeout];
+        if waits.iter().any(Duration::is_zero) {
+            return refuse(
+                "operation_timeout, connect_timeout and reconnect_timeout must not be zero".into(),
+            );
         }
         let day = Duration::from_hours(24);
         let durations = [
             ("liveness", self.liveness),
             ("operation_timeout", self.operation_timeout),
             ("connect_timeout", self.connect_timeout),
+            ("reconnect_timeout", self.reconnect_timeout),
             ("linger", self.linger),
             ("deregister_timeout", self.deregister_timeout),
             ("stream_idle", self.stream_idle),

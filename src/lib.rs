@@ -94,7 +94,7 @@ pub use engine::{Engine, LocalEngine, Task};
 pub use error::{Error, Result};
 pub use memory::{Access, LocalSegment, MemoryKind, Region, RegionDescriptor, RemoteSegment};
 pub use notification::Notification;
-pub use peer::Peer;
+pub use peer::{Estimate, Peer};
 pub use plan::{LocalBlocks, Operation, RemoteBlocks};
 pub use stats::{EngineStats, PeerStats, Totals};
 pub use transfer::{Plan, Status, Transfer};

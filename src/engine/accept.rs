@@ -194,6 +194,12 @@ impl LaneDriver {
             LinkKind::Bulk => core.bulk_up(id, false, env),
         });
         self.open(id, slot, hello.kind, false, cx);
+        if hello.kind == LinkKind::Session
+            && self.mirror != Some(slot)
+            && let Some(peer) = self.peers.get(slot)
+        {
+            self.engine.arrivals.push(&peer.core.peer);
+        }
     }
 
     /// The peer behind an incoming link; a stranger that holds our metadata becomes one.
@@ -204,6 +210,9 @@ impl LaneDriver {
         let mut peers = self.engine.peers();
         if hello.kind == LinkKind::Bulk && !peers.contains(hello.initiator) {
             return Err(Refusal::NoSession);
+        }
+        if !peers.contains(hello.initiator) && !self.engine.arrivals.is_open() {
+            return Err(Refusal::NotAccepting);
         }
         let (peer, _) = peers.admit(&hello.name, hello.initiator)?;
         drop(peers);

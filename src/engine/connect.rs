@@ -40,10 +40,18 @@ pub(super) struct Connector {
 }
 
 impl LaneDriver {
-    pub(super) fn start_connect(&mut self, slot: usize, kind: LinkKind, cx: &mut Cx<'_>) {
+    pub(super) fn start_connect(
+        &mut self,
+        slot: usize,
+        kind: LinkKind,
+        again: bool,
+        cx: &mut Cx<'_>,
+    ) {
         match kind {
             LinkKind::Session => {
-                let deadline = cx.now() + self.engine.config.connect_timeout;
+                let config = &self.engine.config;
+                let timeout = if again { config.reconnect_timeout } else { config.connect_timeout };
+                let deadline = cx.now() + timeout;
                 self.connect_session(slot, deadline, cx);
             }
             LinkKind::Bulk => self.connect_bulk(slot, cx),

@@ -187,6 +187,7 @@ impl LaneDriver {
         let mut env = env(&mut self.regions, &self.engine, &self.counters, cx.now());
         peer.core.abort(&Error::Cancelled, &mut env);
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
+        self.engine.arrivals.forget(&peer.core.peer);
         peer.core.peer.connected.store(false, Ordering::Release);
     }
 
@@ -242,7 +243,7 @@ impl LaneDriver {
     fn handle_events(&mut self, slot: usize, cx: &mut Cx<'_>) {
         while let Some(event) = self.peers.get_mut(slot).and_then(|p| p.core.poll_event()) {
             match event {
-                Event::Connect(kind) => self.start_connect(slot, kind, cx),
+                Event::Connect { kind, again } => self.start_connect(slot, kind, again, cx),
                 Event::AbortConnect => self.abort_connect(slot, cx),
                 Event::Close { link, reason, after_flush } => {
                     if after_flush {
@@ -341,7 +342,7 @@ pub(super) fn env<'a>(
     counters: &'a Counters,
     now: Instant,
 ) -> Env<'a> {
-    Env { now, regions, notifications: &engine.notifications, counters }
+    Env { now, clock: Some(Instant::now), regions, notifications: &engine.notifications, counters }
 }
 
 impl Driver for LaneDriver {

@@ -10,6 +10,7 @@ use super::lane::{LaneDriver, env};
 use crate::session::handshake::{HandshakeError, Initiator, InitiatorStep, Target};
 use crate::session::{ConnectFailure, LinkId};
 use crate::sys::{self, IoSegment};
+use crate::transport::addresses;
 use crate::transport::link::Flow;
 use crate::transport::receive::Receiver;
 use crate::transport::send::Sender;
@@ -354,23 +355,29 @@ impl LaneDriver {
         if ours {
             self.attempt_won(id, slot, kind, remote, cx);
         }
-        let lane = self.index;
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.links.push(id);
         if kind == LinkKind::Session {
-            let direction = if ours { "to" } else { "from" };
-            let core = self.engine.lane(lane).ok().and_then(corelane_runtime::Lane::core);
-            tracing::info!(
-                peer = &*peer.core.peer.name,
-                address = %remote,
-                transport = "tcp",
-                lane,
-                core,
-                direction,
-                "connected"
-            );
+            self.log_connected(id, slot, ours);
         }
         self.mark(slot);
+    }
+
+    /// The line that says how bytes will go to and from a peer.
+    fn log_connected(&self, id: LinkId, slot: usize, ours: bool) {
+        let Some(link) = self.links.get(id as u32 as usize) else { return };
+        let Some(peer) = self.peers.get(slot) else { return };
+        let core = self.engine.lane(self.index).ok().and_then(corelane_runtime::Lane::core);
+        tracing::info!(
+            peer = &*peer.core.peer.name,
+            transport = "tcp",
+            nic = addresses::interface_of(&link.fd).unwrap_or_else(|| "unknown".to_owned()),
+            lane = self.index,
+            core = core.map_or("unpinned".to_owned(), |core| core.to_string()),
+            address = %link.remote,
+            direction = if ours { "to" } else { "from" },
+            "connected"
+        );
     }
 
     /// A handshake took too long.

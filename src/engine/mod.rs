@@ -23,7 +23,7 @@ use crate::config::{EngineConfig, MAX_AGENT_NAME};
 use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, Region, RemoteSegment};
 use crate::notification::Notification;
-use crate::peer::{Loaded, Peer, PeerShared};
+use crate::peer::{Arrival, Loaded, Peer, PeerShared};
 use crate::plan::{LocalBlocks, LocalList, Operation, PlanBuilder, RemoteBlocks, RemoteList};
 use crate::stats::{EngineStats, PeerStats, Totals};
 use crate::sync::{Patience, Ticket, deadline, sleep_until_woken};
@@ -188,15 +188,97 @@ impl Engine {
         })
     }
 
+    /// A region of this engine that holds all of `len` bytes at `addr`, if one is registered. With
+    /// several, the one that starts last.
+    pub fn region_at(&self, addr: u64, len: u64) -> Option<Region> {
+        self.shared.check_process().ok()?;
+        let inner = self.shared.registry().find(addr, len)?.clone();
+        Some(Region { inner })
+    }
+
+    /// Waits for a peer that connects by itself, and that was not returned here before. Never
+    /// needed: such peers are served, and their notifications arrive, whether or not anybody asks.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`]; [`Error::Cancelled`] once [`stop_accepting`](Self::stop_accepting) was
+    /// called and nobody is left to return; [`Error::Shutdown`].
+    pub fn accept(&self, timeout: Duration) -> Result<Peer> {
+        let shared = &self.shared;
+        shared.check()?;
+        shared.check_may_wait("accept")?;
+        let deadline = deadline(timeout);
+        loop {
+            match shared.arrivals.take() {
+                Arrival::Peer(peer) => return Ok(Peer { shared: peer, engine: shared.clone() }),
+                Arrival::None => {}
+                Arrival::Closed => {
+                    shared.check()?;
+                    return Err(Error::Cancelled);
+                }
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(Error::Timeout {
+                    what: "waiting for a peer",
+                    peer: shared.name.clone(),
+                    after: timeout,
+                });
+            }
+            shared.wake_lanes();
+            sleep_until_woken(deadline - now, |waker| shared.arrivals.register(waker));
+            shared.check()?;
+        }
+    }
+
+    /// Refuses peers that are not known yet, and ends [`accept`](Self::accept). Peers that are
+    /// known go on, and may connect again.
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`].
+    pub fn stop_accepting(&self) -> Result<()> {
+        self.shared.check()?;
+        self.shared.arrivals.set_open(false);
+        Ok(())
+    }
+
+    /// Accepts new peers again; an engine does from its creation.
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`].
+    pub fn start_accepting(&self) -> Result<()> {
+        self.shared.check()?;
+        self.shared.arrivals.set_open(true);
+        Ok(())
+    }
+
     /// Makes a peer known by its metadata. Cheap: nothing is connected. Loading the same metadata
     /// again gives the same peer; other metadata under a known name replaces it.
     ///
     /// # Errors
     /// [`Error::Malformed`], [`Error::Limit`], [`Error::Config`] when no transport is shared.
     pub fn load_peer(&self, metadata: &[u8]) -> Result<Peer> {
+        self.load(Metadata::decode(metadata)?)
+    }
+
+    /// As [`load_peer`](Self::load_peer), for an application that knows the peer by a name of its
+    /// own: nothing is loaded when the metadata belongs to another.
+    ///
+    /// # Errors
+    /// Those of `load_peer`; [`Error::InvalidArgument`] for metadata of another agent.
+    pub fn load_peer_as(&self, name: &str, metadata: &[u8]) -> Result<Peer> {
+        let metadata = Metadata::decode(metadata)?;
+        if metadata.name != name {
+            return Err(Error::InvalidArgument(format!(
+                "this is the metadata of `{}` and not of `{name}`",
+                metadata.name
+            )));
+        }
+        self.load(metadata)
+    }
+
+    fn load(&self, metadata: Metadata) -> Result<Peer> {
         let shared = &self.shared;
         shared.check()?;
-        let metadata = Metadata::decode(metadata)?;
         if metadata.transports & shared.identity.transports == 0 {
             return Err(Error::Config(format!(
                 "`{}` offers no transport that is allowed here; compare `transports` on both sides",

@@ -11,7 +11,7 @@ use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::memory::Registry;
 use crate::notification::NotificationQueue;
-use crate::peer::PeerTable;
+use crate::peer::{Arrivals, PeerTable};
 use crate::session::handshake::Identity;
 use crate::stats::Counters;
 
@@ -43,6 +43,7 @@ pub(crate) struct EngineShared {
     pub(super) metadata: OnceLock<Vec<u8>>,
     pub(super) registry: RwLock<Registry>,
     pub(super) peers: Mutex<PeerTable>,
+    pub(crate) arrivals: Arrivals,
     pub(super) lanes: OnceLock<Vec<Lane<LaneDriver>>>,
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) forks: u64,
@@ -142,6 +143,7 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
     // A lane leaves its peers for `linger`; the rest is for its thread to wind down.
     let deadline = shared.config.linger + Duration::from_secs(2);
     shared.notifications.wake_all();
+    shared.arrivals.set_open(false);
     let lanes = shared.lanes();
     if before != STOPPING {
         for lane in lanes {

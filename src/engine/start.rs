@@ -11,7 +11,7 @@ use crate::config::{EngineConfig, LaneSpec, TransportKind};
 use crate::error::{Error, Result};
 use crate::memory::Registry;
 use crate::notification::NotificationQueue;
-use crate::peer::PeerTable;
+use crate::peer::{Arrivals, PeerTable};
 use crate::session::handshake::Identity;
 use crate::stats::Counters;
 use crate::sys;
@@ -78,6 +78,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         metadata: OnceLock::from(metadata.encode()),
         registry: RwLock::new(Registry::new(config.limits.regions)),
         peers: Mutex::new(PeerTable::new(lanes, config.limits.clone())),
+        arrivals: Arrivals::new(),
         lanes: OnceLock::new(),
         counters: (0..lanes).map(|_| Arc::new(Counters::default())).collect(),
         forks: FORKS.load(Ordering::Relaxed),
@@ -88,13 +89,16 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
     let cores: Vec<String> = shared
         .lanes()
         .iter()
-        .map(|lane| lane.core().map_or("unpinned".into(), |core| format!("core {core}")))
+        .map(|lane| lane.core().map_or("unpinned".into(), |core| core.to_string()))
         .collect();
+    let transport_names: Vec<&str> =
+        shared.config.transports.iter().map(|kind| kind.name()).collect();
     tracing::info!(
         agent = agent_name,
-        lanes = %cores.join(", "),
+        lanes = shared.lanes().len(),
+        cores = %cores.join(", "),
+        transports = %transport_names.join(","),
         addresses = ?advertised,
-        transports = ?shared.config.transports,
         "engine started"
     );
     Ok(shared)

@@ -1,8 +1,12 @@
 //! Peers: remote engines.
 
+mod arrivals;
+mod history;
 mod shared;
 mod table;
 
+pub(crate) use arrivals::{Arrival, Arrivals};
+pub use history::Estimate;
 pub(crate) use shared::{NO_SLOT, PeerShared};
 pub(crate) use table::{Loaded, PeerTable, home_lane};
 
@@ -67,11 +71,20 @@ impl Peer {
     /// which this thread sends. Returns at once; connects if need be.
     ///
     /// # Errors
-    /// [`Error::Backpressure`] when too many are not acknowledged, [`Error::Limit`] above 16 MiB.
+    /// [`Error::Backpressure`] when too many are not acknowledged, [`Error::Limit`] above 16 MiB;
+    /// [`Error::Connect`] when the last attempt to connect has failed: then another one is under
+    /// way, at most once a second.
     pub fn notify(&self, payload: &[u8]) -> Result<()> {
         check_notification(payload)?;
         self.engine.check()?;
         let lane = self.engine.lane(self.shared.lane)?;
+        if let Some((error, try_again)) = self.shared.unreachable() {
+            if try_again {
+                let attempt = Message::Connect(self.shared.clone(), Ticket::new());
+                lane.submit(attempt).map_err(|_| self.engine.dead())?;
+            }
+            return Err(error);
+        }
         self.shared.reserve(payload.len())?;
         let message = Message::Notify(Box::new((self.shared.clone(), payload.into())));
         if lane.submit(message).is_err() {

@@ -2,13 +2,25 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use super::history::History;
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::wire::Metadata;
 
 /// A peer has no place on its lane yet.
 pub(crate) const NO_SLOT: u32 = u32::MAX;
+
+/// While a peer cannot be reached, another attempt is made for its sake at most so often.
+const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+struct Unreachable {
+    error: Error,
+    /// When somebody last made an attempt worth its while.
+    tried: Instant,
+}
 
 /// One incarnation of a remote engine.
 #[derive(Debug)]
@@ -28,6 +40,12 @@ pub(crate) struct PeerShared {
     unacknowledged: AtomicUsize,
     unacknowledged_bytes: AtomicUsize,
     last_error: Mutex<Option<String>>,
+    /// The last attempt to connect has failed, and no link came up since.
+    is_unreachable: AtomicBool,
+    unreachable: Mutex<Option<Unreachable>>,
+    /// The application has been told that it connected by itself.
+    announced: AtomicBool,
+    pub(crate) history: History,
     max_in_flight: usize,
     max_unacknowledged: usize,
     max_unacknowledged_bytes: usize,
@@ -57,6 +75,10 @@ impl PeerShared {
             unacknowledged: AtomicUsize::new(0),
             unacknowledged_bytes: AtomicUsize::new(0),
             last_error: Mutex::new(None),
+            is_unreachable: AtomicBool::new(false),
+            unreachable: Mutex::new(None),
+            announced: AtomicBool::new(false),
+            history: History::default(),
             max_in_flight: limits.transfers,
             max_unacknowledged: limits.unacknowledged_notifications,
             max_unacknowledged_bytes: limits.unacknowledged_bytes,
@@ -81,6 +103,11 @@ impl PeerShared {
         self.replaced.store(true, Ordering::Relaxed);
     }
 
+    /// Marks the peer as announced; false: it was.
+    pub(crate) fn announce(&self) -> bool {
+        !self.announced.swap(true, Ordering::AcqRel)
+    }
+
     /// Why a peer that its lane has forgotten takes nothing.
     pub(crate) fn unloaded(&self) -> Error {
         if self.replaced.load(Ordering::Relaxed) {
@@ -96,6 +123,28 @@ impl PeerShared {
 
     pub(crate) fn last_error(&self) -> Option<String> {
         lock(&self.last_error).clone()
+    }
+
+    /// An attempt to connect has failed, or a link is up.
+    pub(crate) fn set_unreachable(&self, failure: Option<Error>) {
+        let mut unreachable = lock(&self.unreachable);
+        self.is_unreachable.store(failure.is_some(), Ordering::Release);
+        *unreachable = failure.map(|error| Unreachable { error, tried: Instant::now() });
+    }
+
+    /// Why the peer takes no notification now, and whether it is time for another attempt to
+    /// connect. One load while it can be reached.
+    pub(crate) fn unreachable(&self) -> Option<(Error, bool)> {
+        if !self.is_unreachable.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut unreachable = lock(&self.unreachable);
+        let known = unreachable.as_mut()?;
+        let try_again = known.tried.elapsed() >= ATTEMPT_PAUSE;
+        if try_again {
+            known.tried = Instant::now();
+        }
+        Some((known.error.clone(), try_again))
     }
 
     /// Takes a place for a transfer; false: the limit is reached, yield and try again.

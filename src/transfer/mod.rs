@@ -11,7 +11,8 @@ use corelane_runtime::Assist;
 use crate::config::MAX_NOTIFICATION_BYTES;
 use crate::engine::{EngineShared, Message};
 use crate::error::{Error, Result};
-use crate::plan::{Class, Operation, PlanInner};
+use crate::peer::Estimate;
+use crate::plan::{Operation, PlanInner};
 use crate::sync::{Patience, Slot, SlotState, deadline, sleep_until_woken};
 
 /// What caller and lane share of one transfer.
@@ -80,6 +81,13 @@ impl Plan {
     /// Direction.
     pub fn operation(&self) -> Operation {
         self.inner.operation
+    }
+
+    /// How long a posting is expected to take, from what transfers to this peer have taken so far;
+    /// `None` before any has ended. Costs some hundred loads.
+    pub fn estimate(&self) -> Option<Estimate> {
+        let plan = &self.inner;
+        plan.peer.history.estimate(plan.operation, plan.bytes, plan.descriptors)
     }
 
     /// A posting slot. Allocates once; the transfer can be posted again and again. One plan may
@@ -175,7 +183,7 @@ impl Transfer {
             shared.slot.abort(before);
             return Err(self.engine.dead());
         }
-        if shared.plan.class == Class::Latency {
+        if shared.plan.bytes <= self.engine.config.inline_bytes as u64 {
             self.engine.drive(peer.lane);
         }
         Ok(())

@@ -54,6 +54,18 @@ pub(crate) fn own_addresses(interface: Option<&str>) -> Result<Vec<OwnAddress>> 
     }
 }
 
+/// The network interface that has the local address of a connected socket. For the log; lists all
+/// interfaces.
+pub(crate) fn interface_of(socket: &OwnedFd) -> Option<String> {
+    let local = socket2::SockRef::from(socket).local_addr().ok()?.as_socket()?.ip().to_canonical();
+    nix::ifaddrs::getifaddrs().ok()?.find_map(|one| {
+        let address = one.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        let v6 = || address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip()));
+        (v4.or_else(v6)? == local).then_some(one.interface_name)
+    })
+}
+
 fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),

@@ -3,6 +3,7 @@
 
 use std::io;
 
+use super::ahead::Ahead;
 use crate::sys::{IoSegment, MAX_IO_SEGMENTS};
 
 /// Bytes moved in one direction per turn and link: about 100 us of copying.
@@ -14,6 +15,7 @@ const DISCARD_BYTES: usize = 64 << 10;
 pub(crate) struct Scratch {
     pub(super) segments: Vec<IoSegment>,
     pub(super) discard: Box<[u8]>,
+    pub(super) ahead: Ahead,
 }
 
 impl Scratch {
@@ -21,6 +23,7 @@ impl Scratch {
         Self {
             segments: Vec::with_capacity(MAX_IO_SEGMENTS + 2),
             discard: vec![0; DISCARD_BYTES].into_boxed_slice(),
+            ahead: Ahead::new(),
         }
     }
 }

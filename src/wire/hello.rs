@@ -89,6 +89,7 @@ pub(crate) enum Refusal {
     NoSession = 7,
     Simultaneous = 8,
     ShuttingDown = 9,
+    NotAccepting = 10,
 }
 
 impl Refusal {
@@ -111,6 +112,7 @@ impl Refusal {
             Self::NoSession => "it does not know the session",
             Self::Simultaneous => "both sides connected at the same time",
             Self::ShuttingDown => "it is shutting down",
+            Self::NotAccepting => "it accepts no new peers",
         }
     }
 
@@ -125,6 +127,7 @@ impl Refusal {
             7 => Self::NoSession,
             8 => Self::Simultaneous,
             9 => Self::ShuttingDown,
+            10 => Self::NotAccepting,
             _ => return None,
         })
     }

@@ -251,7 +251,7 @@ impl Core {
         if self.own_bulk_links() + self.bulk_connecting == 0 {
             for _ in 0..self.config.streams {
                 self.bulk_connecting += 1;
-                self.events.push_back(Event::Connect(LinkKind::Bulk));
+                self.events.push_back(Event::Connect { kind: LinkKind::Bulk, again: false });
             }
         }
     }

@@ -59,7 +59,10 @@ pub(crate) struct CoreConfig {
 
 /// What the core works on besides its own state; owned by the lane.
 pub(crate) struct Env<'a> {
+    /// The time at which the lane's turn began.
     pub(crate) now: Instant,
+    /// Where to look for the time within a turn; without, it stands still.
+    pub(crate) clock: Option<fn() -> Instant>,
     pub(crate) regions: &'a mut LaneRegions,
     pub(crate) notifications: &'a NotificationQueue,
     pub(crate) counters: &'a Counters,
@@ -68,8 +71,9 @@ pub(crate) struct Env<'a> {
 /// What the driver has to do.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// Open a link of this kind; answer with a link or `connect_failed`.
-    Connect(LinkKind),
+    /// Open a link of this kind; answer with a link or `connect_failed`. `again`: right after the
+    /// link before it was lost.
+    Connect { kind: LinkKind, again: bool },
     /// Give up attempts to connect the session.
     AbortConnect,
     /// Close the link; `after_flush`: once all frames taken so far are sent. Answer: `link_down`.
@@ -288,7 +292,7 @@ impl Core {
         self.expire_transfers(env);
         self.close_idle_links(env);
         if self.retry.is_some_and(|(at, _)| at.is_some_and(|at| at <= env.now)) {
-            self.connect();
+            self.connect(false);
         }
         if self.forget.is_some_and(|at| at <= env.now) {
             self.forget = None;

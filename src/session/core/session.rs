@@ -50,7 +50,7 @@ impl Core {
             return;
         }
         if self.can_connect() {
-            self.connect();
+            self.connect(false);
         } else {
             let error = self.peer.gone(
                 "it connected to us and is gone; load its metadata to be able to connect to it",
@@ -63,14 +63,14 @@ impl Core {
         self.active_side && self.peer.metadata().is_some()
     }
 
-    pub(super) fn connect(&mut self) {
+    pub(super) fn connect(&mut self, again: bool) {
         self.retry = self.retry.map(|(_, pause)| (None, pause));
         match &mut self.phase {
             Phase::Idle => self.phase = Phase::Connecting,
             Phase::Leaving { connecting, .. } if !*connecting => *connecting = true,
             _ => return,
         }
-        self.events.push_back(Event::Connect(LinkKind::Session));
+        self.events.push_back(Event::Connect { kind: LinkKind::Session, again });
     }
 
     /// `connect` of the application.
@@ -100,7 +100,7 @@ impl Core {
         self.outbox.push(payload, None);
         if matches!(self.phase, Phase::Idle) && self.retry.is_none() {
             if self.can_connect() {
-                self.connect();
+                self.connect(false);
             } else if self.session == 0 {
                 self.drop_notifications(env);
             }
@@ -252,6 +252,7 @@ impl Core {
         }
         self.peer.connected.store(true, std::sync::atomic::Ordering::Release);
         self.peer.set_last_error(None);
+        self.peer.set_unreachable(None);
         self.answer_connects(&Ok(()));
         self.want_bulk();
         self.try_finish_leaving(env);
@@ -300,7 +301,7 @@ impl Core {
             return;
         }
         if self.can_connect() {
-            self.connect();
+            self.connect(true);
         } else {
             let error = self.peer.gone(reason);
             self.fail_all(&error, env);
@@ -335,6 +336,7 @@ impl Core {
         };
         self.peer.set_last_error(Some(failure.reason.clone()));
         let error = Error::Connect { peer: self.peer.name.clone(), reason: failure.reason.clone() };
+        self.peer.set_unreachable(Some(error.clone()));
         self.fail_all(&error, env);
         self.answer_connects(&Err(error));
         let restarted =
@@ -412,7 +414,7 @@ impl Core {
         let retrying = self.retry.is_some();
         self.phase = Phase::Leaving { deadline, connecting };
         if retrying && !connecting {
-            self.connect();
+            self.connect(false);
         }
         self.try_finish_leaving(env);
     }

@@ -25,14 +25,14 @@ impl World {
     fn handle_events(&mut self, node: usize) {
         while let Some(event) = self.nodes[node].core.poll_event() {
             match event {
-                Event::Connect(LinkKind::Session) => {
+                Event::Connect { kind: LinkKind::Session, .. } => {
                     self.abort_connect(node);
                     let deadline = self.now + ms(3000);
                     let wire = self.wires.len();
                     self.nodes[node].connector = Some(Connector { deadline, retry: None, wire });
                     self.attempt(node, LinkKind::Session);
                 }
-                Event::Connect(LinkKind::Bulk) => self.attempt(node, LinkKind::Bulk),
+                Event::Connect { kind: LinkKind::Bulk, .. } => self.attempt(node, LinkKind::Bulk),
                 Event::AbortConnect => self.abort_connect(node),
                 Event::Close { link, reason, after_flush } => {
                     let (wire, side) = ((link >> 1) as usize - 1, (link & 1) as usize);

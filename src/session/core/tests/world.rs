@@ -199,7 +199,7 @@ impl World {
     ) -> R {
         let now = self.now;
         let Node { core, regions, queue, counters, .. } = &mut self.nodes[node];
-        call(core, &mut Env { now, regions, notifications: queue, counters })
+        call(core, &mut Env { now, clock: None, regions, notifications: queue, counters })
     }
 
     // Memory and transfers.
