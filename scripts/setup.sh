@@ -11,6 +11,20 @@
 # shellcheck source=scripts/rust.sh
 . "$repo_root/scripts/rust.sh"
 
+# True where a C++20 program can be compiled and linked; takes clang++ where there is no c++. For `need`: the NIXL plugin is
+# partly C++.
+can_compile_cxx() {
+    local compiler
+    for compiler in ${CXX:+"$CXX"} c++ g++ clang++; do
+        if printf '#include <string>\nint main() { return static_cast<int>(std::string().size()); }\n' |
+            "$compiler" -std=c++20 -x c++ -o "$scratch/linked" - 2>/dev/null; then
+            [[ $compiler == c++ ]] || export CXX=$compiler
+            return 0
+        fi
+    done
+    return 1
+}
+
 rust_found=no    # a Rust that is new enough
 crates_found=no  # every crate of Cargo.lock
 

@@ -12,6 +12,7 @@ use crate::case::{
 };
 use crate::coordinator::{Plan, duration_per_run};
 use crate::measure::Stamp;
+use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
 use crate::units::{parse_bytes, parse_duration, parse_rate, parse_shape};
 
@@ -27,6 +28,7 @@ pub(crate) const DEFAULT_PORT: u16 = 7471;
   corelane-bench loopback --app lane --rate 20k            open loop, application on the lane
   corelane-bench server --listen 0.0.0.0:7471              on one host ...
   corelane-bench client --connect HOST:7471                ... and on another
+  corelane-bench nixl --backend CORELANE --vs UCX@UCX_TLS=tcp --nixl-libs DIR
 
 Exit codes: 0 measured and verified, 1 failed (also: verification failed), 2 bad options.
 docs/benchmarks.md explains the method and every figure.")]
@@ -46,6 +48,12 @@ pub(crate) enum Command {
     Client(ClientArgs),
     /// Starts both sides on this host as pinned processes and measures between them
     Loopback(LoopbackArgs),
+    /// Measures backends of NIXL side by side, through its C API
+    Nixl(NixlArgs),
+    /// A process of `nixl`: one side of a pair
+    #[cfg(feature = "nixl")]
+    #[command(hide = true)]
+    NixlSide,
     /// The client process of `loopback`
     #[command(hide = true)]
     Worker(WorkerArgs),

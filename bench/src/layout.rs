@@ -64,7 +64,7 @@ impl Layout {
 }
 
 /// Fisher-Yates with splitmix64: the order is part of the measurement, so it must not change with a library's version.
-fn shuffle(values: &mut [u64], seed: u64) {
+pub(crate) fn shuffle(values: &mut [u64], seed: u64) {
     let mut state = seed;
     for last in (1..values.len()).rev() {
         state = mix(state);

@@ -33,6 +33,7 @@ mod layout;
 mod loopback;
 mod manifest;
 mod measure;
+mod nixl;
 mod pattern;
 mod pinning;
 mod polling;
@@ -96,6 +97,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Server(options) => session::serve(&options),
         Command::Client(options) => session::client(&options),
         Command::Loopback(options) => session::loopback(&options),
+        Command::Nixl(options) => nixl::compare(&options),
+        #[cfg(feature = "nixl")]
+        Command::NixlSide => Ok(nixl::serve_side()?),
         Command::Worker(options) => Ok(loopback::work(ClientOptions {
             connect: options.connect,
             core: options.core,

@@ -40,11 +40,21 @@ pub(crate) struct Helper<T> {
 impl<T: DeserializeOwned + Send + 'static> Helper<T> {
     /// Starts this executable with `arguments`. Its errors go to our standard error.
     pub(crate) fn start(name: &str, arguments: &[String]) -> Result<Self> {
+        Self::start_with(name, arguments, &[])
+    }
+
+    /// Starts this executable with `arguments`, its environment being ours with `environment` on top.
+    pub(crate) fn start_with(
+        name: &str,
+        arguments: &[String],
+        environment: &[(String, String)],
+    ) -> Result<Self> {
         // The link rather than the path it shows: it works even when the file was replaced by a newer build meanwhile.
         let mut child = Command::new("/proc/self/exe")
             .arg0("corelane-bench")
             .args(arguments)
             .args([PARENT_OPTION, &std::process::id().to_string()])
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -71,8 +81,16 @@ impl<T: DeserializeOwned + Send + 'static> Helper<T> {
 
     /// The next line of the child; fails when it ends or says nothing within `patience`.
     pub(crate) fn receive(&mut self, patience: Duration) -> Result<T> {
+        let line = self.receive_within(patience)?;
+        line.with_context(|| {
+            format!("the {} process did not answer within {} s", self.name, patience.as_secs())
+        })
+    }
+
+    /// As [`Helper::receive`], but a child that says nothing within `patience` gives `None`.
+    pub(crate) fn receive_within(&mut self, patience: Duration) -> Result<Option<T>> {
         match self.lines.recv_timeout(patience) {
-            Ok(Ok(Some(value))) => Ok(value),
+            Ok(Ok(Some(value))) => Ok(Some(value)),
             Ok(Err(error)) => Err(error.context(format!("the {} process", self.name))),
             Ok(Ok(None)) | Err(RecvTimeoutError::Disconnected) => {
                 let status = self.wait(Duration::from_secs(2));
@@ -81,9 +99,7 @@ impl<T: DeserializeOwned + Send + 'static> Helper<T> {
                     None => bail!("the {} process closed its output", self.name),
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {
-                bail!("the {} process did not answer within {} s", self.name, patience.as_secs())
-            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
         }
     }
 
@@ -93,6 +109,11 @@ impl<T: DeserializeOwned + Send + 'static> Helper<T> {
             bail!("the {} process was told to end", self.name)
         };
         control::write_line(stdin, value).with_context(|| format!("to the {} process", self.name))
+    }
+
+    /// An error of the child's.
+    pub(crate) fn blame(&self, message: String) -> anyhow::Error {
+        anyhow::anyhow!("the {} process: {message}", self.name)
     }
 
     fn wait(&mut self, patience: Duration) -> Option<std::process::ExitStatus> {

@@ -107,3 +107,51 @@ fn memory_that_may_not_be_written_fails_writes_and_serves_reads() {
         writable.assert_pattern(2, 0, len as usize, 0);
     }
 }
+
+/// Behind a notification the engine receives ahead: bytes of a WRITE that come with it reach memory
+/// by another way.
+#[test]
+fn a_write_right_behind_a_notification_lands_and_unmapped_memory_is_still_an_error() {
+    let near = Engine::new("near", local_config()).unwrap();
+    let far = Engine::new("far", local_config()).unwrap();
+    let peer = far.load_peer(&near.metadata()).unwrap();
+    let source = Buffer::new(LEN);
+    source.fill(7, 0, LEN, 0);
+    let source_region = source.register(&far, Access::LOCAL);
+    for (round, len) in [1, 100, 2000, 3968, 5000, 65_536, 1_000_000].into_iter().enumerate() {
+        let landing = Buffer::new(LEN);
+        landing.poison(0, LEN);
+        let region = landing.register(&near, Access::READ_WRITE);
+        let write = |offset: u64| {
+            let local =
+                [source_region.segment(0, len / 2), source_region.segment(len / 2, len - len / 2)];
+            let remote = region.descriptor();
+            let remote = [
+                remote.segment(offset, len / 2),
+                remote.segment(offset + len / 2 + 64, len - len / 2),
+            ];
+            let plan = far.prepare(Operation::Write, &peer, &local, &remote).unwrap();
+            for _ in 0..3 {
+                peer.notify(b"ahead").unwrap();
+            }
+            end_of(&plan.transfer())
+        };
+        for _ in 0..20 {
+            write(4096).unwrap();
+        }
+        let (half, whole) = ((len / 2) as usize, len as usize);
+        landing.assert_poison(0, 4096);
+        landing.assert_pattern(7, 4096, half, 0);
+        landing.assert_poison(4096 + half, 64);
+        landing.assert_pattern(7, 4096 + half + 64, whole - half, half as u64);
+        landing.assert_poison(4096 + whole + 64, LEN - 4096 - whole - 64);
+        landing.unmap();
+        for _ in 0..5 {
+            let error = write(4096).unwrap_err();
+            assert_eq!(kind(&error), "Permission", "{len} bytes: {error}");
+        }
+        near.deregister(&region).unwrap();
+        let heard = near.notifications().unwrap().len();
+        assert!(heard <= 75, "round {round}: {heard} notifications");
+    }
+}

@@ -19,22 +19,26 @@ impl Output {
     pub(crate) fn prepare(directory: &Path, json: Option<&Path>) -> Result<Self> {
         let json = json.map_or_else(|| directory.join("results.json"), Path::to_path_buf);
         let output = Self { directory: directory.to_path_buf(), json };
-        let json_directory = parent(&output.json);
-        for directory in [directory, json_directory] {
-            fs::create_dir_all(directory)
-                .with_context(|| format!("cannot create the directory {}", directory.display()))?;
-            let probe = directory.join(format!(".corelane-bench-{}", std::process::id()));
-            fs::write(&probe, b"")
-                .and_then(|()| fs::remove_file(&probe))
-                .with_context(|| format!("cannot write into {}", directory.display()))?;
-        }
-        anyhow::ensure!(
-            !output.json.is_dir(),
-            "{} is a directory: --json names a file",
-            output.json.display()
-        );
+        prove_writable(directory)?;
+        ensure_writable(&output.json)?;
         Ok(output)
     }
+}
+
+/// Fails when a file of that name cannot be written; creates the directories above it.
+pub(crate) fn ensure_writable(json: &Path) -> Result<()> {
+    prove_writable(parent(json))?;
+    anyhow::ensure!(!json.is_dir(), "{} is a directory: --json names a file", json.display());
+    Ok(())
+}
+
+fn prove_writable(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory)
+        .with_context(|| format!("cannot create the directory {}", directory.display()))?;
+    let probe = directory.join(format!(".corelane-bench-{}", std::process::id()));
+    fs::write(&probe, b"")
+        .and_then(|()| fs::remove_file(&probe))
+        .with_context(|| format!("cannot write into {}", directory.display()))
 }
 
 fn parent(path: &Path) -> &Path {

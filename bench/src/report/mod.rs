@@ -7,9 +7,11 @@ mod summary;
 mod table;
 mod tally;
 
-pub(crate) use files::{Output, write_atomically};
+pub(crate) use files::{Output, ensure_writable, write_atomically};
 pub(crate) use hgrm::percentile_distribution;
-pub(crate) use results::{Environment, Options, Results, SCHEMA_VERSION, Series};
+pub(crate) use results::{
+    Environment, Options, Percentiles, Results, SCHEMA_VERSION, Series, Spread,
+};
 pub(crate) use summary::summary;
-pub(crate) use table::{comparison_table, series_table};
+pub(crate) use table::{align, comparison_table, series_table};
 pub(crate) use tally::{Tally, comparisons};

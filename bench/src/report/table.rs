@@ -79,7 +79,7 @@ fn three_figures(value: f64) -> String {
 }
 
 /// Pads every column to its widest cell; the first `left` columns to the left, figures to the right.
-fn align(rows: &[Vec<String>], left: usize) -> String {
+pub(crate) fn align(rows: &[Vec<String>], left: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter()

@@ -2,5 +2,6 @@
 
 mod common;
 mod loopback;
+mod nixl;
 mod options;
 mod processes;

@@ -1,0 +1,320 @@
+//! NIXL's C API as the two sides use it: an agent with one backend and one registered arena.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use nixl_sys::{
+    Agent, AgentConfig, MemType, MemoryRegion, NixlDescriptor, NotificationMap, OptArgs, Params,
+    RegistrationHandle, ThreadSync, XferDescList, XferOp, XferRequest, XferStatus,
+};
+
+use super::wire::Setup;
+use crate::arena::Arena;
+use crate::case::Operation;
+use crate::clock::now_ns;
+use crate::measure::OPERATION_TIMEOUT_NS;
+
+/// Unfinished polls between two looks at the clock: a hang is noticed, and the loop stays what is measured.
+const POLLS_PER_LOOK: u32 = 4096;
+
+/// Something that the user has to put right; ends with exit code 2.
+#[derive(Debug)]
+pub(crate) struct Refusal(pub(crate) String);
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// The arena as NIXL registers it.
+struct Registered(Arena);
+
+impl fmt::Debug for Registered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Registered({} bytes)", self.0.len())
+    }
+}
+
+impl MemoryRegion for Registered {
+    unsafe fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr()
+    }
+
+    fn size(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl NixlDescriptor for Registered {
+    fn mem_type(&self) -> MemType {
+        MemType::Dram
+    }
+
+    fn device_id(&self) -> u64 {
+        0
+    }
+}
+
+/// An agent with one backend and the arena.
+pub(crate) struct NixlAgent {
+    agent: Agent,
+    only_backend: OptArgs,
+    /// The other side's agent, once introduced, and where its arena begins.
+    peer: Option<(String, u64)>,
+    notifications: NotificationMap,
+    pub(crate) arena: Arena,
+    _registration: RegistrationHandle,
+}
+
+/// Times of one transfer.
+pub(crate) struct Transferred {
+    pub(crate) posted_ns: u64,
+    pub(crate) completed_ns: u64,
+}
+
+impl NixlAgent {
+    /// Creates agent and backend and registers the memory.
+    pub(crate) fn new(setup: &Setup) -> Result<Self> {
+        if nixl_sys::is_stub() {
+            bail!(Refusal(
+                "libnixl_capi.so cannot be loaded: name the folder of the NIXL wheel that holds it \
+                 (site-packages/.nixl_cu12.mesonpy.libs) with --nixl-libs DIR or in LD_LIBRARY_PATH"
+                    .to_owned()
+            ));
+        }
+        let name = format!("{}-{}", setup.role.name(), std::process::id());
+        let config = AgentConfig {
+            enable_prog_thread: setup.prog_thread,
+            thread_sync: ThreadSync::None,
+            ..AgentConfig::default()
+        };
+        let agent = Agent::new_configured(&name, &config).context("creating a NIXL agent")?;
+        refuse_unknown(&agent, &setup.backend)?;
+        let parameters = Params::from(
+            setup.parameters.iter().map(|(key, value)| (key.as_str(), value.as_str())),
+        )
+        .context("a parameter of the backend")?;
+        let Ok(backend) = agent.create_backend(&setup.backend, &parameters) else {
+            bail!(Refusal(format!(
+                "NIXL has the plugin {} but could not create its backend: the messages above say why",
+                setup.backend
+            )));
+        };
+        let mut only_backend = OptArgs::new().context("optional arguments")?;
+        only_backend.add_backend(&backend).context("optional arguments")?;
+        let arena = Arena::new(setup.arena_bytes.max(4096))?;
+        let registration = agent
+            .register_memory(&Registered(arena.clone()), Some(&only_backend))
+            .with_context(|| format!("registering {} bytes", arena.len()))?;
+        let notifications = NotificationMap::new().context("a list of notifications")?;
+        Ok(Self {
+            agent,
+            only_backend,
+            peer: None,
+            notifications,
+            arena,
+            _registration: registration,
+        })
+    }
+
+    /// What the other side needs to be introduced.
+    pub(crate) fn metadata(&self) -> Result<Vec<u8>> {
+        self.agent.get_local_md().context("the agent's metadata")
+    }
+
+    /// Introduces the other side.
+    pub(crate) fn meet(&mut self, metadata: &[u8], address: u64) -> Result<()> {
+        let name = self.agent.load_remote_md(metadata).context("loading the peer's metadata")?;
+        self.peer = Some((name, address));
+        Ok(())
+    }
+
+    fn peer(&self) -> Result<&(String, u64)> {
+        self.peer.as_ref().context("no peer was introduced; this is a bug of corelane-bench")
+    }
+
+    /// Prepares the transfer of blocks of one length between offsets of the two arenas.
+    pub(crate) fn prepare(
+        &self,
+        operation: Operation,
+        (local, remote): (&[u64], &[u64]),
+        block_bytes: usize,
+    ) -> Result<Prepared> {
+        let (_, address) = self.peer()?;
+        let list = |base: u64, offsets: &[u64]| -> Result<XferDescList<'static>> {
+            let mut list = XferDescList::new(MemType::Dram).context("a descriptor list")?;
+            for offset in offsets {
+                list.add_desc((base + offset) as usize, block_bytes, 0);
+            }
+            // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
+            let _ = list.as_ptr();
+            Ok(list)
+        };
+        let mut prepared = Prepared {
+            operation: match operation {
+                Operation::Write => XferOp::Write,
+                _ => XferOp::Read,
+            },
+            local: list(self.arena.as_ptr() as u64, local)?,
+            remote: list(*address, remote)?,
+            request: None,
+        };
+        prepared.request = Some(self.request(&prepared)?);
+        Ok(prepared)
+    }
+
+    /// One more request over the same blocks; dropping it releases it.
+    pub(crate) fn request(&self, prepared: &Prepared) -> Result<XferRequest> {
+        let Prepared { operation, local, remote, .. } = prepared;
+        let (peer, _) = self.peer()?;
+        self.agent
+            .create_xfer_req(*operation, local, remote, peer, Some(&self.only_backend))
+            .context("preparing a transfer")
+    }
+
+    /// Posts a prepared transfer and polls without yielding until it is over.
+    #[inline]
+    pub(crate) fn transfer(&self, prepared: &Prepared) -> Result<Transferred> {
+        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
+        let started = now_ns();
+        let unfinished = self.agent.post_xfer_req(request, None).context("posting a transfer")?;
+        let posted = now_ns();
+        if unfinished {
+            let mut polls = 0u32;
+            while self.agent.get_xfer_status(request).context("the status of a transfer")?
+                == XferStatus::InProgress
+            {
+                polls += 1;
+                if polls.is_multiple_of(POLLS_PER_LOOK) && now_ns() - started > OPERATION_TIMEOUT_NS
+                {
+                    bail!(
+                        "a transfer did not end within {} s",
+                        OPERATION_TIMEOUT_NS / 1_000_000_000
+                    );
+                }
+            }
+        }
+        let completed = now_ns();
+        Ok(Transferred { posted_ns: posted - started, completed_ns: completed - started })
+    }
+
+    /// Sends a notification to the other side.
+    pub(crate) fn notify(&self, text: &str) -> Result<()> {
+        let (peer, _) = self.peer()?;
+        self.agent.send_notification(peer, text.as_bytes(), None).context("sending a notification")
+    }
+
+    /// Notifications that arrived since the last call, with their senders.
+    #[inline]
+    pub(crate) fn poll_notifications(&mut self) -> Result<Vec<(String, Vec<String>)>> {
+        self.agent
+            .get_notifications(&mut self.notifications, None)
+            .context("polling for notifications")?;
+        if self.notifications.is_empty().context("a list of notifications")? {
+            return Ok(Vec::new());
+        }
+        let taken = self.notifications.take_notifs().context("reading notifications")?;
+        Ok(taken.into_iter().collect())
+    }
+
+    /// Waits, polling without yielding, for the answer to a notification: exactly one, and with the same text.
+    #[inline]
+    pub(crate) fn await_answer(&mut self, text: &str) -> Result<()> {
+        let begin = now_ns();
+        let mut polls = 0u32;
+        loop {
+            let arrived = self.poll_notifications()?;
+            if let [(_, texts)] = arrived.as_slice()
+                && texts.as_slice() == [text]
+            {
+                return Ok(());
+            }
+            if !arrived.is_empty() {
+                bail!("verification failed: sent the notification {text}, received {arrived:?}");
+            }
+            polls += 1;
+            if polls.is_multiple_of(POLLS_PER_LOOK) && now_ns() - begin > OPERATION_TIMEOUT_NS {
+                bail!(
+                    "a notification was not answered within {} s",
+                    OPERATION_TIMEOUT_NS / 1_000_000_000
+                );
+            }
+        }
+    }
+}
+
+/// A transfer that can be posted again and again.
+pub(crate) struct Prepared {
+    operation: XferOp,
+    local: XferDescList<'static>,
+    remote: XferDescList<'static>,
+    request: Option<XferRequest>,
+}
+
+/// Says which plugins there are when the one asked for is not among them.
+fn refuse_unknown(agent: &Agent, backend: &str) -> Result<()> {
+    let plugins = agent.get_available_plugins().context("listing the plugins of NIXL")?;
+    let mut names: Vec<String> =
+        plugins.iter().filter_map(|name| name.ok().map(str::to_owned)).collect();
+    names.sort_unstable();
+    if names.iter().any(|name| name == backend) {
+        return Ok(());
+    }
+    let place =
+        std::env::var("NIXL_PLUGIN_DIR").unwrap_or_else(|_| "its own plugin folder".to_owned());
+    bail!(Refusal(format!(
+        "NIXL finds no plugin {backend} in {place}, only {}: name the right folder with --plugin-dir DIR",
+        names.join(", ")
+    )))
+}
+
+/// Version of the NIXL in use, from the wheel that its library came from; `unknown` for one built by hand.
+pub(crate) fn nixl_version() -> String {
+    library_folder().as_deref().and_then(wheel_version).unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn library_folder() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let path = maps.lines().find_map(|line| {
+        let path = line.split_whitespace().nth(5)?;
+        path.ends_with("/libnixl_capi.so").then(|| PathBuf::from(path))
+    })?;
+    path.parent().map(Path::to_path_buf)
+}
+
+/// `site-packages/.nixl_cu12.mesonpy.libs` stands beside `site-packages/nixl_cu12-1.5.1.dist-info`.
+fn wheel_version(libraries: &Path) -> Option<String> {
+    let folder = libraries.file_name()?.to_str()?;
+    let package = folder.strip_prefix('.')?.split('.').next()?;
+    let prefix = format!("{package}-");
+    let entries = std::fs::read_dir(libraries.parent()?).ok()?;
+    entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).find_map(|name| {
+        let version = name.strip_prefix(&prefix)?.strip_suffix(".dist-info")?;
+        Some(version.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_that_of_the_wheel_beside_the_libraries() {
+        let place = tempfile::tempdir().expect("a directory");
+        for folder in [
+            ".nixl_cu12.mesonpy.libs",
+            "nixl_cu12-1.5.1.dist-info",
+            "nixl-9.9.9.dist-info",
+            "numpy",
+        ] {
+            std::fs::create_dir(place.path().join(folder)).expect("creates");
+        }
+        let version = wheel_version(&place.path().join(".nixl_cu12.mesonpy.libs"));
+        assert_eq!(version.as_deref(), Some("1.5.1"));
+        assert_eq!(wheel_version(&place.path().join("lib")), None);
+    }
+}

@@ -1,0 +1,177 @@
+//! The measuring side: posts, polls without yielding, and keeps the times.
+
+use anyhow::{Context as _, Result, bail};
+
+use super::agent::{NixlAgent, Prepared};
+use super::case::{NixlCase, NixlScenario};
+use super::layout::NixlLayout;
+use super::side::Parent;
+use super::wire::{Order, Outcome, Reply};
+use crate::case::Operation;
+use crate::clock::now_ns;
+use crate::measure::{histogram, points_of};
+
+/// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
+const WARM_OPERATIONS: u64 = 16;
+/// Timed operations, even when the time is over.
+const MIN_OPERATIONS: u64 = 3;
+/// Timed preparations of scenario `post`.
+const PREPARATIONS: usize = 50;
+
+/// Obeys orders until they end.
+pub(crate) fn run(agent: &mut NixlAgent, parent: &Parent, seed: u64) -> Result<()> {
+    while let Some(order) = parent.wait()? {
+        let Order::Run { case, sequence, duration_ns } = order else {
+            bail!("an initiator cannot obey {order:?}");
+        };
+        let outcome = if case.operation == Operation::Notify {
+            ping_pong(agent, &case, sequence, duration_ns)
+        } else {
+            transfers(agent, &case, sequence, duration_ns, seed)
+        };
+        parent.reply(&Reply::Ran(outcome.with_context(|| case.id())?))?;
+    }
+    Ok(())
+}
+
+/// Whether to go on with a timed or warming loop.
+struct Until {
+    at_ns: u64,
+    least: u64,
+    most: u64,
+}
+
+impl Until {
+    /// A part of the warm-up that a quarter of the pass's duration bounds: one operation of a long list may take long.
+    fn warm(begin_ns: u64, duration_ns: u64) -> Self {
+        Self { at_ns: begin_ns + duration_ns / 4, least: 1, most: WARM_OPERATIONS }
+    }
+
+    fn timed(begin_ns: u64, duration_ns: u64) -> Self {
+        Self { at_ns: begin_ns + duration_ns, least: MIN_OPERATIONS, most: u64::MAX }
+    }
+
+    fn goes_on(&self, done: u64) -> bool {
+        done < self.least || (done < self.most && now_ns() < self.at_ns)
+    }
+}
+
+fn transfers(
+    agent: &NixlAgent,
+    case: &NixlCase,
+    sequence: u64,
+    duration_ns: u64,
+    seed: u64,
+) -> Result<Outcome> {
+    let layout = NixlLayout::new(case, seed);
+    let reads = case.operation == Operation::Read;
+    for (index, &offset) in layout.local.iter().enumerate() {
+        if reads {
+            agent.arena.poison(offset, case.block_bytes);
+        } else {
+            agent.arena.fill(offset, case.block_bytes, sequence, index as u64);
+        }
+    }
+    let prepared: Vec<Prepared> = (0..case.slots())
+        .map(|slot| agent.prepare(case.operation, layout.slot(slot, case.blocks), case.block_bytes))
+        .collect::<Result<_>>()?;
+    let mut outcome = Outcome::default();
+    for transfer in &prepared {
+        agent.transfer(transfer)?;
+    }
+    if duration_ns > 0 {
+        if case.scenario == NixlScenario::Post {
+            measure_preparing(agent, &prepared[0], &mut outcome)?;
+        }
+        measure_transfers(agent, &prepared, duration_ns, &mut outcome)?;
+    }
+    if reads {
+        // The target's blocks were filled in the order of its own offsets, which is that of the lists.
+        for (index, &offset) in layout.local.iter().enumerate() {
+            agent.arena.check(offset, case.block_bytes, sequence, index as u64).map_err(
+                |mismatch| anyhow::anyhow!("verification failed: block {index}: {mismatch}"),
+            )?;
+        }
+    }
+    Ok(outcome)
+}
+
+fn measure_transfers(
+    agent: &NixlAgent,
+    prepared: &[Prepared],
+    duration_ns: u64,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let slots = prepared.len() as u64;
+    let next = |done: u64| &prepared[(done % slots) as usize];
+    let warm = Until::warm(now_ns(), duration_ns);
+    let mut warmed = 0;
+    while warm.goes_on(warmed) {
+        agent.transfer(next(warmed))?;
+        warmed += 1;
+    }
+    let (mut completion, mut post) = (histogram(), histogram());
+    let until = Until::timed(now_ns(), duration_ns);
+    let mut done = 0;
+    while until.goes_on(done) {
+        let times = agent.transfer(next(done))?;
+        completion.saturating_record(times.completed_ns);
+        post.saturating_record(times.posted_ns);
+        done += 1;
+    }
+    outcome.operations = done;
+    outcome.completion = points_of(&completion);
+    outcome.post = points_of(&post);
+    Ok(())
+}
+
+/// Times the preparation of a list whose descriptors NIXL has already: what is left is NIXL's and the backend's.
+fn measure_preparing(agent: &NixlAgent, prepared: &Prepared, outcome: &mut Outcome) -> Result<()> {
+    let mut prepare = histogram();
+    for _ in 0..PREPARATIONS {
+        let started = now_ns();
+        let request = agent.request(prepared)?;
+        prepare.saturating_record(now_ns() - started);
+        drop(request);
+    }
+    outcome.prepare = points_of(&prepare);
+    Ok(())
+}
+
+fn ping_pong(
+    agent: &mut NixlAgent,
+    case: &NixlCase,
+    sequence: u64,
+    duration_ns: u64,
+) -> Result<Outcome> {
+    let mut number = 0u64;
+    let width = case.notification_bytes;
+    // Text, because the bindings read notifications as text; the number makes every one distinct.
+    let mut exchange = |agent: &mut NixlAgent| -> Result<u64> {
+        number += 1;
+        let text = format!("{:0width$x}", (sequence << 40) | number);
+        let started = now_ns();
+        agent.notify(&text)?;
+        agent.await_answer(&text)?;
+        Ok(now_ns() - started)
+    };
+    let mut outcome = Outcome::default();
+    exchange(agent)?;
+    if duration_ns == 0 {
+        return Ok(outcome);
+    }
+    let warm = Until::warm(now_ns(), duration_ns);
+    let mut warmed = 0;
+    while warm.goes_on(warmed) {
+        exchange(agent)?;
+        warmed += 1;
+    }
+    let mut round_trip = histogram();
+    let until = Until::timed(now_ns(), duration_ns);
+    while until.goes_on(outcome.operations) {
+        round_trip.saturating_record(exchange(agent)?);
+        outcome.operations += 1;
+    }
+    outcome.completion = points_of(&round_trip);
+    Ok(outcome)
+}

@@ -1,0 +1,35 @@
+//! `corelane-bench nixl`: backends of NIXL side by side, driven through NIXL's C API with no Python in the path.
+//!
+//! ```text
+//!   nixl ──lines (pipe)──> initiator: agent, backend, one thread that posts and polls without yielding
+//!   rounds, ratios            │ metadata goes through the parent
+//!        └─lines (pipe)──> target:    agent, backend, one thread that polls for notifications, or sleeps
+//! ```
+//!
+//! Both sides are fresh processes for every backend in every round: no backend sees what another left behind, and the
+//! environment variables of one reach only its own processes. The crate nixl-sys loads libnixl_capi.so at run time. Its
+//! bindings need libclang to build, so all that touches it sits behind the feature `nixl`.
+
+#[cfg(feature = "nixl")]
+mod agent;
+mod backend;
+mod case;
+#[cfg(feature = "nixl")]
+mod initiator;
+#[cfg(any(feature = "nixl", test))]
+mod layout;
+mod options;
+mod pair;
+mod report;
+mod rounds;
+#[cfg(feature = "nixl")]
+mod side;
+mod tally;
+#[cfg(feature = "nixl")]
+mod target;
+mod wire;
+
+pub(crate) use options::NixlArgs;
+pub(crate) use rounds::compare;
+#[cfg(feature = "nixl")]
+pub(crate) use side::serve as serve_side;

@@ -1,0 +1,314 @@
+//! Command line of `nixl`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use super::backend::{BackendSpec, parse_parameter};
+use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
+use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
+
+/// What the target's application does while no notification has to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum NixlTargetApp {
+    /// Polls for notifications without pausing
+    Poll,
+    /// Sleeps 1 ms between polls, where the backend is known to serve alone (CORELANE)
+    Sleep,
+    /// Sleeps 1 ms between polls whatever the backend
+    SleepAll,
+}
+
+impl NixlTargetApp {
+    /// Whether the application of a target of `backend` sleeps.
+    pub(crate) fn sleeps(self, backend: &BackendSpec) -> bool {
+        match self {
+            Self::Poll => false,
+            Self::Sleep => backend.serves_alone(),
+            Self::SleepAll => true,
+        }
+    }
+}
+
+/// Direction of transfers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Directions {
+    /// The initiator reads from the target
+    Read,
+    /// The initiator writes into the target
+    Write,
+    /// One after the other
+    Both,
+}
+
+impl Directions {
+    fn operations(self) -> Vec<Operation> {
+        match self {
+            Self::Read => vec![Operation::Read],
+            Self::Write => vec![Operation::Write],
+            Self::Both => vec![Operation::Read, Operation::Write],
+        }
+    }
+}
+
+/// Cores of the two application threads, written `initiator=0,target=1`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pin {
+    pub(crate) initiator: Option<usize>,
+    pub(crate) target: Option<usize>,
+}
+
+impl FromStr for Pin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut pin = Self::default();
+        if text == "none" {
+            return Ok(pin);
+        }
+        for part in text.split(',') {
+            let expected = || "expected initiator=CORE,target=CORE or none".to_owned();
+            let (role, core) = part.split_once('=').ok_or_else(expected)?;
+            let place = match role.trim() {
+                "initiator" => &mut pin.initiator,
+                "target" => &mut pin.target,
+                _ => return Err(expected()),
+            };
+            let core = core.trim().parse().map_err(|_| format!("'{core}' is not a core number"))?;
+            if place.replace(core).is_some() {
+                return Err(format!("names the {} twice", role.trim()));
+            }
+        }
+        Ok(pin)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NixlArgs {
+    /// What to measure
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [NixlScenario::All], help_heading = "Cases")]
+    pub(crate) scenario: Vec<NixlScenario>,
+    /// Direction of the transfers
+    #[arg(long, value_enum, default_value = "both", alias = "operation", help_heading = "Cases")]
+    pub(crate) op: Directions,
+    /// Sizes of scenario `sizes`
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, default_value = "64,4KiB,64KiB,1MiB", help_heading = "Cases")]
+    pub(crate) sizes: Vec<usize>,
+    /// Block lists of scenario `kv`, COUNTxSIZE
+    #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, default_value = "256x16KiB,4096x4KiB", help_heading = "Cases")]
+    pub(crate) kv: Vec<(usize, usize)>,
+    /// Bytes of a notification, at least 16
+    #[arg(long, value_name = "SIZE", value_parser = parse_notification, default_value = "16", help_heading = "Cases")]
+    pub(crate) notification: usize,
+
+    /// The backend that ratios are about: NAME[@ENV=VALUE[,ENV=VALUE]...]
+    #[arg(long, value_name = "BACKEND", default_value = "CORELANE", help_heading = "System")]
+    pub(crate) backend: BackendSpec,
+    /// A backend to compare it with; may be given several times
+    #[arg(long, value_name = "BACKEND", help_heading = "System")]
+    pub(crate) vs: Vec<BackendSpec>,
+    /// A parameter of --backend, KEY=VALUE; may be given several times
+    #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_parameter, help_heading = "System")]
+    pub(crate) parameters: Vec<(String, String)>,
+    /// Agents with a progress thread of their own, as Python's are by default
+    #[arg(long, help_heading = "System")]
+    pub(crate) prog_thread: bool,
+    /// What the target's application does while no notification has to be answered
+    #[arg(long, value_enum, default_value_t = NixlTargetApp::Poll, help_heading = "System")]
+    pub(crate) target_app: NixlTargetApp,
+    /// Cores of the two application threads: initiator=CORE,target=CORE, or `none`
+    #[arg(long, value_name = "CORES", default_value = "none", help_heading = "System")]
+    pub(crate) pin: Pin,
+    /// Folder of libnixl_capi.so [default: as the loader finds it]
+    #[arg(long, value_name = "DIR", help_heading = "System")]
+    pub(crate) nixl_libs: Option<PathBuf>,
+    /// Folder of the plugins [default: NIXL_PLUGIN_DIR, else NIXL's own]
+    #[arg(long, value_name = "DIR", help_heading = "System")]
+    pub(crate) plugin_dir: Option<PathBuf>,
+
+    /// Times that every case is run, each in new processes, in turn with the other backends
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000), help_heading = "Method")]
+    pub(crate) rounds: u16,
+    /// Time for one case on one backend in one round
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "400ms", help_heading = "Method")]
+    pub(crate) duration: Duration,
+    /// Order of the scattered blocks
+    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Method")]
+    pub(crate) seed: u64,
+    /// Most memory per process
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "4GiB", help_heading = "Method")]
+    pub(crate) max_memory: usize,
+
+    /// Where to write everything as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+fn parse_notification(text: &str) -> Result<usize, String> {
+    let bytes = parse_bytes(text)?;
+    if (16..=MAX_NOTIFICATION).contains(&bytes) {
+        return Ok(bytes);
+    }
+    Err(format!("must be between 16 and {MAX_NOTIFICATION} bytes"))
+}
+
+/// What is to be done, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct NixlPlan {
+    pub(crate) cases: Vec<NixlCase>,
+    /// The one that ratios are about comes first.
+    pub(crate) backends: Vec<BackendSpec>,
+    /// Memory that the largest case needs on either side.
+    pub(crate) arena_bytes: usize,
+}
+
+impl NixlArgs {
+    /// The plan that these options ask for, or what is wrong with them.
+    pub(crate) fn plan(&self) -> Result<NixlPlan, String> {
+        let cases = cases(&NixlCaseOptions {
+            scenarios: self.scenario.clone(),
+            operations: self.op.operations(),
+            sizes: self.sizes.clone(),
+            shapes: self.kv.clone(),
+            notification_bytes: self.notification,
+        });
+        if cases.is_empty() {
+            return Err("nothing to measure: no --scenario, or no size".to_owned());
+        }
+        let mut arena = 0;
+        for case in &cases {
+            match case.arena_bytes() {
+                Some(bytes) if bytes <= self.max_memory => arena = arena.max(bytes),
+                _ => {
+                    return Err(format!(
+                        "{} needs more memory than --max-memory allows ({})",
+                        case.id(),
+                        Bytes(self.max_memory)
+                    ));
+                }
+            }
+        }
+        let mut backends = vec![self.backend.clone()];
+        for backend in &self.vs {
+            if backends.iter().any(|known| known.label == backend.label) {
+                return Err(format!("{backend} is named twice: there is nothing to compare"));
+            }
+            backends.push(backend.clone());
+        }
+        for (option, folder) in
+            [("--nixl-libs", &self.nixl_libs), ("--plugin-dir", &self.plugin_dir)]
+        {
+            if let Some(folder) = folder.as_ref().filter(|folder| !folder.is_dir()) {
+                return Err(format!("{option}: {} is no folder", folder.display()));
+            }
+        }
+        Ok(NixlPlan { cases, backends, arena_bytes: arena })
+    }
+
+    /// Environment of a backend's processes, on top of ours.
+    pub(crate) fn environment(&self, backend: &BackendSpec) -> Vec<(String, String)> {
+        let mut environment = Vec::new();
+        let text = |path: &PathBuf| path.to_string_lossy().into_owned();
+        if let Some(folder) = &self.nixl_libs {
+            let before = std::env::var("LD_LIBRARY_PATH").ok().filter(|path| !path.is_empty());
+            let path =
+                before.map_or_else(|| text(folder), |before| format!("{}:{before}", text(folder)));
+            environment.push(("LD_LIBRARY_PATH".to_owned(), path));
+        }
+        if let Some(folder) = &self.plugin_dir {
+            environment.push(("NIXL_PLUGIN_DIR".to_owned(), text(folder)));
+        }
+        environment.extend(backend.environment.iter().cloned());
+        environment
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        nixl: NixlArgs,
+    }
+
+    fn parse(options: &str) -> Result<NixlArgs, String> {
+        let words = std::iter::once("nixl").chain(options.split_whitespace());
+        Line::try_parse_from(words).map(|line| line.nixl).map_err(|error| error.to_string())
+    }
+
+    fn plan(options: &str) -> Result<NixlPlan, String> {
+        parse(options).expect("parses").plan()
+    }
+
+    #[test]
+    fn the_defaults_measure_everything() {
+        let plan = plan("--vs UCX@UCX_TLS=tcp").expect("a plan");
+        let ids: Vec<String> = plan.cases.iter().map(NixlCase::id).collect();
+        assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2, "{ids:?}");
+        let labels: Vec<&str> = plan.backends.iter().map(|spec| spec.label.as_str()).collect();
+        assert_eq!(labels, ["CORELANE", "UCX@UCX_TLS=tcp"]);
+        assert_eq!(plan.arena_bytes, 4096 * 4096 * 2);
+    }
+
+    #[test]
+    fn pins_name_a_side_each() {
+        let pin = |initiator, target| Ok(Pin { initiator, target });
+        assert_eq!("none".parse(), pin(None, None));
+        assert_eq!("initiator=0,target=1".parse(), pin(Some(0), Some(1)));
+        assert_eq!("target=3".parse(), pin(None, Some(3)));
+        for text in ["", "0", "initiator", "initiator=x", "lane=1", "target=1,target=2"] {
+            assert!(text.parse::<Pin>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn variables_of_a_backend_come_last_and_win() {
+        let options = parse("--plugin-dir /a --vs UCX@NIXL_PLUGIN_DIR=/b").expect("parses");
+        let environment = options.environment(&options.vs[0]);
+        let value = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(environment, [value("NIXL_PLUGIN_DIR", "/a"), value("NIXL_PLUGIN_DIR", "/b")]);
+        assert_eq!(options.environment(&options.backend), environment[..1]);
+    }
+
+    #[test]
+    fn who_sleeps_depends_on_option_and_backend() {
+        let spec = |text: &str| text.parse::<BackendSpec>().expect("parses");
+        use NixlTargetApp::{Poll, Sleep, SleepAll};
+        assert!(!Poll.sleeps(&spec("CORELANE")) && !Sleep.sleeps(&spec("UCX")));
+        assert!(Sleep.sleeps(&spec("CORELANE")) && SleepAll.sleeps(&spec("UCX")));
+    }
+
+    #[test]
+    fn contradictions_are_found_before_anything_starts() {
+        for (options, expected) in [
+            ("--vs CORELANE", "named twice"),
+            ("--vs UCX --vs UCX", "named twice"),
+            ("--sizes 1GiB --max-memory 64MiB", "--max-memory"),
+            ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
+            ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
+        ] {
+            let message = plan(options).expect_err(options);
+            assert!(message.contains(expected), "{options}: {message}");
+        }
+        for options in [
+            "--backend @A=1",
+            "--param x",
+            "--pin 3",
+            "--notification 8",
+            "--rounds 0",
+            "--scenario everything",
+            "--target-app snore",
+            "--op sideways",
+        ] {
+            assert!(parse(options).is_err(), "{options}");
+        }
+    }
+}

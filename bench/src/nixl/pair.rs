@@ -1,0 +1,150 @@
+//! One backend in one round: a target and an initiator, fresh processes that end with it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+
+use super::backend::BackendSpec;
+use super::case::NixlCase;
+use super::options::{NixlArgs, NixlPlan};
+use super::wire::{Order, Outcome, Reply, Role, Setup};
+use crate::process::Helper;
+use crate::session::Failure;
+
+/// Loading libraries, creating a backend and registering memory; some backends look around for seconds.
+const START_PATIENCE: Duration = Duration::from_secs(90);
+/// Added to a pass's own duration: filling, preparing, checking, and the time that one operation may take.
+const PASS_PATIENCE: Duration = Duration::from_secs(120);
+/// How often the other process is looked at while one is waited for.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Both processes, introduced to each other.
+pub(crate) struct NixlPair {
+    initiator: Helper<Reply>,
+    target: Helper<Reply>,
+    /// Version of the NIXL in use.
+    pub(crate) nixl: String,
+    sequence: u64,
+}
+
+impl NixlPair {
+    /// Starts both sides.
+    pub(crate) fn start(
+        backend: &BackendSpec,
+        options: &NixlArgs,
+        plan: &NixlPlan,
+    ) -> Result<Self, Failure> {
+        let setup = |role: Role| Setup {
+            role,
+            backend: backend.name.clone(),
+            parameters: if *backend == options.backend {
+                options.parameters.clone()
+            } else {
+                Vec::new()
+            },
+            prog_thread: options.prog_thread,
+            core: match role {
+                Role::Initiator => options.pin.initiator,
+                Role::Target => options.pin.target,
+            },
+            sleeps: options.target_app.sleeps(backend),
+            arena_bytes: plan.arena_bytes,
+            seed: options.seed,
+        };
+        let environment = options.environment(backend);
+        let start = |role: Role| -> Result<Helper<Reply>, Failure> {
+            let name = format!("{backend} {}", role.name());
+            let mut helper = Helper::start_with(&name, &["nixl-side".to_owned()], &environment)?;
+            helper.send(&Order::Setup(setup(role)))?;
+            Ok(helper)
+        };
+        // One after the other: what NIXL or a backend objects to is then logged once.
+        let mut target = start(Role::Target)?;
+        let (target_order, nixl) = introduction(receive(&mut target, None, START_PATIENCE)?)?;
+        let mut initiator = start(Role::Initiator)?;
+        let (initiator_order, _) =
+            introduction(receive(&mut initiator, Some(&mut target), START_PATIENCE)?)?;
+        target.send(&initiator_order)?;
+        initiator.send(&target_order)?;
+        for helper in [&mut target, &mut initiator] {
+            match receive(helper, None, START_PATIENCE)? {
+                Reply::Met => {}
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(Self { initiator, target, nixl, sequence: 0 })
+    }
+
+    /// Runs a case: once untimed and once timed, both verified.
+    pub(crate) fn measure(
+        &mut self,
+        case: &NixlCase,
+        duration: Duration,
+    ) -> Result<Outcome, Failure> {
+        self.pass(case, Duration::ZERO)?;
+        self.pass(case, duration)
+    }
+
+    fn pass(&mut self, case: &NixlCase, duration: Duration) -> Result<Outcome, Failure> {
+        self.sequence += 1;
+        let sequence = self.sequence;
+        let Self { initiator, target, .. } = self;
+        target.send(&Order::Begin { case: case.clone(), sequence })?;
+        match receive(target, Some(initiator), PASS_PATIENCE)? {
+            Reply::Begun => {}
+            other => return Err(unexpected(&other)),
+        }
+        let duration_ns = duration.as_nanos() as u64;
+        initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns })?;
+        let outcome = match receive(initiator, Some(target), duration * 4 + PASS_PATIENCE)? {
+            Reply::Ran(outcome) => outcome,
+            other => return Err(unexpected(&other)),
+        };
+        target.send(&Order::End { case: case.clone(), sequence })?;
+        match receive(target, Some(initiator), PASS_PATIENCE)? {
+            Reply::Ended => Ok(outcome),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// What the other side has to be told of a process that is ready, and its version of NIXL.
+fn introduction(reply: Reply) -> Result<(Order, String), Failure> {
+    match reply {
+        Reply::Ready { metadata, address, nixl } => Ok((Order::Meet { metadata, address }, nixl)),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// The next reply of a process, as long as the other one lives.
+fn receive(
+    helper: &mut Helper<Reply>,
+    mut other: Option<&mut Helper<Reply>>,
+    patience: Duration,
+) -> Result<Reply, Failure> {
+    let deadline = Instant::now() + patience;
+    loop {
+        if let Some(reply) = helper.receive_within(LOOK)? {
+            return match reply {
+                Reply::Refused { message } => Err(Failure::Options(message)),
+                Reply::Failed { message } => Err(helper.blame(message).into()),
+                reply => Ok(reply),
+            };
+        }
+        if let Some(other) = &mut other {
+            // What it said last says more than that it ended.
+            match other.receive_within(Duration::ZERO)? {
+                Some(Reply::Failed { message }) => return Err(other.blame(message).into()),
+                Some(reply) => return Err(unexpected(&reply)),
+                None => {}
+            }
+        }
+        if Instant::now() > deadline {
+            return Err(helper.blame(format!("no answer within {} s", patience.as_secs())).into());
+        }
+    }
+}
+
+fn unexpected(reply: &Reply) -> Failure {
+    anyhow!("unexpected reply {reply:?}; this is a bug of corelane-bench").into()
+}

@@ -1,0 +1,290 @@
+//! What people and programs read of a comparison: a table with ratios, and a JSON file.
+
+use serde::{Deserialize, Serialize};
+
+use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
+use super::tally::{NixlTally, Part, Ratios};
+use crate::case::Operation;
+use crate::manifest::Host;
+use crate::measure::{Points, points_of};
+use crate::report::{Percentiles, align};
+use crate::units::microseconds;
+
+/// Version of the layout below: grows when a field changes its meaning or goes away, not when one is added.
+const SCHEMA_VERSION: u32 = 1;
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct NixlResults {
+    /// Always `corelane-bench-nixl`.
+    pub(crate) schema: String,
+    pub(crate) schema_version: u32,
+    /// False when a run failed: the series hold what was measured by then.
+    pub(crate) complete: bool,
+    pub(crate) failure: Option<String>,
+    pub(crate) started_unix_s: u64,
+    pub(crate) elapsed_s: f64,
+    pub(crate) options: NixlOptions,
+    pub(crate) environment: Host,
+    pub(crate) series: Vec<NixlSeries>,
+    pub(crate) comparisons: Vec<NixlComparison>,
+}
+
+/// The options in effect.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct NixlOptions {
+    /// Version of NIXL.
+    pub(crate) nixl: String,
+    pub(crate) backend: String,
+    pub(crate) vs: Vec<String>,
+    pub(crate) parameters: Vec<(String, String)>,
+    pub(crate) prog_thread: bool,
+    pub(crate) target_app: NixlTargetApp,
+    pub(crate) pin: Pin,
+    pub(crate) rounds: u16,
+    /// Of one case on one backend in one round.
+    pub(crate) duration_ms: f64,
+    pub(crate) seed: u64,
+}
+
+/// One part of one case on one backend.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct NixlSeries {
+    pub(crate) id: String,
+    pub(crate) backend: String,
+    pub(crate) part: Part,
+    pub(crate) operation: Operation,
+    pub(crate) blocks: usize,
+    pub(crate) block_bytes: usize,
+    pub(crate) notification_bytes: usize,
+    pub(crate) target_sleeps: bool,
+    pub(crate) samples: u64,
+    /// Of all rounds together.
+    pub(crate) latency_us: Percentiles,
+    pub(crate) rounds: Vec<Percentiles>,
+    /// Non-empty histogram buckets as [nanoseconds, count].
+    pub(crate) histogram_ns: Points,
+}
+
+/// The first backend against another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct NixlComparison {
+    pub(crate) id: String,
+    pub(crate) backend: String,
+    pub(crate) vs: String,
+    pub(crate) ratios: Ratios,
+}
+
+impl NixlResults {
+    /// Assembles the file.
+    pub(crate) fn new(
+        options: &NixlArgs,
+        plan: &NixlPlan,
+        tallies: &[NixlTally],
+        nixl: String,
+        environment: Host,
+    ) -> Self {
+        let label = |backend: usize| plan.backends[backend].label.clone();
+        let mut series = Vec::new();
+        let mut comparisons = Vec::new();
+        for tally in tallies {
+            for part in tally.parts.iter().filter(|part| !part.all.is_empty()) {
+                let id = tally.series_id(part.part);
+                let case = &tally.case;
+                let backend = &plan.backends[tally.backend];
+                series.push(NixlSeries {
+                    id: id.clone(),
+                    backend: backend.label.clone(),
+                    part: part.part,
+                    operation: case.operation,
+                    blocks: case.blocks,
+                    block_bytes: case.block_bytes,
+                    notification_bytes: case.notification_bytes,
+                    target_sleeps: case.operation != Operation::Notify
+                        && options.target_app.sleeps(backend),
+                    samples: part.all.len(),
+                    latency_us: Percentiles::of(&part.all),
+                    rounds: part.rounds.clone(),
+                    histogram_ns: points_of(&part.all),
+                });
+                let ours = tallies
+                    .iter()
+                    .filter(|ours| ours.backend == 0 && tally.backend != 0)
+                    .find(|ours| ours.case == *case)
+                    .and_then(|ours| ours.parts.iter().find(|ours| ours.part == part.part));
+                if let Some(ratios) = ours.and_then(|ours| Ratios::of(&ours.rounds, &part.rounds)) {
+                    comparisons.push(NixlComparison {
+                        id,
+                        backend: label(0),
+                        vs: label(tally.backend),
+                        ratios,
+                    });
+                }
+            }
+        }
+        Self {
+            schema: "corelane-bench-nixl".to_owned(),
+            schema_version: SCHEMA_VERSION,
+            complete: true,
+            failure: None,
+            started_unix_s: 0,
+            elapsed_s: 0.0,
+            options: NixlOptions {
+                nixl,
+                backend: label(0),
+                vs: plan.backends[1..].iter().map(|spec| spec.label.clone()).collect(),
+                parameters: options.parameters.clone(),
+                prog_thread: options.prog_thread,
+                target_app: options.target_app,
+                pin: options.pin,
+                rounds: options.rounds,
+                duration_ms: options.duration.as_secs_f64() * 1e3,
+                seed: options.seed,
+            },
+            environment,
+            series,
+            comparisons,
+        }
+    }
+
+    /// Two lines: the machine, and how the two sides ran.
+    pub(crate) fn header(&self) -> String {
+        let Self { environment: host, options, .. } = self;
+        let core = |core: Option<usize>| {
+            core.map_or_else(|| "not pinned".to_owned(), |core| format!("on core {core}"))
+        };
+        let sleeper = match options.target_app {
+            NixlTargetApp::Poll => "polls",
+            NixlTargetApp::Sleep => "sleeps where the backend serves alone (CORELANE), else polls",
+            NixlTargetApp::SleepAll => "sleeps",
+        };
+        format!(
+            "{}, {} cores ({} allowed), {}; NIXL {}; corelane {}; clock read {} ns, {:.0} interruptions over 20 us per second\n\
+             initiator polls without yielding, {}; target {sleeper} (polls to answer notifications), {}; progress threads {}; \
+             {} rounds of {:.0} ms per case\n",
+            host.cpu_model,
+            host.cores_online,
+            host.cores_allowed,
+            host.kernel,
+            options.nixl,
+            host.corelane_version,
+            host.noise.timer_overhead_ns,
+            host.noise.gaps_over_20us_per_second,
+            core(options.pin.initiator),
+            core(options.pin.target),
+            if options.prog_thread { "on" } else { "off" },
+            options.rounds,
+            options.duration_ms,
+        )
+    }
+
+    /// One row per series. What a transfer spends in posting is in the file, and here where a scenario is about it.
+    pub(crate) fn table(&self) -> String {
+        let backend = &self.options.backend;
+        let mut rows = vec![
+            ["case", "backend", "samples", "p50 us", "p99", "p99.9"].map(str::to_owned).to_vec(),
+        ];
+        if !self.comparisons.is_empty() {
+            for percentile in ["p50", "p99", "p99.9"] {
+                rows[0].push(format!("{percentile} ratio"));
+                rows[0].push("min..max".to_owned());
+            }
+        }
+        let printed = |row: &&NixlSeries| row.part != Part::Post || row.id.starts_with("post/");
+        for row in self.series.iter().filter(printed) {
+            let Percentiles { p50, p99, p999, .. } = row.latency_us;
+            let mut cells = vec![row.id.clone(), row.backend.clone(), row.samples.to_string()];
+            cells.extend([p50, p99, p999].map(|us| microseconds((us * 1e3).round() as u64)));
+            let comparison =
+                self.comparisons.iter().find(|other| other.id == row.id && other.vs == row.backend);
+            if let Some(NixlComparison { ratios, .. }) = comparison {
+                for spread in [ratios.p50, ratios.p99, ratios.p999] {
+                    cells.push(format!("{:.2}", spread.median));
+                    cells.push(format!("{:.2}..{:.2}", spread.min, spread.max));
+                }
+            }
+            rows.push(cells);
+        }
+        let explanation = if self.comparisons.is_empty() {
+            String::new()
+        } else {
+            format!(
+                "\nA ratio is {backend} / that row's backend, the median of the per-round ratios; below 1 {backend} is faster.\n"
+            )
+        };
+        align(&rows, 2) + &explanation
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nixl::tally::tests::tally;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        nixl: NixlArgs,
+    }
+
+    fn results(words: &[&str], tallies: &[NixlTally]) -> NixlResults {
+        let options = Line::try_parse_from([&["nixl"], words].concat()).expect("parses").nixl;
+        let plan = options.plan().expect("a plan");
+        NixlResults::new(&options, &plan, tallies, "1.5.1".to_owned(), Host::default())
+    }
+
+    fn compared() -> NixlResults {
+        let tallies = [
+            tally("read/64B", 0, &[6_000, 6_000]),
+            tally("read/64B", 1, &[10_000, 12_000]),
+            tally("notify/16B", 0, &[8_000, 8_000]),
+            tally("notify/16B", 1, &[16_000, 16_000]),
+        ];
+        results(&["--vs", "UCX@UCX_TLS=tcp", "--prog-thread", "--pin", "target=1"], &tallies)
+    }
+
+    #[test]
+    fn the_table_lines_up_and_carries_the_ratio_on_the_row_compared_with() {
+        let table = compared().table();
+        let lines: Vec<&str> = table.lines().collect();
+        let find = |id: &str, backend: &str| -> &str {
+            lines
+                .iter()
+                .find(|line| line.starts_with(id) && line.contains(backend))
+                .unwrap_or_else(|| panic!("no {id} of {backend}:\n{table}"))
+        };
+        let end = lines[0].find("p50 us").expect("a column") + "p50 us".len();
+        assert!(find("read/64B", "CORELANE")[..end].ends_with(" 6.00"), "{table}");
+        let ucx = find("read/64B", "UCX@UCX_TLS=tcp");
+        assert!(ucx.contains("0.55") && ucx.contains("0.50..0.60"), "{table}");
+        assert!(find("notify/16B/round-trip", "UCX").contains("0.50..0.50"), "{table}");
+        assert!(!table.contains("read/64B/post"), "{table}");
+    }
+
+    #[test]
+    fn a_backend_alone_has_no_ratio() {
+        let table = results(&["--backend", "UCX"], &[tally("read/64B", 0, &[6_000])]).table();
+        assert!(!table.contains("ratio"), "{table}");
+    }
+
+    #[test]
+    fn the_header_says_how_the_sides_ran() {
+        let header = compared().header();
+        for part in ["NIXL 1.5.1", "not pinned", "on core 1", "progress threads on", "polls"] {
+            assert!(header.contains(part), "{part}: {header}");
+        }
+    }
+
+    #[test]
+    fn results_survive_a_round_trip() {
+        let results = compared();
+        let json = serde_json::to_string(&results).expect("encodes");
+        assert_eq!(serde_json::from_str::<NixlResults>(&json).expect("decodes"), results);
+        let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+        assert_eq!(value["schema"], "corelane-bench-nixl");
+        assert_eq!(value["series"][0]["part"], "completion");
+        assert_eq!(value["comparisons"][0]["vs"], "UCX@UCX_TLS=tcp");
+        assert!(value["comparisons"][0]["ratios"]["p99.9"]["median"].is_number());
+    }
+}

@@ -1,0 +1,92 @@
+//! `corelane-bench nixl` from beginning to end: rounds, tallies, output.
+
+use std::io::Write as _;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+
+use super::options::{NixlArgs, NixlPlan};
+use super::pair::NixlPair;
+use super::report::NixlResults;
+use super::tally::NixlTally;
+use crate::manifest::Host;
+use crate::pinning::{allowed_cores, ensure_allowed};
+use crate::report::{ensure_writable, write_atomically};
+use crate::session::Failure;
+
+/// Measures all cases on all backends, round after round.
+pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
+    let plan = options.plan().map_err(Failure::Options)?;
+    let pinned: Vec<usize> =
+        [options.pin.initiator, options.pin.target].into_iter().flatten().collect();
+    ensure_allowed(&pinned, &allowed_cores()?, "--pin").map_err(Failure::Options)?;
+    if !cfg!(feature = "nixl") {
+        return Err(Failure::Options(
+            "this build cannot drive NIXL: build it with `cargo build --release --package corelane-bench --features nixl`, \
+             which needs libclang"
+                .to_owned(),
+        ));
+    }
+    if let Some(json) = &options.json {
+        ensure_writable(json).map_err(|error| Failure::Options(format!("{error:#}")))?;
+    }
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let begin = Instant::now();
+    let environment = Host::describe();
+    let mut tallies: Vec<NixlTally> = Vec::new();
+    for case in &plan.cases {
+        tallies
+            .extend((0..plan.backends.len()).map(|backend| NixlTally::new(case.clone(), backend)));
+    }
+    let mut nixl = String::new();
+    let measured = run(options, &plan, &mut tallies, &mut nixl, begin);
+
+    let mut results = NixlResults::new(options, &plan, &tallies, nixl, environment);
+    results.started_unix_s = started;
+    results.elapsed_s = begin.elapsed().as_secs_f64();
+    results.complete = measured.is_ok();
+    results.failure = match &measured {
+        Ok(()) => None,
+        Err(Failure::Options(message)) => Some(message.clone()),
+        Err(Failure::Run(error)) => Some(format!("{error:#}")),
+    };
+    if results.series.is_empty() {
+        return measured;
+    }
+    if let Some(json) = &options.json {
+        let bytes = serde_json::to_vec_pretty(&results).context("encoding the results")?;
+        write_atomically(json, &bytes)?;
+    }
+    let mut out = std::io::stdout().lock();
+    write!(out, "{}\n{}", results.header(), results.table())
+        .and_then(|()| out.flush())
+        .context("writing to standard output")?;
+    measured
+}
+
+fn run(
+    options: &NixlArgs,
+    plan: &NixlPlan,
+    tallies: &mut [NixlTally],
+    nixl: &mut String,
+    begin: Instant,
+) -> Result<(), Failure> {
+    let backends = plan.backends.len();
+    for round in 1..=options.rounds {
+        for (index, backend) in plan.backends.iter().enumerate() {
+            crate::say!(
+                "[{:5.1} s] round {round}/{}: {backend}",
+                begin.elapsed().as_secs_f64(),
+                options.rounds
+            );
+            let mut pair = NixlPair::start(backend, options, plan)?;
+            nixl.clone_from(&pair.nixl);
+            for case in 0..plan.cases.len() {
+                let tally = &mut tallies[case * backends + index];
+                let outcome = pair.measure(&plan.cases[case], options.duration)?;
+                tally.add_round(&outcome)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! Adds up the outcomes of a case on a backend over the rounds, and compares.
+
+use anyhow::Result;
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use super::case::{NixlCase, NixlScenario};
+use super::wire::Outcome;
+use crate::measure::{Points, histogram, points_of, restore};
+use crate::report::{Percentiles, Spread};
+
+/// What of an operation a series is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Part {
+    /// From posting to the moment at which the end was seen.
+    Completion,
+    /// The caller's time in postXfer.
+    Post,
+    /// The caller's time in createXferReq.
+    Prepare,
+    /// From sending a notification to its answer.
+    RoundTrip,
+}
+
+/// Everything measured of one part of one case on one backend.
+pub(crate) struct PartTally {
+    pub(crate) part: Part,
+    pub(crate) all: Histogram<u64>,
+    /// Per round; empty where nothing was measured.
+    pub(crate) rounds: Vec<Percentiles>,
+}
+
+/// Everything measured of one case on one backend.
+pub(crate) struct NixlTally {
+    pub(crate) case: NixlCase,
+    /// Index into the plan's backends.
+    pub(crate) backend: usize,
+    pub(crate) operations: u64,
+    pub(crate) parts: Vec<PartTally>,
+}
+
+impl NixlTally {
+    pub(crate) fn new(case: NixlCase, backend: usize) -> Self {
+        let parts = match case.scenario {
+            NixlScenario::Notify => &[Part::RoundTrip][..],
+            NixlScenario::Post => &[Part::Prepare, Part::Post, Part::Completion],
+            _ => &[Part::Completion, Part::Post],
+        };
+        let part = |&part| PartTally { part, all: histogram(), rounds: Vec::new() };
+        Self { backend, operations: 0, parts: parts.iter().map(part).collect(), case }
+    }
+
+    /// Adds a round.
+    pub(crate) fn add_round(&mut self, outcome: &Outcome) -> Result<()> {
+        self.operations += outcome.operations;
+        for part in &mut self.parts {
+            let points: &Points = match part.part {
+                Part::Completion | Part::RoundTrip => &outcome.completion,
+                Part::Post => &outcome.post,
+                Part::Prepare => &outcome.prepare,
+            };
+            let mut round = histogram();
+            restore(&mut round, points)?;
+            part.rounds.push(Percentiles::of(&round));
+            restore(&mut part.all, &points_of(&round))?;
+        }
+        Ok(())
+    }
+
+    /// Name of a part's series: completion is what a case is about and goes without.
+    pub(crate) fn series_id(&self, part: Part) -> String {
+        let id = self.case.id();
+        match part {
+            Part::Completion if self.case.scenario != NixlScenario::Post => id,
+            Part::Completion => format!("{id}/completion"),
+            Part::Post => format!("{id}/post"),
+            Part::Prepare => format!("{id}/prepare"),
+            Part::RoundTrip => format!("{id}/round-trip"),
+        }
+    }
+}
+
+/// Median and range of the per-round ratios of three percentiles; below 1 the first is faster.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Ratios {
+    pub(crate) rounds: usize,
+    pub(crate) p50: Spread,
+    pub(crate) p99: Spread,
+    #[serde(rename = "p99.9")]
+    pub(crate) p999: Spread,
+}
+
+impl Ratios {
+    /// Ratios are taken within a round, where both ran in turn under the same conditions, and only then summarised.
+    /// `None` without a round that both have.
+    pub(crate) fn of(ours: &[Percentiles], theirs: &[Percentiles]) -> Option<Self> {
+        let ratios = |at: fn(&Percentiles) -> f64| {
+            Spread::of(
+                ours.iter().zip(theirs).map(|(ours, theirs)| at(ours) / at(theirs)).collect(),
+            )
+        };
+        Some(Self {
+            rounds: ours.len().min(theirs.len()),
+            p50: ratios(|round| round.p50)?,
+            p99: ratios(|round| round.p99)?,
+            p999: ratios(|round| round.p999)?,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::nixl::case::tests::all;
+
+    pub(crate) fn outcome(completion_ns: u64) -> Outcome {
+        Outcome {
+            operations: 10,
+            completion: vec![(completion_ns, 10)],
+            post: vec![(completion_ns / 10, 10)],
+            prepare: vec![(completion_ns * 2, 5)],
+        }
+    }
+
+    pub(crate) fn tally(id: &str, backend: usize, rounds_ns: &[u64]) -> NixlTally {
+        let case = all().into_iter().find(|case| case.id() == id).expect("one of the cases");
+        let mut tally = NixlTally::new(case, backend);
+        rounds_ns.iter().for_each(|&ns| tally.add_round(&outcome(ns)).expect("in range"));
+        tally
+    }
+
+    #[test]
+    fn rounds_add_up_per_part() {
+        let tally = tally("post/read/4096x4KiB", 0, &[10_000, 20_000]);
+        assert_eq!(tally.operations, 20);
+        let ids: Vec<String> = tally.parts.iter().map(|part| tally.series_id(part.part)).collect();
+        assert_eq!(
+            ids,
+            [
+                "post/read/4096x4KiB/prepare",
+                "post/read/4096x4KiB/post",
+                "post/read/4096x4KiB/completion"
+            ]
+        );
+        let p50: Vec<f64> = tally.parts.iter().map(|part| part.rounds[0].p50.round()).collect();
+        assert_eq!(p50, [20.0, 1.0, 10.0]);
+        let counts: Vec<u64> = tally.parts.iter().map(|part| part.all.len()).collect();
+        assert_eq!(counts, [10, 20, 20]);
+    }
+
+    #[test]
+    fn a_notification_has_a_round_trip_only() {
+        let tally = tally("notify/16B", 1, &[8_000]);
+        assert_eq!(tally.parts.len(), 1);
+        assert_eq!(tally.series_id(tally.parts[0].part), "notify/16B/round-trip");
+    }
+
+    #[test]
+    fn ratios_are_taken_per_round_and_then_their_median() {
+        // The third round was disturbed for both, the second for ours only.
+        let ours = tally("read/64B", 0, &[6_000, 40_000, 60_000]);
+        let theirs = tally("read/64B", 1, &[10_000, 10_000, 100_000]);
+        let ratios =
+            Ratios::of(&ours.parts[0].rounds, &theirs.parts[0].rounds).expect("both have rounds");
+        assert_eq!(ratios.rounds, 3);
+        assert!((ratios.p50.median - 0.6).abs() < 0.01, "{ratios:?}");
+        assert!((ratios.p50.min - 0.6).abs() < 0.01 && (ratios.p50.max - 4.0).abs() < 0.02);
+        assert!((ratios.p999.median - 0.6).abs() < 0.01);
+    }
+
+    #[test]
+    fn nothing_measured_has_no_ratio() {
+        let ours = tally("read/64B", 0, &[6_000]);
+        assert_eq!(Ratios::of(&ours.parts[0].rounds, &[]), None);
+    }
+}

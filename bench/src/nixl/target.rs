@@ -1,0 +1,93 @@
+//! The other side: an application that answers notifications, and memory that transfers read from and write into.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use super::agent::NixlAgent;
+use super::case::NixlCase;
+use super::layout::NixlLayout;
+use super::side::Parent;
+use super::wire::{Order, Reply};
+use crate::case::Operation;
+
+/// Polls between two looks for an order, which would be a cost of their own otherwise.
+const POLLS_PER_LOOK: u32 = 256;
+/// How long a sleeping application sleeps between polls.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Polls and obeys until the orders end.
+pub(crate) fn run(agent: &mut NixlAgent, parent: &Parent, seed: u64, sleeps: bool) -> Result<()> {
+    let mut asleep = sleeps;
+    loop {
+        let order = if asleep {
+            answer(agent)?;
+            parent.sleep(PAUSE)?
+        } else {
+            for _ in 0..POLLS_PER_LOOK {
+                answer(agent)?;
+            }
+            parent.poll()?
+        };
+        match order {
+            None => {}
+            Some(None) => return Ok(()),
+            Some(Some(order)) => {
+                if let Order::Begin { case, .. } = &order {
+                    // Who has to answer must look.
+                    asleep = sleeps && case.operation != Operation::Notify;
+                }
+                obey(agent, parent, order, seed)?;
+            }
+        }
+    }
+}
+
+/// Sends every notification that has arrived back.
+#[inline]
+fn answer(agent: &mut NixlAgent) -> Result<()> {
+    for (_, texts) in agent.poll_notifications()? {
+        for text in texts {
+            agent.notify(&text)?;
+        }
+    }
+    Ok(())
+}
+
+fn obey(agent: &NixlAgent, parent: &Parent, order: Order, seed: u64) -> Result<()> {
+    match order {
+        Order::Begin { case, sequence } => {
+            renew(agent, &case, sequence, seed);
+            parent.reply(&Reply::Begun)
+        }
+        Order::End { case, sequence } => {
+            verify(agent, &case, sequence, seed).with_context(|| case.id())?;
+            parent.reply(&Reply::Ended)
+        }
+        other => bail!("a target cannot obey {other:?}"),
+    }
+}
+
+fn renew(agent: &NixlAgent, case: &NixlCase, sequence: u64, seed: u64) {
+    for (index, &offset) in NixlLayout::new(case, seed).remote.iter().enumerate() {
+        match case.operation {
+            Operation::Read => {
+                agent.arena.fill(offset, case.block_bytes, sequence, index as u64);
+            }
+            _ => agent.arena.poison(offset, case.block_bytes),
+        }
+    }
+}
+
+fn verify(agent: &NixlAgent, case: &NixlCase, sequence: u64, seed: u64) -> Result<()> {
+    if case.operation != Operation::Write {
+        return Ok(());
+    }
+    for (index, &offset) in NixlLayout::new(case, seed).remote.iter().enumerate() {
+        agent
+            .arena
+            .check(offset, case.block_bytes, sequence, index as u64)
+            .map_err(|mismatch| anyhow!("verification failed: block {index}: {mismatch}"))?;
+    }
+    Ok(())
+}

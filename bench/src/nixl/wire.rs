@@ -1,0 +1,89 @@
+//! What the parent and its two processes say to each other: one JSON value per line, silent during a pass.
+
+use serde::{Deserialize, Serialize};
+
+use super::case::NixlCase;
+use crate::measure::Points;
+
+/// The two processes of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Role {
+    Initiator,
+    Target,
+}
+
+impl Role {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Initiator => "initiator",
+            Self::Target => "target",
+        }
+    }
+}
+
+/// All that a process needs to know before it can be introduced to the other.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Setup {
+    pub(crate) role: Role,
+    pub(crate) backend: String,
+    pub(crate) parameters: Vec<(String, String)>,
+    pub(crate) prog_thread: bool,
+    /// Core of the application's thread.
+    pub(crate) core: Option<usize>,
+    /// Target: sleep between polls where no notification has to be answered.
+    pub(crate) sleeps: bool,
+    pub(crate) arena_bytes: usize,
+    pub(crate) seed: u64,
+}
+
+/// What the parent asks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    /// Must come first.
+    Setup(Setup),
+    /// Who is on the other side; metadata in hexadecimal.
+    Meet { metadata: String, address: u64 },
+    /// Target: renew the source of reads, poison the destination of writes, answer notifications.
+    Begin { case: NixlCase, sequence: u64 },
+    /// Target: check the destination of writes.
+    End { case: NixlCase, sequence: u64 },
+    /// Initiator: every transfer once, untimed; then, with a duration, until it is over, timed. Then check.
+    Run { case: NixlCase, sequence: u64, duration_ns: u64 },
+}
+
+/// What is answered, one reply per order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Reply {
+    Ready {
+        metadata: String,
+        address: u64,
+        nixl: String,
+    },
+    Met,
+    Begun,
+    Ended,
+    Ran(Outcome),
+    /// The user asked for something that cannot be.
+    Refused {
+        message: String,
+    },
+    /// It went wrong.
+    Failed {
+        message: String,
+    },
+}
+
+/// What the initiator measured in one pass.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) operations: u64,
+    /// From just before posting to the moment at which the end was seen; of notifications, to the answer.
+    pub(crate) completion: Points,
+    /// The caller's time in postXfer.
+    pub(crate) post: Points,
+    /// The caller's time in createXferReq, of scenario `post`.
+    pub(crate) prepare: Points,
+}

@@ -1,0 +1,127 @@
+//! `corelane-bench nixl` where it cannot measure: one clear line, exit code 2, nothing half-written. None of these tests
+//! needs NIXL.
+
+use std::process::Command;
+
+use crate::common::{Bench, Ran, command, run};
+
+/// The subcommand as on a machine without NIXL, with folders of the test in place of the words LIBS and JSON.
+fn nixl(bench: &Bench, arguments: &str) -> Command {
+    let arguments = arguments
+        .replace("LIBS", &bench.path("libs").to_string_lossy())
+        .replace("JSON", &bench.path("out/results.json").to_string_lossy());
+    let mut command = command(&format!("nixl {arguments}"));
+    command.env_remove("LD_LIBRARY_PATH").env_remove("NIXL_PLUGIN_DIR");
+    command
+}
+
+fn last_line(ran: &Ran) -> &str {
+    ran.stderr.lines().last().unwrap_or_default()
+}
+
+#[test]
+fn bad_options_are_one_line_and_exit_code_2() {
+    for (arguments, expected) in [
+        ("--backend @UCX_TLS=tcp", "--backend"),
+        ("--vs UCX@UCX_TLS", "ENV=VALUE"),
+        ("--vs CORELANE", "named twice"),
+        ("--param lanes", "KEY=VALUE"),
+        ("--scenario everything", "everything"),
+        ("--sizes 12parsecs", "--sizes"),
+        ("--sizes 1GiB --max-memory 1MiB", "--max-memory"),
+        ("--notification 4", "between 16"),
+        ("--pin 1", "--pin"),
+        ("--pin target=1000", "core 1000"),
+        ("--target-app snore", "snore"),
+        ("--rounds 0", "--rounds"),
+        ("--nixl-libs LIBS", "--nixl-libs"),
+        ("--plugin-dir LIBS", "--plugin-dir"),
+    ] {
+        let bench = Bench::new();
+        let ran = run(&mut nixl(&bench, arguments));
+        assert_eq!(ran.code, 2, "{arguments}: {}", ran.stderr);
+        assert_eq!(ran.stderr.lines().count(), 1, "{arguments}: {}", ran.stderr);
+        assert!(ran.stderr.starts_with("corelane-bench: "), "{arguments}: {}", ran.stderr);
+        assert!(ran.stderr.contains(expected), "{arguments}: {}", ran.stderr);
+        assert_eq!(ran.stdout, "", "{arguments}");
+        assert!(bench.files().is_empty(), "{arguments}");
+    }
+}
+
+#[test]
+fn what_is_missing_is_named_with_its_remedy() {
+    let bench = Bench::new();
+    std::fs::create_dir(bench.path("libs")).expect("creates");
+    let ran = run(&mut nixl(&bench, "--nixl-libs LIBS --rounds 1 --json JSON"));
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
+    let remedy = if cfg!(feature = "nixl") { "--nixl-libs DIR" } else { "--features nixl" };
+    assert!(last_line(&ran).starts_with("corelane-bench: "), "{}", ran.stderr);
+    assert!(last_line(&ran).contains(remedy), "{}", ran.stderr);
+    assert_eq!(ran.stdout, "");
+    assert!(!bench.path("out/results.json").exists());
+}
+
+#[test]
+fn help_describes_the_options_and_hides_the_processes() {
+    let ran = run(&mut command("nixl --help"));
+    assert_eq!(ran.code, 0);
+    for option in [
+        "--backend",
+        "--vs",
+        "--param",
+        "--scenario",
+        "--sizes",
+        "--kv",
+        "--op",
+        "--rounds",
+        "--duration",
+        "--prog-thread",
+        "--target-app",
+        "--pin",
+        "--json",
+        "--nixl-libs",
+        "--plugin-dir",
+    ] {
+        assert!(ran.stdout.contains(option), "{option}");
+    }
+    assert!(!run(&mut command("--help")).stdout.contains("nixl-side"));
+}
+
+#[cfg(feature = "nixl")]
+mod with_the_driver {
+    use super::*;
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_noticed_before_measuring() {
+        let bench = Bench::new();
+        std::fs::write(bench.path("out"), b"").expect("writes");
+        let ran = run(&mut nixl(&bench, "--json JSON"));
+        assert_eq!(ran.code, 2, "{}", ran.stderr);
+        assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+        assert!(ran.stderr.contains("cannot create the directory"), "{}", ran.stderr);
+    }
+
+    /// A library of the right name without the functions: the bindings abort the process that asks for one.
+    #[test]
+    fn a_process_that_dies_is_reported_with_its_backend() {
+        let bench = Bench::new();
+        std::fs::create_dir(bench.path("libs")).expect("creates");
+        let library = bench.path("libs/libnixl_capi.so");
+        let built = Command::new("g++")
+            .args(["-shared", "-x", "c++", "/dev/null", "-o"])
+            .arg(&library)
+            .status()
+            .expect("the compiler that built the bindings is there");
+        assert!(built.success() && library.is_file());
+        let ran = run(&mut nixl(&bench, "--vs UCX --nixl-libs LIBS --rounds 1 --json JSON"));
+        assert_eq!(ran.code, 1, "{}", ran.stderr);
+        let line = last_line(&ran);
+        assert!(
+            line.contains("CORELANE") && line.contains("ended unexpectedly: signal"),
+            "{}",
+            ran.stderr
+        );
+        assert_eq!(ran.stdout, "");
+        assert!(!bench.path("out/results.json").exists());
+    }
+}

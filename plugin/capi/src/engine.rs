@@ -1,0 +1,186 @@
+//! Engines.
+
+use std::ffi::{c_char, c_void};
+use std::sync::Once;
+
+use corelane::Engine;
+
+use crate::handles::{
+    CONNS, ENGINES, EngineEntry, adopt, corelane_conn_t, corelane_engine_t, free_any,
+};
+use crate::log;
+use crate::options::{Resolved, corelane_option, resolve, strange_variables};
+use crate::raw;
+use crate::status::{Failure, corelane_status, run};
+
+/// The version of this library, such as `0.1.0`. Never freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+fn warn_of_strange_variables() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        for name in strange_variables(names) {
+            tracing::warn!(
+                "environment variable {name} is no option of corelane and has no effect"
+            );
+        }
+    });
+}
+
+/// Starts an engine: its lanes and its listener. Takes some milliseconds.
+///
+/// `agent_name` (`agent_name_len` bytes of UTF-8, 1..=1024) is what peers see as the sender of
+/// notifications. `options` are `option_count` names with values; see `corelane_option_at`. What is
+/// not given is taken from the environment (`CORELANE_<OPTION>`), then from the defaults. The
+/// engine's handle is stored in `*engine`.
+///
+/// Any thread. Errors: `CORELANE_ERR_CONFIG` (with the list of valid options), `CORELANE_ERR_LANE`
+/// (`io_uring` forbidden, core outside the affinity mask, ...), `CORELANE_ERR_IO` (port in use, ...).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_engine_create(
+    agent_name: *const c_char,
+    agent_name_len: usize,
+    options: *const corelane_option,
+    option_count: usize,
+    engine: *mut corelane_engine_t,
+) -> corelane_status {
+    run("corelane_engine_create", || {
+        // SAFETY: the caller promises that the pointers are valid for their lengths.
+        let (name, options) = unsafe {
+            raw::store(engine, 0, "engine")?;
+            (
+                raw::text(agent_name, agent_name_len, "the agent name")?,
+                raw::slice(options, option_count, "options")?,
+            )
+        };
+        let mut given = Vec::with_capacity(options.len());
+        for option in options {
+            // SAFETY: as above; both are strings.
+            let (name, value) = unsafe {
+                (
+                    raw::string(option.name, "the name of an option")?,
+                    raw::string(option.value, "the value of an option")?,
+                )
+            };
+            given.push((name, value));
+        }
+        let Resolved { settings, values } = resolve(&given, |name| std::env::var(name).ok())
+            .inspect_err(|_| {
+                // The reason must be readable although no level was understood.
+                log::set_level(tracing::level_filters::LevelFilter::WARN);
+            })?;
+        log::set_level(settings.log_level);
+        warn_of_strange_variables();
+        let entry = EngineEntry::new(Engine::new(name, settings.config)?, values);
+        let handle = ENGINES.insert(entry)?;
+        // SAFETY: as above.
+        unsafe { raw::store(engine, handle, "engine") }
+    })
+}
+
+/// Shuts an engine down: notifications are flushed for at most `linger_ms`, transfers end, lanes
+/// stop. When it returns, nothing touches registered memory any more. All handles of the engine are
+/// freed.
+///
+/// Any thread but a lane. Errors: `CORELANE_ERR_INVALID_HANDLE`; `CORELANE_ERR_LANE` when a lane had
+/// failed (the engine is gone all the same); `CORELANE_ERR_SHUTDOWN` in a forked child.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_engine_destroy(engine: corelane_engine_t) -> corelane_status {
+    run("corelane_engine_destroy", || {
+        let entry = ENGINES.get(engine)?;
+        if !ENGINES.remove(engine) {
+            return Err(Failure::handle("engine", engine));
+        }
+        for child in entry.take_children() {
+            free_any(child);
+        }
+        Ok(entry.engine.shutdown()?)
+    })
+}
+
+/// What a peer needs to connect (agent name, addresses, secret), to be sent over a channel that you
+/// trust: who holds it can connect. The same bytes on every call.
+///
+/// `*len` is set to the length, also when `capacity` is too small: call with a capacity of 0 to learn
+/// it. Any thread. Errors: `CORELANE_ERR_BUFFER_TOO_SMALL`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_get_metadata(
+    engine: corelane_engine_t,
+    buffer: *mut c_void,
+    capacity: usize,
+    len: *mut usize,
+) -> corelane_status {
+    run("corelane_get_metadata", || {
+        let metadata = ENGINES.get(engine)?.engine.metadata();
+        // SAFETY: the caller promises a buffer of `capacity` bytes.
+        unsafe { raw::fill(&metadata, buffer, capacity, len) }
+    })
+}
+
+/// The value of an option that is in effect in this engine, without a final zero byte; lengths as in
+/// `corelane_get_metadata`.
+///
+/// Any thread. Errors: `CORELANE_ERR_NOT_FOUND`, `CORELANE_ERR_BUFFER_TOO_SMALL`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_get_option(
+    engine: corelane_engine_t,
+    name: *const c_char,
+    buffer: *mut c_void,
+    capacity: usize,
+    len: *mut usize,
+) -> corelane_status {
+    run("corelane_get_option", || {
+        // SAFETY: the caller promises a string.
+        let name = unsafe { raw::string(name, "name")? };
+        let entry = ENGINES.get(engine)?;
+        let (_, value) =
+            entry.options.iter().find(|(known, _)| *known == name).ok_or_else(|| {
+                Failure::new(
+                    corelane_status::CORELANE_ERR_NOT_FOUND,
+                    format!("there is no option `{name}`"),
+                )
+            })?;
+        // SAFETY: the caller promises a buffer of `capacity` bytes.
+        unsafe { raw::fill(value.as_bytes(), buffer, capacity, len) }
+    })
+}
+
+/// Waits for at most `timeout_ms` (negative: without limit) for a peer that connects by itself and
+/// was not returned here before. Never needed: the lanes accept by themselves, such peers are
+/// served, and their notifications arrive.
+///
+/// Any thread but a lane. Errors: `CORELANE_ERR_TIMEOUT`; `CORELANE_ERR_CANCELLED` after
+/// `corelane_stop_accept`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_accept(
+    engine: corelane_engine_t,
+    timeout_ms: i64,
+    conn: *mut corelane_conn_t,
+) -> corelane_status {
+    run("corelane_accept", || {
+        // SAFETY: the caller promises room for a handle.
+        unsafe { raw::store(conn, 0, "conn")? };
+        // Not held while waiting: the engine may be destroyed meanwhile.
+        let api = ENGINES.get(engine)?.engine.clone();
+        let peer = api.accept(raw::timeout(timeout_ms))?;
+        let handle = adopt(&CONNS, engine, peer)?;
+        // SAFETY: as above.
+        unsafe { raw::store(conn, handle, "conn") }
+    })
+}
+
+/// Refuses peers that are not known yet, and ends `corelane_accept`. Known peers go on.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_stop_accept(engine: corelane_engine_t) -> corelane_status {
+    run("corelane_stop_accept", || Ok(ENGINES.get(engine)?.engine.stop_accepting()?))
+}
+
+/// Accepts new peers again, after `corelane_stop_accept`. An engine does from its creation.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_start_listener(engine: corelane_engine_t) -> corelane_status {
+    run("corelane_start_listener", || Ok(ENGINES.get(engine)?.engine.start_accepting()?))
+}

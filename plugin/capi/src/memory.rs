@@ -1,0 +1,210 @@
+//! Registered memory and descriptors.
+
+use std::ffi::c_void;
+
+use corelane::{Access, MemoryKind, RegionDescriptor};
+
+use crate::handles::{
+    DESCRIPTORS, ENGINES, REGIONS, adopt, corelane_desc_t, corelane_engine_t, corelane_region_t,
+    free,
+};
+use crate::raw;
+use crate::status::{Failure, corelane_status, run};
+
+/// Host memory.
+pub const CORELANE_MEMORY_DRAM: u32 = 0;
+/// GPU memory.
+pub const CORELANE_MEMORY_VRAM: u32 = 1;
+
+/// Only this engine's own transfers may use the memory.
+pub const CORELANE_ACCESS_LOCAL: u32 = 0;
+/// Peers may read.
+pub const CORELANE_ACCESS_REMOTE_READ: u32 = 1;
+/// Peers may write.
+pub const CORELANE_ACCESS_REMOTE_WRITE: u32 = 2;
+
+/// A registered region.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct corelane_region_info {
+    /// Address of the first byte, in its owner's address space.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// `CORELANE_MEMORY_DRAM` or `CORELANE_MEMORY_VRAM`.
+    pub kind: u32,
+    /// Ordinal of the GPU; 0 for host memory.
+    pub device: u32,
+    /// `CORELANE_ACCESS_...`, added up.
+    pub access: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+fn info_of(descriptor: &RegionDescriptor) -> corelane_region_info {
+    let (kind, device) = match descriptor.kind() {
+        MemoryKind::Vram { device } => (CORELANE_MEMORY_VRAM, device),
+        _ => (CORELANE_MEMORY_DRAM, 0),
+    };
+    let flag = |access, flag| if descriptor.access().allows(access) { flag } else { 0 };
+    corelane_region_info {
+        addr: descriptor.base(),
+        len: descriptor.len(),
+        kind,
+        device,
+        access: flag(Access::REMOTE_READ, CORELANE_ACCESS_REMOTE_READ)
+            | flag(Access::REMOTE_WRITE, CORELANE_ACCESS_REMOTE_WRITE),
+        reserved: 0,
+    }
+}
+
+fn kind_of(kind: u32, device: u32) -> Result<MemoryKind, Failure> {
+    match kind {
+        CORELANE_MEMORY_DRAM => Ok(MemoryKind::Dram),
+        CORELANE_MEMORY_VRAM => Ok(MemoryKind::Vram { device }),
+        other => Err(Failure::argument(format!("{other} is no kind of memory"))),
+    }
+}
+
+fn access_of(access: u32) -> Result<Access, Failure> {
+    match access {
+        0 => Ok(Access::LOCAL),
+        1 => Ok(Access::REMOTE_READ),
+        2 => Ok(Access::REMOTE_WRITE),
+        3 => Ok(Access::READ_WRITE),
+        other => Err(Failure::argument(format!("{other} is no sum of access flags"))),
+    }
+}
+
+/// Registers `len` bytes at `addr`: makes them usable in transfers and, as far as `access`
+/// (`CORELANE_ACCESS_...` added up) goes, by peers that get the descriptor. Nothing is pinned or
+/// touched. Ranges may overlap and repeat.
+///
+/// The memory must stay mapped until `corelane_mr_destroy` or `corelane_engine_destroy` has returned
+/// `CORELANE_OK`.
+///
+/// Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT` (null, empty, wraps around),
+/// `CORELANE_ERR_LIMIT`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_reg(
+    engine: corelane_engine_t,
+    addr: *mut c_void,
+    len: usize,
+    kind: u32,
+    device: u32,
+    access: u32,
+    region: *mut corelane_region_t,
+) -> corelane_status {
+    run("corelane_reg", || {
+        // SAFETY: the caller promises room for a handle.
+        unsafe { raw::store(region, 0, "region")? };
+        let (kind, access) = (kind_of(kind, device)?, access_of(access)?);
+        let entry = ENGINES.get(engine)?;
+        // SAFETY: the caller promises that the memory stays mapped while it is registered.
+        let registered =
+            unsafe { entry.engine.register_kind(addr as u64, len as u64, kind, access)? };
+        let handle = adopt(&REGIONS, engine, registered)?;
+        // SAFETY: as above.
+        unsafe { raw::store(region, handle, "region") }
+    })
+}
+
+/// Takes a registration back and frees its handle. When it returns `CORELANE_OK`, nothing of this
+/// engine or of a peer touches the memory any more, and descriptors of it are refused.
+///
+/// Waits for accesses in progress, at most `deregister_timeout_ms`. Any thread but a lane. Errors:
+/// `CORELANE_ERR_BUSY` past that time: the region is kept, try again.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_mr_destroy(region: corelane_region_t) -> corelane_status {
+    run("corelane_mr_destroy", || {
+        let entry = REGIONS.get(region)?;
+        let (owner, registered) = (entry.owner, entry.value.clone());
+        drop(entry);
+        let engine = ENGINES.get(owner)?.engine.clone();
+        engine.deregister(&registered)?;
+        free(&REGIONS, region);
+        Ok(())
+    })
+}
+
+/// The bytes that a peer needs to access the region; the same on every call. Lengths as in
+/// `corelane_get_metadata`. Who holds them can access the region: send them over a trusted channel.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_get_descriptor(
+    region: corelane_region_t,
+    buffer: *mut c_void,
+    capacity: usize,
+    len: *mut usize,
+) -> corelane_status {
+    run("corelane_get_descriptor", || {
+        let bytes = REGIONS.get(region)?.value.descriptor().to_bytes();
+        // SAFETY: the caller promises a buffer of `capacity` bytes.
+        unsafe { raw::fill(&bytes, buffer, capacity, len) }
+    })
+}
+
+/// Describes a registered region of the engine that holds all of `len` bytes at `addr`.
+///
+/// Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when there is none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_query_memory(
+    engine: corelane_engine_t,
+    addr: *const c_void,
+    len: usize,
+    info: *mut corelane_region_info,
+) -> corelane_status {
+    run("corelane_query_memory", || {
+        let found = ENGINES.get(engine)?.engine.region_at(addr as u64, len as u64);
+        let region = found.ok_or_else(|| {
+            Failure::new(
+                corelane_status::CORELANE_ERR_NOT_FOUND,
+                format!("{len} bytes at {addr:p} are in no registered region"),
+            )
+        })?;
+        // SAFETY: the caller promises room for the answer.
+        unsafe { raw::store(info, info_of(region.descriptor()), "info") }
+    })
+}
+
+/// Reads a descriptor that a peer's `corelane_get_descriptor` gave. The peer need not be known yet.
+///
+/// Any thread. Errors: `CORELANE_ERR_MALFORMED` for anything else.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_import_descriptor(
+    engine: corelane_engine_t,
+    bytes: *const c_void,
+    len: usize,
+    desc: *mut corelane_desc_t,
+) -> corelane_status {
+    run("corelane_import_descriptor", || {
+        // SAFETY: the caller promises `len` bytes and room for a handle.
+        let bytes = unsafe {
+            raw::store(desc, 0, "desc")?;
+            raw::bytes(bytes, len, "the descriptor")?
+        };
+        let handle = adopt(&DESCRIPTORS, engine, RegionDescriptor::from_bytes(bytes)?)?;
+        // SAFETY: as above.
+        unsafe { raw::store(desc, handle, "desc") }
+    })
+}
+
+/// Describes the region that a descriptor names.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_descriptor_info(
+    desc: corelane_desc_t,
+    info: *mut corelane_region_info,
+) -> corelane_status {
+    run("corelane_descriptor_info", || {
+        let value = info_of(&DESCRIPTORS.get(desc)?.value);
+        // SAFETY: the caller promises room for the answer.
+        unsafe { raw::store(info, value, "info") }
+    })
+}
+
+/// Frees a descriptor. Transfers prepared with it keep what they need.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_descriptor_destroy(desc: corelane_desc_t) -> corelane_status {
+    run("corelane_descriptor_destroy", || {
+        if free(&DESCRIPTORS, desc) { Ok(()) } else { Err(Failure::handle("descriptor", desc)) }
+    })
+}

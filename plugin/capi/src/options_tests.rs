@@ -1,0 +1,127 @@
+//! Tests of the options.
+
+use super::*;
+
+fn settings(given: &[(&str, &str)]) -> Result<Settings, String> {
+    resolve(given, |_| None).map(|resolved| resolved.settings).map_err(|failure| failure.message)
+}
+
+#[test]
+fn defaults_are_those_of_the_engine() {
+    let Settings { config, log_level } = settings(&[]).unwrap();
+    assert_eq!(config, EngineConfig::default());
+    assert_eq!(log_level, LevelFilter::INFO);
+}
+
+#[test]
+fn every_option_reaches_the_configuration() {
+    let all = [
+        ("lanes", "1,3-5"),
+        ("spin_us", "inf"),
+        ("assist", "never"),
+        ("transports", "tcp"),
+        ("listen", "127.0.0.1, ::1"),
+        ("interface", "eth0"),
+        ("port_range", "18500-18599"),
+        ("advertise", "10.0.0.1:0,[::1]:7"),
+        ("streams", "4"),
+        ("chunk_bytes", "1M"),
+        ("latency_bytes", "4096"),
+        ("inline_bytes", "0"),
+        ("liveness_ms", "200"),
+        ("operation_timeout_ms", "201"),
+        ("connect_timeout_ms", "202"),
+        ("reconnect_ms", "203"),
+        ("linger_ms", "204"),
+        ("deregister_timeout_ms", "205"),
+        ("stream_idle_ms", "206"),
+        ("log_level", "error"),
+    ];
+    assert_eq!(all.len(), OPTIONS.len(), "an option is not tested");
+    let s = settings(&all).unwrap();
+    let c = &s.config;
+    assert_eq!(c.lanes, LaneSpec::Cores(vec![1, 3, 4, 5]));
+    assert_eq!(c.spin, Spin::Forever);
+    assert_eq!(c.assist, AssistMode::Never);
+    assert_eq!(c.listen.addresses.len(), 2);
+    assert_eq!(c.listen.interface.as_deref(), Some("eth0"));
+    assert_eq!(c.listen.ports, 18500..=18599);
+    assert_eq!(c.listen.advertise[1], "[::1]:7".parse().unwrap());
+    assert_eq!((c.streams, c.chunk_bytes, c.latency_bytes, c.inline_bytes), (4, 1 << 20, 4096, 0));
+    let waits = [
+        c.liveness,
+        c.operation_timeout,
+        c.connect_timeout,
+        c.reconnect_timeout,
+        c.linger,
+        c.deregister_timeout,
+        c.stream_idle,
+    ];
+    assert_eq!(waits.map(|wait| wait.as_millis()), [200, 201, 202, 203, 204, 205, 206]);
+    assert_eq!(s.log_level, LevelFilter::ERROR);
+}
+
+#[test]
+fn forms_of_lanes_and_sizes() {
+    assert_eq!(lanes("auto:3"), Ok(LaneSpec::Auto { count: 3 }));
+    assert_eq!(lanes("unpinned"), Ok(LaneSpec::Unpinned { count: 1 }));
+    assert_eq!(lanes("unpinned:2"), Ok(LaneSpec::Unpinned { count: 2 }));
+    for wrong in ["", "auto:", "auto:x", "core:1", "3-1", "1,,2", "-1", "0-100000", "1;2"] {
+        assert!(lanes(wrong).is_err(), "{wrong}");
+    }
+    assert_eq!(bytes("3g"), Ok(3 << 30));
+    for wrong in ["", "K", "1.5M", "-1", "99999999999G", "1KB", "ß"] {
+        assert!(bytes(wrong).is_err(), "{wrong}");
+    }
+    assert_eq!(ports("7"), Ok(7..=7));
+    for wrong in ["", "8-7", "65536", "a-b", "1-2-3"] {
+        assert!(ports(wrong).is_err(), "{wrong}");
+    }
+    for (option, wrong) in [
+        ("liveness_ms", "49"),
+        ("operation_timeout_ms", "0"),
+        ("linger_ms", "86400001"),
+        ("streams", "65"),
+        ("chunk_bytes", "4095"),
+        ("lanes", "auto:0"),
+        ("lanes", "1,1"),
+    ] {
+        let refused = settings(&[(option, wrong)]).unwrap_err();
+        assert!(refused.contains(&format!("option `{option}` is `{wrong}`")), "{refused}");
+    }
+    for wrong in ["udp", "tcp,tcp", "local", ""] {
+        assert!(transports(wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn the_call_wins_over_the_environment_which_wins_over_the_default() {
+    let environment = |name: &str| (name == "CORELANE_STREAMS").then(|| "5".to_owned());
+    let streams =
+        |given: &[(&str, &str)]| resolve(given, environment).unwrap().settings.config.streams;
+    assert_eq!(streams(&[]), 5);
+    assert_eq!(streams(&[("streams", "7")]), 7);
+    assert_eq!(streams(&[("streams", " ")]), 5, "an empty value says nothing");
+    let resolved = resolve(&[("streams", "7"), ("linger_ms", " 5 ")], environment).unwrap();
+    assert!(resolved.values.contains(&("streams", "7".into())));
+    assert!(resolved.values.contains(&("linger_ms", "5".into())));
+    assert_eq!(resolved.values.len(), OPTIONS.len());
+}
+
+#[test]
+fn what_is_wrong_is_refused_with_its_source_and_what_would_be_right() {
+    let unknown = settings(&[("stream", "4")]).unwrap_err();
+    assert!(unknown.contains("`stream`") && unknown.contains("streams, chunk_bytes"), "{unknown}");
+    let malformed = settings(&[("assist", "sometimes")]).unwrap_err();
+    assert!(malformed.contains("auto, always or never"), "{malformed}");
+    let environment = |name: &str| (name == "CORELANE_SPIN_US").then(|| "soon".to_owned());
+    let from_environment = resolve(&[], environment).err().unwrap().message;
+    assert!(from_environment.contains("CORELANE_SPIN_US is `soon`"), "{from_environment}");
+}
+
+#[test]
+fn mistyped_variables_are_noticed() {
+    let names = ["CORELANE_STREAM", "CORELANE_STREAMS", "CORELANE_NO_INSTALL", "HOME"];
+    let strange: Vec<_> = strange_variables(names.into_iter().map(str::to_owned)).collect();
+    assert_eq!(strange, ["CORELANE_STREAM"]);
+}

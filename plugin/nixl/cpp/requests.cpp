@@ -1,0 +1,145 @@
+// Requests: preparing, posting, asking, releasing.
+
+#include "engine.h"
+
+#include <vector>
+
+using corelane::Request;
+using corelane::toNixl;
+
+namespace {
+
+// Beyond the operation timeout, after which every transfer has ended: for the lane to say so.
+constexpr int64_t kGraceMs = 1000;
+
+const nixlBasicDesc &first(const nixl_meta_dlist_t &list) { return list[0]; }
+
+const nixlBasicDesc &last(const nixl_meta_dlist_t &list) {
+    return list[static_cast<size_t>(list.descCount()) - 1];
+}
+
+uint32_t operationOf(nixl_xfer_op_t operation) {
+    return operation == NIXL_READ ? CORELANE_READ : CORELANE_WRITE;
+}
+
+} // namespace
+
+Request::Request(corelane_xfer_t xfer, nixl_xfer_op_t operation, const nixl_meta_dlist_t &local,
+                 const nixl_meta_dlist_t &remote)
+    : xfer(xfer), operation_(operation), count_(local.descCount()), firstLocal_(first(local)),
+      lastLocal_(last(local)), firstRemote_(first(remote)), lastRemote_(last(remote)) {}
+
+bool Request::matches(nixl_xfer_op_t operation, const nixl_meta_dlist_t &local,
+                      const nixl_meta_dlist_t &remote) const {
+    return operation == operation_ && local.descCount() == count_ && remote.descCount() == count_ &&
+           Range(first(local)) == firstLocal_ && Range(last(local)) == lastLocal_ &&
+           Range(first(remote)) == firstRemote_ && Range(last(remote)) == lastRemote_;
+}
+
+nixl_status_t nixlCorelaneEngine::prepXfer(const nixl_xfer_op_t &operation,
+                                           const nixl_meta_dlist_t &local,
+                                           const nixl_meta_dlist_t &remote,
+                                           const std::string &agent, nixlBackendReqH *&handle,
+                                           const nixl_opt_b_args_t *args) const {
+    try {
+        handle = nullptr;
+        if (local.descCount() != remote.descCount() || local.descCount() == 0 ||
+            local.getType() != DRAM_SEG || remote.getType() != DRAM_SEG) {
+            return NIXL_ERR_INVALID_PARAM;
+        }
+        const ConnPtr conn = findOrLoadSelf(agent);
+        if (conn == nullptr) {
+            return NIXL_ERR_NOT_FOUND;
+        }
+        const size_t count = static_cast<size_t>(local.descCount());
+        std::vector<corelane_local_segment> own(count);
+        std::vector<corelane_remote_segment> theirs(count);
+        for (size_t at = 0; at < count; ++at) {
+            const nixlMetaDesc &target = remote[at];
+            if (target.metadataP == nullptr) {
+                return NIXL_ERR_INVALID_PARAM;
+            }
+            own[at] = {local[at].addr, local[at].len};
+            theirs[at] = {static_cast<corelane::RemoteMD *>(target.metadataP)->descriptor,
+                          target.addr, target.len};
+        }
+        corelane_xfer_t xfer = 0;
+        const corelane_status status = corelane_prepare(
+            conn->handle(), operationOf(operation), own.data(), theirs.data(), count, &xfer);
+        if (status != CORELANE_OK) {
+            return toNixl(status);
+        }
+        handle = new Request(xfer, operation, local, remote);
+        return NIXL_SUCCESS;
+    } catch (...) {
+        return NIXL_ERR_BACKEND;
+    }
+}
+
+// Costs what corelane_post does: a handle lookup and a message to the lane, whatever the length of
+// the lists.
+nixl_status_t nixlCorelaneEngine::postXfer(const nixl_xfer_op_t &operation,
+                                           const nixl_meta_dlist_t &local,
+                                           const nixl_meta_dlist_t &remote,
+                                           const std::string &agent, nixlBackendReqH *&handle,
+                                           const nixl_opt_b_args_t *args) const {
+    auto *request = static_cast<Request *>(handle);
+    if (request == nullptr || !request->matches(operation, local, remote)) {
+        return NIXL_ERR_INVALID_PARAM;
+    }
+    const corelane_status status =
+        args != nullptr && args->hasNotif
+            ? corelane_post_notify(request->xfer, args->notifMsg.data(), args->notifMsg.size())
+            : corelane_post(request->xfer);
+    return status == CORELANE_OK ? NIXL_IN_PROG : toNixl(status);
+}
+
+nixl_status_t nixlCorelaneEngine::checkXfer(nixlBackendReqH *handle) const {
+    if (handle == nullptr) {
+        return NIXL_ERR_INVALID_PARAM;
+    }
+    return toNixl(corelane_xfer_status(static_cast<Request *>(handle)->xfer));
+}
+
+nixl_status_t nixlCorelaneEngine::releaseReqH(nixlBackendReqH *handle) const {
+    if (handle == nullptr) {
+        return NIXL_ERR_INVALID_PARAM;
+    }
+    auto *request = static_cast<Request *>(handle);
+    // The first call must not wait. The agent does not look at the answer of a second one, so that
+    // one does: every transfer ends within the operation timeout.
+    const bool again = request->releasing.exchange(true);
+    const int64_t timeout = again ? operationTimeoutMs_ + kGraceMs : 0;
+    if (corelane_release(request->xfer, timeout) == CORELANE_ERR_BUSY) {
+        return NIXL_ERR_REPOST_ACTIVE;
+    }
+    // Freed now, or with its engine before.
+    delete request;
+    return NIXL_SUCCESS;
+}
+
+nixl_status_t nixlCorelaneEngine::estimateXferCost(
+    const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote,
+    const std::string &agent, nixlBackendReqH *const &handle, std::chrono::microseconds &duration,
+    std::chrono::microseconds &margin, nixl_cost_t &method, const nixl_opt_args_t *args) const {
+    if (handle == nullptr) {
+        return NIXL_ERR_INVALID_PARAM;
+    }
+    uint64_t nanoseconds = 0, doubt = 0;
+    const corelane_status status =
+        corelane_estimate(static_cast<Request *>(handle)->xfer, &nanoseconds, &doubt);
+    if (status == CORELANE_ERR_NOT_FOUND) {
+        return NIXL_ERR_NOT_SUPPORTED;
+    }
+    if (status != CORELANE_OK) {
+        return toNixl(status);
+    }
+    // Rounded up: no transfer takes no time.
+    const auto microseconds = [](uint64_t ns) {
+        return std::chrono::microseconds(static_cast<int64_t>((ns + 999) / 1000));
+    };
+    duration = microseconds(nanoseconds);
+    margin = microseconds(doubt);
+    method = nixl_cost_t::ANALYTICAL_BACKEND;
+    return NIXL_SUCCESS;
+}
