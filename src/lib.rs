@@ -95,6 +95,6 @@ pub use error::{Error, Result};
 pub use memory::{Access, LocalSegment, MemoryKind, Region, RegionDescriptor, RemoteSegment};
 pub use notification::Notification;
 pub use peer::{Estimate, Peer};
-pub use plan::{LocalBlocks, Operation, RemoteBlocks};
+pub use plan::{DescriptorPair, LocalBlocks, Operation, RemoteBlocks};
 pub use stats::{EngineStats, PeerStats, Totals};
 pub use transfer::{Plan, Status, Transfer};

@@ -25,6 +25,9 @@ const STAGGER: Duration = Duration::from_millis(30);
 /// come.
 const AFTER_SIMULTANEOUS: Duration = Duration::from_millis(50);
 
+/// How long a peer that cannot be reached is not spoken of again.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+
 /// The attempts to open one session link.
 pub(super) struct Connector {
     untried: VecDeque<SocketAddr>,
@@ -125,9 +128,37 @@ impl LaneDriver {
             }
             return self.connect_session(slot, deadline, cx);
         }
+        let deadline = connector.deadline;
+        if now >= deadline {
+            return self.out_of_time(slot, cx);
+        }
         while self.connector(slot).is_some_and(|connector| !connector.untried.is_empty()) {
             self.try_next(slot, cx);
         }
+        if let Some(connector) = self.connector(slot)
+            && connector.timer.is_none()
+        {
+            connector.timer = Some(cx.set_timer(deadline, CONNECT_TIMER | slot as u64));
+        }
+    }
+
+    /// The attempts under way have had their time.
+    fn out_of_time(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(connector) = self.connector(slot) else { return };
+        let attempts = connector.attempts.clone();
+        for id in attempts {
+            let Some(remote) = self.link(id).map(|link| link.remote) else { continue };
+            if let Some(connector) = self.connector(slot) {
+                connector.errors.push(format!("{remote}: no answer (is a firewall in the way?)"));
+            }
+        }
+        let Some(connector) = self.connector(slot) else { return };
+        let failure = ConnectFailure {
+            reason: connector.errors.join("; "),
+            handshake: connector.handshake_error,
+            refused: false,
+        };
+        self.give_up(slot, &failure, cx);
     }
 
     fn connect_bulk(&mut self, slot: usize, cx: &mut Cx<'_>) {
@@ -272,6 +303,10 @@ impl LaneDriver {
         if simultaneous && now < connector.deadline {
             // The peer's own attempt is about to arrive; look again in case it does not.
             connector.handshake_error = None;
+            if let Some(timer) = connector.timer.take() {
+                cx.cancel_timer(timer);
+            }
+            let Some(connector) = self.connector(slot) else { return };
             let timer = cx.set_timer(now + AFTER_SIMULTANEOUS, CONNECT_TIMER | slot as u64);
             connector.timer = Some(timer);
             return;
@@ -286,8 +321,17 @@ impl LaneDriver {
 
     fn give_up(&mut self, slot: usize, failure: &ConnectFailure, cx: &mut Cx<'_>) {
         self.abort_connect(slot, cx);
-        if let Some(peer) = self.peers.get(slot) {
-            tracing::warn!(peer = &*peer.core.peer.name, reason = failure.reason, "cannot connect");
+        let now = cx.now();
+        if let Some(peer) = self.peers.get_mut(slot) {
+            // An application may try again and again: it has the reason in its own errors.
+            if peer.silent_until.is_none_or(|until| now >= until) {
+                let unsaid = std::mem::take(&mut peer.unsaid_failures);
+                peer.silent_until = Some(now + SAY_AGAIN);
+                let (peer, reason) = (&*peer.core.peer.name, failure.reason.as_str());
+                tracing::warn!(peer, reason, unsaid, "cannot connect");
+            } else {
+                peer.unsaid_failures += 1;
+            }
         }
         self.connect_failed(slot, LinkKind::Session, failure, cx);
     }
@@ -314,6 +358,7 @@ impl LaneDriver {
         }
         self.abort_connect(slot, cx);
         if let Some(peer) = self.peers.get_mut(slot) {
+            peer.silent_until = None;
             peer.address = Some(remote);
         }
     }

@@ -32,7 +32,9 @@ pub(crate) enum Message {
     Disconnect(Arc<PeerShared>, Arc<Ticket<usize>>),
     AddPeer(Arc<PeerShared>),
     RemovePeer(Arc<PeerShared>),
-    /// Other metadata was loaded under the peer's name: forget it once nothing depends on it.
+    /// Disconnect and forget.
+    Unload(Arc<PeerShared>, Arc<Ticket<usize>>),
+    /// Other metadata was loaded under the peer's name: it is over.
     Retire(Arc<PeerShared>),
     AddRegion(Arc<RegionInner>),
     CloseRegion(Arc<RegionInner>, Arc<Ticket<()>>),
@@ -64,6 +66,11 @@ pub(super) struct LanePeer {
     pub(super) address: Option<std::net::SocketAddr>,
     timer: Option<(Instant, TimerId)>,
     dirty: bool,
+    /// Until then, failures to connect are counted and not logged.
+    pub(super) silent_until: Option<Instant>,
+    pub(super) unsaid_failures: u32,
+    /// To be forgotten once it has been left.
+    unload: bool,
 }
 
 /// The state of one lane. All of it belongs to whoever holds the lane's pump.
@@ -164,6 +171,9 @@ impl LaneDriver {
             address: None,
             timer: None,
             dirty: false,
+            silent_until: None,
+            unsaid_failures: 0,
+            unload: false,
         });
         peer.slot.store(slot as u32, Ordering::Relaxed);
         slot
@@ -252,7 +262,11 @@ impl LaneDriver {
                     }
                     self.close_link(link, &reason, cx);
                 }
-                Event::Left => {}
+                Event::Left => {
+                    if self.peers.get(slot).is_some_and(|peer| peer.unload) {
+                        return self.remove_peer(slot, cx);
+                    }
+                }
                 Event::Forget => {
                     let peer = &self.peers[slot].core.peer;
                     if self.mirror != Some(slot) && self.engine.peers().forget(peer) {
@@ -378,6 +392,14 @@ impl Driver for LaneDriver {
                 }
                 None => ticket.complete(0),
             },
+            Message::Unload(peer, ticket) => match self.slot_of(&peer) {
+                Some(slot) => {
+                    self.peers[slot].unload = true;
+                    let deadline = cx.now() + self.engine.config.linger;
+                    self.with_core(slot, cx, |core, env| core.leave(deadline, ticket, env));
+                }
+                None => ticket.complete(0),
+            },
             Message::AddPeer(peer) => {
                 self.add_peer(&peer, false);
             }
@@ -446,7 +468,7 @@ impl Driver for LaneDriver {
             Message::Post(transfer) => refuse(&transfer, &gone),
             Message::Notify(message) => message.0.release(1, message.1.len()),
             Message::Connect(_, ticket) => ticket.complete(Err(gone)),
-            Message::Disconnect(_, ticket) => ticket.complete(0),
+            Message::Disconnect(_, ticket) | Message::Unload(_, ticket) => ticket.complete(0),
             Message::CloseRegion(_, ticket) => ticket.complete(()),
             _ => {}
         }

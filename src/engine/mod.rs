@@ -24,7 +24,10 @@ use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, Region, RemoteSegment};
 use crate::notification::Notification;
 use crate::peer::{Arrival, Loaded, Peer, PeerShared};
-use crate::plan::{LocalBlocks, LocalList, Operation, PlanBuilder, RemoteBlocks, RemoteList};
+use crate::plan::{
+    DescriptorPair, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner, RemoteBlocks,
+    RemoteList,
+};
 use crate::stats::{EngineStats, PeerStats, Totals};
 use crate::sync::{Patience, Ticket, deadline, sleep_until_woken};
 use crate::sys;
@@ -252,7 +255,8 @@ impl Engine {
     }
 
     /// Makes a peer known by its metadata. Cheap: nothing is connected. Loading the same metadata
-    /// again gives the same peer; other metadata under a known name replaces it.
+    /// again gives the same peer; other metadata under a known name replaces it: the session with
+    /// the engine that had the name before ends, and its transfers in [`Error::RemoteDisconnect`].
     ///
     /// # Errors
     /// [`Error::Malformed`], [`Error::Limit`], [`Error::Config`] when no transport is shared.
@@ -302,21 +306,53 @@ impl Engine {
     }
 
     /// Disconnects a peer (see [`Peer::disconnect`]) and forgets it. Its plans can be posted no
-    /// more.
+    /// more: their transfers end in [`Error::Cancelled`].
     ///
     /// # Errors
-    /// Those of [`Peer::disconnect`].
+    /// Those of [`Peer::disconnect`]. The peer is forgotten all the same.
     pub fn unload_peer(&self, peer: &Peer) -> Result<usize> {
+        let limit = self.shared.config.linger + Duration::from_secs(2);
+        let dropped = self.unload_peer_within(peer, limit)?;
+        if dropped.is_none() {
+            self.submit(peer.shared.lane, Message::RemovePeer(peer.shared.clone()))?;
+        }
+        dropped.ok_or_else(|| Error::Timeout {
+            what: "disconnecting",
+            peer: peer.shared.name.clone(),
+            after: limit,
+        })
+    }
+
+    /// As [`unload_peer`](Self::unload_peer), and waits for the flush of notifications during at
+    /// most `patience`: `None` when it goes on by itself, for at most
+    /// [`linger`](EngineConfig::linger). The peer is forgotten in any case: its name and its
+    /// metadata may be loaded anew.
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`].
+    pub fn unload_peer_within(&self, peer: &Peer, patience: Duration) -> Result<Option<usize>> {
         self.shared.check()?;
         self.shared.check_may_wait("unload_peer")?;
-        let dropped = peer.disconnect();
         self.shared.peers().remove(&peer.shared);
-        self.submit(peer.shared.lane, Message::RemovePeer(peer.shared.clone()))?;
-        dropped
+        let ticket = Ticket::new();
+        self.submit(peer.shared.lane, Message::Unload(peer.shared.clone(), ticket.clone()))?;
+        let lane = self.shared.lane(peer.shared.lane)?;
+        let assist = || {
+            lane.assist();
+        };
+        Ok(ticket.wait(deadline(patience), assist))
+    }
+
+    /// Whether the engine can be used: it runs, and belongs to this process. Two loads, no lock.
+    ///
+    /// # Errors
+    /// [`Error::Shutdown`]; [`Error::Backend`] after a lane has failed.
+    pub fn check_usable(&self) -> Result<()> {
+        self.shared.check()
     }
 
     /// Prepares a transfer of `local[i]` from or to `remote[i]`, for every `i`. All checks, merging
-    /// and splitting happen here, once; about 50 ns a descriptor.
+    /// and splitting happen here, once; some tens of nanoseconds a descriptor.
     ///
     /// Starts connecting if need be, without waiting.
     ///
@@ -349,12 +385,36 @@ impl Engine {
         self.build(operation, peer, local, remote)
     }
 
+    /// As [`prepare`](Self::prepare), for `count` pairs that are asked for one after the other, so
+    /// that no lists have to be made. `pair` may refuse with an error, which is returned.
+    ///
+    /// # Errors
+    /// As for [`prepare`](Self::prepare).
+    pub fn prepare_pairs<'d>(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        count: usize,
+        pair: impl FnMut(usize) -> Result<DescriptorPair<'d>>,
+    ) -> Result<Plan> {
+        self.build_with(operation, peer, |builder| builder.build_pairs(count, pair))
+    }
+
     fn build<'d>(
         &self,
         operation: Operation,
         peer: &Peer,
         local: &(impl LocalList + ?Sized),
         remote: &(impl RemoteList<'d> + ?Sized),
+    ) -> Result<Plan> {
+        self.build_with(operation, peer, |builder| builder.build(local, remote))
+    }
+
+    fn build_with(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        build: impl FnOnce(&PlanBuilder<'_>) -> Result<PlanInner>,
     ) -> Result<Plan> {
         let shared = &self.shared;
         shared.check()?;
@@ -370,7 +430,7 @@ impl Engine {
             latency_bytes: shared.config.latency_bytes as u64,
             max_descriptors: shared.config.limits.descriptors,
         };
-        let plan = Plan { inner: Arc::new(builder.build(local, remote)?), engine: shared.clone() };
+        let plan = Plan { inner: Arc::new(build(&builder)?), engine: shared.clone() };
         drop(registry);
         if !peer.is_connected() {
             let warm_up = Message::Connect(peer.shared.clone(), Ticket::new());
@@ -404,8 +464,10 @@ impl Engine {
                 shared.drive(lane);
             }
         }
+        // What comes meanwhile is for the next call: a fast sender must not keep this one.
         let mut count = 0;
-        while let Some(notification) = queue.pop() {
+        for _ in 0..queue.len() {
+            let Some(notification) = queue.pop() else { break };
             take(notification);
             count += 1;
         }

@@ -1,6 +1,6 @@
 //! All regions of an engine, for the control plane: registration and `prepare`.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -37,16 +37,28 @@ struct Entry {
 /// Regions by slot and by address. Behind a lock of the engine; never touched by a lane.
 pub(crate) struct Registry {
     entries: slab::Slab<Entry>,
-    /// Live regions by (base, slot): overlapping and repeated registrations are all there.
-    by_base: BTreeMap<(u64, usize), u64>,
-    /// No live region is longer: bounds the search for one that covers an address.
-    longest: u64,
+    /// Live regions by (base, slot), in one map for each power of two of their lengths: overlapping
+    /// and repeated registrations are all there, and a long region does not make the search among
+    /// short ones long.
+    by_length: [BTreeSet<(u64, usize)>; 64],
+    /// One bit for each of these maps that is not empty.
+    used: u64,
     limit: usize,
+}
+
+/// The map of regions of this length.
+fn length_class(len: u64) -> usize {
+    len.max(1).ilog2() as usize
 }
 
 impl Registry {
     pub(crate) fn new(limit: usize) -> Self {
-        Self { entries: slab::Slab::new(), by_base: BTreeMap::new(), longest: 0, limit }
+        Self {
+            entries: slab::Slab::new(),
+            by_length: std::array::from_fn(|_| BTreeSet::new()),
+            used: 0,
+            limit,
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -74,9 +86,9 @@ impl Registry {
     }
 
     fn publish(&mut self, region: &RegionInner) {
-        let d = &region.descriptor;
-        self.by_base.insert((d.base, region.slot()), d.len);
-        self.longest = self.longest.max(d.len);
+        let class = length_class(region.descriptor.len);
+        self.by_length[class].insert((region.descriptor.base, region.slot()));
+        self.used |= 1 << class;
     }
 
     /// Hides a live region from new plans; false: it is not registered, or already closing.
@@ -84,7 +96,11 @@ impl Registry {
         match self.entries.get_mut(region.slot()) {
             Some(entry) if Arc::ptr_eq(&entry.region, region) && entry.state == State::Live => {
                 entry.state = State::Closing;
-                self.by_base.remove(&(region.descriptor.base, region.slot()));
+                let class = length_class(region.descriptor.len);
+                self.by_length[class].remove(&(region.descriptor.base, region.slot()));
+                if self.by_length[class].is_empty() {
+                    self.used &= !(1 << class);
+                }
                 true
             }
             _ => false,
@@ -107,24 +123,38 @@ impl Registry {
         if self.entries.get(slot).is_some_and(|entry| Arc::ptr_eq(&entry.region, region)) {
             self.entries.remove(slot);
         }
-        if self.by_base.is_empty() {
-            self.longest = 0;
-        }
     }
 
-    /// A live region that holds all of `len` bytes at `addr`.
+    /// Whether the region is registered, and not about to leave.
+    pub(crate) fn is_live(&self, region: &Arc<RegionInner>) -> bool {
+        self.entries
+            .get(region.slot())
+            .is_some_and(|entry| Arc::ptr_eq(&entry.region, region) && entry.state == State::Live)
+    }
+
+    /// A live region that holds all of `len` bytes at `addr`: of several, the one that starts last.
     pub(crate) fn find(&self, addr: u64, len: u64) -> Option<&Arc<RegionInner>> {
-        let nearest = self.by_base.range(..=(addr, usize::MAX)).rev();
-        for (&(base, slot), _) in nearest {
-            if addr - base > self.longest {
-                return None;
-            }
-            let entry = self.entries.get(slot)?;
-            if entry.region.descriptor.contains(addr, len) {
-                return Some(&entry.region);
+        let mut best: Option<&Arc<RegionInner>> = None;
+        let mut left = self.used;
+        while left != 0 {
+            let class = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let found = self.find_in(class, addr, len);
+            let base = |region: &Arc<RegionInner>| region.descriptor.base;
+            if found.is_some_and(|found| best.is_none_or(|best| base(found) > base(best))) {
+                best = found;
             }
         }
-        None
+        best
+    }
+
+    fn find_in(&self, class: usize, addr: u64, len: u64) -> Option<&Arc<RegionInner>> {
+        // No region of this class that starts earlier reaches the address.
+        let first = addr.saturating_sub(u64::MAX >> (63 - class));
+        let near = self.by_length[class].range((first, 0)..=(addr, usize::MAX)).rev();
+        near.filter_map(|&(_, slot)| self.entries.get(slot))
+            .map(|entry| &entry.region)
+            .find(|region| region.descriptor.contains(addr, len))
     }
 }
 

@@ -72,17 +72,13 @@ impl Peer {
     ///
     /// # Errors
     /// [`Error::Backpressure`] when too many are not acknowledged, [`Error::Limit`] above 16 MiB;
-    /// [`Error::Connect`] when the last attempt to connect has failed: then another one is under
-    /// way, at most once a second.
+    /// [`Error::Connect`] within a second after an attempt to connect has failed; afterwards one
+    /// notification is taken, with which the next attempt is made.
     pub fn notify(&self, payload: &[u8]) -> Result<()> {
         check_notification(payload)?;
         self.engine.check()?;
         let lane = self.engine.lane(self.shared.lane)?;
-        if let Some((error, try_again)) = self.shared.unreachable() {
-            if try_again {
-                let attempt = Message::Connect(self.shared.clone(), Ticket::new());
-                lane.submit(attempt).map_err(|_| self.engine.dead())?;
-            }
+        if let Some(error) = self.shared.unreachable() {
             return Err(error);
         }
         self.shared.reserve(payload.len())?;

@@ -12,13 +12,13 @@ use crate::wire::Metadata;
 /// A peer has no place on its lane yet.
 pub(crate) const NO_SLOT: u32 = u32::MAX;
 
-/// While a peer cannot be reached, another attempt is made for its sake at most so often.
+/// While a peer cannot be reached, it takes one notification in this time.
 const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Unreachable {
     error: Error,
-    /// When somebody last made an attempt worth its while.
+    /// When an attempt last failed, or was last made.
     tried: Instant,
 }
 
@@ -132,19 +132,19 @@ impl PeerShared {
         *unreachable = failure.map(|error| Unreachable { error, tried: Instant::now() });
     }
 
-    /// Why the peer takes no notification now, and whether it is time for another attempt to
-    /// connect. One load while it can be reached.
-    pub(crate) fn unreachable(&self) -> Option<(Error, bool)> {
+    /// Why the peer takes no notification now: for a while after an attempt to connect has failed.
+    /// Then one is taken again, and with it an attempt is made. One load while it can be reached.
+    pub(crate) fn unreachable(&self) -> Option<Error> {
         if !self.is_unreachable.load(Ordering::Acquire) {
             return None;
         }
         let mut unreachable = lock(&self.unreachable);
         let known = unreachable.as_mut()?;
-        let try_again = known.tried.elapsed() >= ATTEMPT_PAUSE;
-        if try_again {
-            known.tried = Instant::now();
+        if known.tried.elapsed() < ATTEMPT_PAUSE {
+            return Some(known.error.clone());
         }
-        Some((known.error.clone(), try_again))
+        known.tried = Instant::now();
+        None
     }
 
     /// Takes a place for a transfer; false: the limit is reached, yield and try again.

@@ -45,6 +45,7 @@ impl PeerTable {
         let peer = match self.by_incarnation.get(&incarnation) {
             Some(known) => {
                 known.set_metadata(metadata);
+                known.set_unreachable(None);
                 known.clone()
             }
             None if self.is_full() => {

@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 
 use super::{Class, Operation, Piece, PlanInner};
 use crate::error::{Error, Result};
-use crate::memory::{LocalSegment, RegionInner, Registry, RemoteSegment};
+use crate::memory::{LocalSegment, Region, RegionInner, Registry, RemoteSegment};
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
 use crate::wire::frame::{FrameKind, Header, KEY_BYTES, MAX_SEGMENTS, SEGMENT_BYTES};
@@ -44,6 +44,18 @@ impl<'a> RemoteList<'a> for [RemoteSegment<'a>] {
     }
 }
 
+/// One pair of ranges of a transfer; see [`Engine::prepare_pairs`](crate::Engine::prepare_pairs).
+#[derive(Debug, Clone, Copy)]
+pub struct DescriptorPair<'a> {
+    /// The range of this engine's memory.
+    pub local: LocalSegment,
+    /// The registration that the local range belongs to; `None`: any that holds it. Where
+    /// registrations overlap, the plan depends on this one only.
+    pub region: Option<&'a Region>,
+    /// The range of the peer's memory.
+    pub remote: RemoteSegment<'a>,
+}
+
 /// What a plan is built with.
 pub(crate) struct PlanBuilder<'e> {
     pub(crate) operation: Operation,
@@ -69,14 +81,13 @@ struct Output {
     local: Vec<IoSegment>,
     bodies: Vec<u8>,
     regions: SmallVec<[Arc<RegionInner>; 2]>,
+    /// One bit for each slot of a region that is in `regions`.
+    seen: SmallVec<[u64; 4]>,
     open: Open,
 }
 
 impl PlanBuilder<'_> {
-    /// Builds the plan.
-    ///
-    /// Neighbours that are contiguous in one address space and inside one registration become one
-    /// segment there, whatever the other side looks like: a TCP request is a stream of bytes.
+    /// Builds the plan from two lists.
     pub(crate) fn build<'d>(
         &self,
         local: &(impl LocalList + ?Sized),
@@ -89,6 +100,21 @@ impl PlanBuilder<'_> {
                 remote.len()
             )));
         }
+        self.build_pairs(count, |index| {
+            let (local, remote) = (local.get(index), remote.get(index));
+            Ok(DescriptorPair { local, region: None, remote })
+        })
+    }
+
+    /// Builds the plan of `count` pairs, asked for in order.
+    ///
+    /// Neighbours that are contiguous in one address space and inside one registration become one
+    /// segment there, whatever the other side looks like: a TCP request is a stream of bytes.
+    pub(crate) fn build_pairs<'d>(
+        &self,
+        count: usize,
+        mut pair: impl FnMut(usize) -> Result<DescriptorPair<'d>>,
+    ) -> Result<PlanInner> {
         if count == 0 {
             return Err(Error::InvalidArgument("the descriptor lists are empty".into()));
         }
@@ -100,28 +126,51 @@ impl PlanBuilder<'_> {
             });
         }
         let mut out = Output::new(count);
-        let (mut region, mut checked) = (None, None);
+        let (mut found, mut named, mut checked) = (None, None, None);
         for index in 0..count {
-            let (l, r) = (local.get(index), remote.get(index));
-            if l.len != r.len {
+            let DescriptorPair { local, region, remote } = pair(index)?;
+            if local.len != remote.len {
                 return Err(Error::InvalidArgument(format!(
                     "descriptor {index} has {} bytes locally and {} remotely",
-                    l.len, r.len
+                    local.len, remote.len
                 )));
             }
-            self.check_remote(index, &r, &mut checked)?;
-            let own = self.find_local(index, &l, &mut region)?;
+            self.check_remote(index, &remote, &mut checked)?;
+            let own = match region {
+                None => self.find_local(index, &local, &mut found)?,
+                Some(region) => self.check_local(&local, &region.inner, &mut named)?,
+            };
             out.add_region(own);
             let crosses = MemoryKind::Dram;
-            if own.descriptor.kind != crosses || r.region.kind != crosses {
+            if own.descriptor.kind != crosses || remote.region.kind != crosses {
                 return Err(Error::InvalidArgument(format!(
                     "descriptor {index} is GPU memory, which no transport of this build can move"
                 )));
             }
-            self.add_pair(&mut out, l.addr, own, &r);
+            self.add_pair(&mut out, local.addr, own, &remote);
         }
         self.finish_piece(&mut out);
         Ok(self.finish(out, count))
+    }
+
+    /// Checks a local range against the region that the caller names.
+    fn check_local<'r>(
+        &self,
+        segment: &LocalSegment,
+        region: &'r Arc<RegionInner>,
+        last: &mut Option<&'r Arc<RegionInner>>,
+    ) -> Result<&'r Arc<RegionInner>> {
+        let LocalSegment { addr, len } = *segment;
+        if !last.is_some_and(|last| Arc::ptr_eq(last, region)) {
+            if !self.registry.is_live(region) {
+                return Err(Error::NotRegistered { addr, len });
+            }
+            *last = Some(region);
+        }
+        if !region.descriptor.contains(addr, len) {
+            return Err(out_of_bounds("local", addr, len, &region.descriptor));
+        }
+        Ok(region)
     }
 
     fn find_local<'r>(
@@ -227,9 +276,8 @@ impl PlanBuilder<'_> {
                 out.bodies.extend_from_slice(&key.to_le_bytes());
             }
             for (addr, len, key) in &out.open.segments {
-                out.bodies.extend_from_slice(&addr.to_le_bytes());
-                out.bodies.extend_from_slice(&len.to_le_bytes());
-                out.bodies.extend_from_slice(&key.to_le_bytes());
+                let wide = u128::from(*addr) | u128::from(*len) << 64 | u128::from(*key) << 96;
+                out.bodies.extend_from_slice(&wide.to_le_bytes());
             }
             header.keys = out.open.keys.len() as u32;
             header.segments = out.open.segments.len() as u32;
@@ -276,14 +324,16 @@ impl Output {
         Self {
             pieces: Vec::new(),
             local: Vec::with_capacity(descriptors),
-            bodies: Vec::new(),
+            // At most; what is not needed goes back at the end.
+            bodies: Vec::with_capacity(descriptors * SEGMENT_BYTES),
             regions: SmallVec::new(),
+            seen: SmallVec::new(),
             open: Open {
                 local_start: 0,
                 body_start: 0,
                 bytes: 0,
                 keys: Vec::new(),
-                segments: Vec::new(),
+                segments: Vec::with_capacity(descriptors.min(MAX_SEGMENTS)),
             },
         }
     }
@@ -294,7 +344,15 @@ impl Output {
     }
 
     fn add_region(&mut self, region: &Arc<RegionInner>) {
-        if !self.regions.iter().rev().any(|known| Arc::ptr_eq(known, region)) {
+        if self.regions.last().is_some_and(|last| Arc::ptr_eq(last, region)) {
+            return;
+        }
+        let (word, bit) = (region.slot() / 64, 1 << (region.slot() % 64));
+        if self.seen.len() <= word {
+            self.seen.resize(word + 1, 0);
+        }
+        if self.seen[word] & bit == 0 {
+            self.seen[word] |= bit;
             self.regions.push(region.clone());
         }
     }

@@ -6,6 +6,7 @@
 mod build;
 mod strided;
 
+pub use build::DescriptorPair;
 pub use strided::{LocalBlocks, RemoteBlocks};
 
 pub(crate) use build::{LocalList, PlanBuilder, RemoteList};

@@ -406,6 +406,11 @@ typedef struct {
    * Length in bytes; 0 moves nothing.
    */
   uint64_t len;
+  /**
+   * The registration that the transfer depends on; 0: any that holds the range. It matters where
+   * registrations overlap and one of them is taken back.
+   */
+  corelane_region_t region;
 } corelane_local_segment;
 
 /**
@@ -641,9 +646,12 @@ corelane_status corelane_descriptor_destroy(corelane_desc_t desc);
  * in the order in which this thread sends. Does not wait; connects if need be.
  *
  * Any thread. Errors: `CORELANE_ERR_BACKPRESSURE` when too many are not acknowledged,
- * `CORELANE_ERR_LIMIT` above 16 MiB.
+ * `CORELANE_ERR_LIMIT` above 16 MiB, `CORELANE_ERR_CONNECT` within a second after the peer could not
+ * be reached, `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND` after a lane has failed.
  */
-corelane_status corelane_send_notif(corelane_conn_t conn, const void *payload, size_t len);
+corelane_status corelane_send_notif(corelane_conn_t conn,
+                                    const void *payload,
+                                    size_t len);
 
 /**
  * Takes all notifications that have arrived, oldest first per peer, and hands each to `take`.
@@ -734,11 +742,13 @@ corelane_status corelane_disconnect(corelane_conn_t conn, uint64_t *dropped);
 
 /**
  * Disconnects a peer, forgets its metadata, and frees the handle. Transfers prepared for it end in
- * `CORELANE_ERR_CANCELLED`, now and when they are posted again.
+ * `CORELANE_ERR_CANCELLED`, now and when they are posted again. Notifications are flushed for at
+ * most `linger_ms`; this call waits for that during at most `timeout_ms` (negative: as long as it
+ * takes), and the rest goes on by itself.
  *
  * Any thread but a lane. The handle is freed whatever the answer.
  */
-corelane_status corelane_unload_peer(corelane_conn_t conn);
+corelane_status corelane_unload_peer(corelane_conn_t conn, int64_t timeout_ms);
 
 /**
  * Frees a handle. The peer stays connected and known; transfers prepared for it go on.
@@ -773,8 +783,8 @@ const char *corelane_last_error(void);
 
 /**
  * Prepares a transfer of `local[i]` from (`CORELANE_READ`) or to (`CORELANE_WRITE`) `remote[i]`, for
- * all `count` of them. All checks, merging and splitting happen here, once; some 100 ns each. Starts
- * connecting if need be, without waiting.
+ * all `count` of them. All checks, merging and splitting happen here, once; some tens of nanoseconds
+ * each. Starts connecting if need be, without waiting.
  *
  * Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT`, `CORELANE_ERR_NOT_REGISTERED`,
  * `CORELANE_ERR_OUT_OF_BOUNDS`, `CORELANE_ERR_PERMISSION`, `CORELANE_ERR_STALE_DESCRIPTOR`,
@@ -856,7 +866,8 @@ corelane_status corelane_write_strided(corelane_conn_t conn,
  * Starts a prepared transfer, for the first time or again after its end. One message to the lane;
  * allocates nothing. All that has to do with the peer is reported by `corelane_xfer_status`.
  *
- * Any thread. Errors: `CORELANE_ERR_BUSY` while it is in flight.
+ * Any thread. Errors: `CORELANE_ERR_BUSY` while it is in flight; `CORELANE_ERR_CANCELLED` once a
+ * release has begun; `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND`.
  */
 corelane_status corelane_post(corelane_xfer_t xfer);
 
@@ -906,7 +917,7 @@ corelane_status corelane_cancel(corelane_xfer_t xfer);
 
 /**
  * Frees a transfer. One in flight is cancelled first, and waited for during at most `timeout_ms`
- * (0: not at all; negative: without limit).
+ * (0: not at all; negative: without limit). From the first call on it cannot be posted any more.
  *
  * Any thread but a lane. `CORELANE_OK`: freed, and nothing touches its local memory any more.
  * `CORELANE_ERR_BUSY`: not yet quiet; the handle is kept, call again.

@@ -3,7 +3,8 @@
 use std::ffi::{c_char, c_void};
 use std::sync::Once;
 
-use corelane::Engine;
+use corelane::{Engine, Error};
+use tracing::level_filters::LevelFilter;
 
 use crate::handles::{
     CONNS, ENGINES, EngineEntry, adopt, corelane_conn_t, corelane_engine_t, free_any,
@@ -36,10 +37,12 @@ fn warn_of_strange_variables() {
 /// `agent_name` (`agent_name_len` bytes of UTF-8, 1..=1024) is what peers see as the sender of
 /// notifications. `options` are `option_count` names with values; see `corelane_option_at`. What is
 /// not given is taken from the environment (`CORELANE_<OPTION>`), then from the defaults. The
-/// engine's handle is stored in `*engine`.
+/// engine's handle is stored in `*engine`, or 0 when there is none.
 ///
-/// Any thread. Errors: `CORELANE_ERR_CONFIG` (with the list of valid options), `CORELANE_ERR_LANE`
-/// (`io_uring` forbidden, core outside the affinity mask, ...), `CORELANE_ERR_IO` (port in use, ...).
+/// Any thread. Errors: `CORELANE_ERR_CONFIG` (unknown option, malformed value, length of the name;
+/// with what would be valid), `CORELANE_ERR_LANE` (`io_uring` forbidden, core outside the affinity
+/// mask, ...), `CORELANE_ERR_IO` (port in use, ...), `CORELANE_ERR_INVALID_ARGUMENT`,
+/// `CORELANE_ERR_LIMIT`. Then nothing is left behind.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_engine_create(
     agent_name: *const c_char,
@@ -71,29 +74,38 @@ pub unsafe extern "C" fn corelane_engine_create(
         let Resolved { settings, values } = resolve(&given, |name| std::env::var(name).ok())
             .inspect_err(|_| {
                 // The reason must be readable although no level was understood.
-                log::set_level(tracing::level_filters::LevelFilter::WARN);
+                log::set_first_level(LevelFilter::WARN);
             })?;
-        log::set_level(settings.log_level);
+        let level = settings.log_level;
+        let before = log::set_level(level);
         warn_of_strange_variables();
-        let entry = EngineEntry::new(Engine::new(name, settings.config)?, values);
-        let handle = ENGINES.insert(entry)?;
+        let handle = Engine::new(name, settings.config)
+            .map_err(Failure::from)
+            .and_then(|engine| ENGINES.insert(EngineEntry::new(engine, values)))
+            // The level is that of the engines that there are.
+            .inspect_err(|_| log::take_back(level, before))?;
         // SAFETY: as above.
         unsafe { raw::store(engine, handle, "engine") }
     })
 }
 
 /// Shuts an engine down: notifications are flushed for at most `linger_ms`, transfers end, lanes
-/// stop. When it returns, nothing touches registered memory any more. All handles of the engine are
-/// freed.
+/// stop. When it returns `CORELANE_OK`, nothing touches registered memory any more. All handles of
+/// the engine are freed.
 ///
 /// Any thread but a lane. Errors: `CORELANE_ERR_INVALID_HANDLE`; `CORELANE_ERR_LANE` when a lane had
-/// failed (the engine is gone all the same); `CORELANE_ERR_SHUTDOWN` in a forked child.
+/// failed, or did not stop within two seconds more (the handles are gone all the same);
+/// `CORELANE_ERR_SHUTDOWN` in a forked child: only the handle of the engine is freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_engine_destroy(engine: corelane_engine_t) -> corelane_status {
     run("corelane_engine_destroy", || {
         let entry = ENGINES.get(engine)?;
         if !ENGINES.remove(engine) {
             return Err(Failure::handle("engine", engine));
+        }
+        // In a forked child a lock may be held by a thread that only the parent has.
+        if let Err(error @ Error::Shutdown) = entry.engine.check_usable() {
+            return Err(error.into());
         }
         for child in entry.take_children() {
             free_any(child);
@@ -106,7 +118,7 @@ pub extern "C" fn corelane_engine_destroy(engine: corelane_engine_t) -> corelane
 /// trust: who holds it can connect. The same bytes on every call.
 ///
 /// `*len` is set to the length, also when `capacity` is too small: call with a capacity of 0 to learn
-/// it. Any thread. Errors: `CORELANE_ERR_BUFFER_TOO_SMALL`.
+/// it. Any thread, also in a forked child. Errors: `CORELANE_ERR_BUFFER_TOO_SMALL`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_get_metadata(
     engine: corelane_engine_t,
@@ -154,7 +166,8 @@ pub unsafe extern "C" fn corelane_get_option(
 /// served, and their notifications arrive.
 ///
 /// Any thread but a lane. Errors: `CORELANE_ERR_TIMEOUT`; `CORELANE_ERR_CANCELLED` after
-/// `corelane_stop_accept`.
+/// `corelane_stop_accept`, once nobody is left to return; `CORELANE_ERR_SHUTDOWN` (also when the
+/// engine is destroyed meanwhile); `CORELANE_ERR_BACKEND` after a lane has failed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_accept(
     engine: corelane_engine_t,
@@ -173,13 +186,19 @@ pub unsafe extern "C" fn corelane_accept(
     })
 }
 
-/// Refuses peers that are not known yet, and ends `corelane_accept`. Known peers go on.
+/// Refuses peers that are not known yet, and ends `corelane_accept`. Known peers go on, and may
+/// connect again.
+///
+/// Any thread. Errors: `CORELANE_ERR_SHUTDOWN` in a forked child; `CORELANE_ERR_BACKEND` after a lane
+/// has failed.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_stop_accept(engine: corelane_engine_t) -> corelane_status {
     run("corelane_stop_accept", || Ok(ENGINES.get(engine)?.engine.stop_accepting()?))
 }
 
 /// Accepts new peers again, after `corelane_stop_accept`. An engine does from its creation.
+///
+/// Any thread. Errors: as of `corelane_stop_accept`.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_start_listener(engine: corelane_engine_t) -> corelane_status {
     run("corelane_start_listener", || Ok(ENGINES.get(engine)?.engine.start_accepting()?))

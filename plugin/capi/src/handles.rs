@@ -59,6 +59,11 @@ impl<T> Table<T> {
         }
     }
 
+    /// Kind of the objects, in words.
+    pub(crate) fn what(&self) -> &'static str {
+        self.what
+    }
+
     fn key(&self, handle: u64) -> Option<usize> {
         (handle >> TAG_SHIFT << TAG_SHIFT == self.tag).then_some((handle & !self.tag) as usize)
     }
@@ -138,7 +143,10 @@ pub(crate) fn free<T>(table: &Table<Owned<T>>, handle: u64) -> bool {
     if !table.remove(handle) {
         return false;
     }
-    if let Ok(entry) = ENGINES.get(owner) {
+    // In a forked child, a thread of the parent may hold the lock for ever.
+    if let Ok(entry) = ENGINES.get(owner)
+        && entry.engine.check_usable().is_ok()
+    {
         entry.children().remove(&handle);
     }
     true

@@ -1,94 +1,188 @@
-//! Log lines on standard error: `corelane INFO engine started agent="decode-0" ...`.
+//! Log lines on standard error: `... corelane INFO  engine started agent="decode-0" ...`.
+//!
+//! They come from lanes and from callers that drive lanes, so they never wait, neither for a reader
+//! of standard error nor for each other, and take no lock that a forked child could find held.
 
-use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
+mod limit;
+mod line;
 
-use tracing::Subscriber;
+use std::fmt::{self, Write};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::prelude::*;
-use tracing_subscriber::registry::{LookupSpan, Registry};
-use tracing_subscriber::reload;
 
-struct Line;
+use limit::{Budget, Limiter};
+use line::Line;
 
-impl<S, N> FormatEvent<S, N> for Line
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-{
-    fn format_event(
-        &self,
-        context: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &tracing::Event<'_>,
-    ) -> fmt::Result {
-        SystemTime.format_time(&mut writer)?;
-        write!(writer, " corelane {:<5} ", event.metadata().level())?;
-        context.field_format().format_fields(writer.by_ref(), event)?;
-        writeln!(writer)
-    }
+/// From the quietest. The level in effect is an index, or `UNSET`.
+const LEVELS: [LevelFilter; 6] = [
+    LevelFilter::OFF,
+    LevelFilter::ERROR,
+    LevelFilter::WARN,
+    LevelFilter::INFO,
+    LevelFilter::DEBUG,
+    LevelFilter::TRACE,
+];
+const UNSET: u8 = u8::MAX;
+static LEVEL: AtomicU8 = AtomicU8::new(UNSET);
+
+fn code(level: LevelFilter) -> u8 {
+    LEVELS.iter().position(|known| *known == level).map_or(UNSET, |index| index as u8)
 }
 
-type Level = reload::Handle<LevelFilter, Registry>;
+fn decode(code: u8) -> Option<LevelFilter> {
+    LEVELS.get(code as usize).copied()
+}
 
-/// Writes log lines from now on, of this level and above. The level is the process's: the last
-/// engine that is created sets it. A program in Rust that has set up its own `tracing` keeps it.
-pub(crate) fn set_level(level: LevelFilter) {
-    static LEVEL: OnceLock<Option<Level>> = OnceLock::new();
-    let handle = LEVEL.get_or_init(|| {
-        let (filter, handle) = reload::Layer::new(level);
-        let lines = tracing_subscriber::fmt::layer()
-            .with_ansi(false)
-            .with_writer(std::io::stderr)
-            .event_format(Line);
-        let subscriber = tracing_subscriber::registry().with(filter).with(lines);
-        tracing::subscriber::set_global_default(subscriber).is_ok().then_some(handle)
+/// Makes the level that was just stored count.
+fn apply() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        // Not where a program in Rust has set up its own `tracing`: that stays.
+        let _ = tracing::subscriber::set_global_default(Lines);
     });
-    if let Some(handle) = handle {
-        let _ = handle.modify(|filter| *filter = level);
+    tracing::callsite::rebuild_interest_cache();
+}
+
+/// Writes log lines from now on, of this level and above; returns the level before, if there was
+/// one. The level is the process's: the last engine that is created sets it.
+pub(crate) fn set_level(level: LevelFilter) -> Option<LevelFilter> {
+    let before = LEVEL.swap(code(level), Ordering::Relaxed);
+    if before != code(level) {
+        apply();
+    }
+    decode(before)
+}
+
+/// Sets a level where none was set before.
+pub(crate) fn set_first_level(level: LevelFilter) {
+    if LEVEL.compare_exchange(UNSET, code(level), Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+        apply();
     }
 }
 
-/// Lines that may come at once, and how long one more takes to be earned.
-const BURST: u32 = 20;
-const REFILL: Duration = Duration::from_millis(500);
-
-struct Budget {
-    left: u32,
-    since: Instant,
+/// Takes back a level that was set, unless there is another meanwhile, or there was none before.
+pub(crate) fn take_back(level: LevelFilter, before: Option<LevelFilter>) {
+    let Some(before) = before else { return };
+    let (level, before) = (code(level), code(before));
+    if LEVEL.compare_exchange(level, before, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+        apply();
+    }
 }
 
 /// Says why a call failed. Bounded in rate: a caller that repeats a mistake does not flood the log.
 pub(crate) fn complain(function: &'static str, message: &str) {
+    complain_about(function, message, message);
+}
+
+/// As [`complain`], where messages that differ say the same: those with the same `cause` count as
+/// repeated. The first is said, the others are counted.
+pub(crate) fn complain_about(function: &'static str, cause: &str, message: &str) {
+    static SAID: Limiter = Limiter::new(1);
+    static BUDGET: Budget = Budget::new();
     static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
-    static BUDGET: OnceLock<Mutex<Budget>> = OnceLock::new();
-    let now = Instant::now();
-    let budget = BUDGET.get_or_init(|| Mutex::new(Budget { left: BURST, since: now }));
-    let mut budget = match budget.try_lock() {
-        Ok(budget) => budget,
-        Err(std::sync::TryLockError::Poisoned(budget)) => budget.into_inner(),
-        Err(std::sync::TryLockError::WouldBlock) => return,
-    };
-    let earned = now.saturating_duration_since(budget.since).as_millis() / REFILL.as_millis();
-    if earned > 0 {
-        budget.left = BURST.min(budget.left.saturating_add(earned.min(100) as u32));
-        budget.since = now;
-    }
-    if budget.left == 0 {
-        SUPPRESSED.fetch_add(1, Ordering::Relaxed);
+    let now = limit::now();
+    let Some(repeated) = SAID.admit(limit::key_of((function, cause)), now) else { return };
+    if !BUDGET.spend(now) {
+        SUPPRESSED.fetch_add(repeated + 1, Ordering::Relaxed);
         return;
     }
-    budget.left -= 1;
-    drop(budget);
-    match SUPPRESSED.swap(0, Ordering::Relaxed) {
-        0 => tracing::warn!(call = function, "{message}"),
-        suppressed => {
-            tracing::warn!(call = function, suppressed, "{message}");
+    let count = |number: u64| (number > 0).then_some(number);
+    tracing::warn!(
+        call = function,
+        repeated = count(repeated),
+        suppressed = count(SUPPRESSED.swap(0, Ordering::Relaxed)),
+        "{message}"
+    );
+}
+
+/// Writes all events of the process, and no spans, for there are none.
+struct Lines;
+
+impl Subscriber for Lines {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        let level = decode(LEVEL.load(Ordering::Relaxed)).unwrap_or(LevelFilter::OFF);
+        metadata.is_event() && *metadata.level() <= level
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        decode(LEVEL.load(Ordering::Relaxed))
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        /// The same about the same peer, per window.
+        static SAID: Limiter = Limiter::new(5);
+        let metadata = event.metadata();
+        // What is asked for beyond `info` is wanted whole; complaints have limits of their own.
+        let limited = *metadata.level() <= Level::INFO && metadata.target() != module_path!();
+        let mut suppressed = 0;
+        if limited {
+            match SAID.admit(subject(event), limit::now()) {
+                Some(held) => suppressed = held,
+                None => return,
+            }
         }
+        let mut line = Line::new();
+        // A line cannot fail: what is too long is cut.
+        let _ = SystemTime.format_time(&mut Writer::new(&mut line));
+        let _ = write!(line, " corelane {:<5}", metadata.level());
+        event.record(&mut Fields(&mut line));
+        line::send(line, suppressed);
+    }
+}
+
+/// What an event is about: the place in the code, and the peer or agent that it names.
+fn subject(event: &Event<'_>) -> u64 {
+    struct Subject(DefaultHasher);
+
+    impl Write for Subject {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            self.0.write(text.as_bytes());
+            Ok(())
+        }
+    }
+
+    impl Visit for Subject {
+        fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+            if matches!(field.name(), "peer" | "agent") {
+                let _ = write!(self, "{value:?}");
+            }
+        }
+    }
+
+    let mut subject = Subject(DefaultHasher::new());
+    event.metadata().callsite().hash(&mut subject.0);
+    event.record(&mut subject);
+    subject.0.finish()
+}
+
+/// Writes the fields of an event: the message as it is, the others with their names.
+struct Fields<'a>(&'a mut Line);
+
+impl Visit for Fields<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let _ = match field.name() {
+            "message" => write!(self.0, " {value:?}"),
+            name => write!(self.0, " {name}={value:?}"),
+        };
     }
 }

@@ -28,7 +28,7 @@ pub struct corelane_option {
 pub struct corelane_option_info {
     /// Name; the environment variable is `CORELANE_` and the name in capitals.
     pub name: *const c_char,
-    /// Default value.
+    /// Value that is in effect where none is given.
     pub default_value: *const c_char,
     /// What it means, its unit and the values that it takes.
     pub description: *const c_char,
@@ -285,6 +285,27 @@ fn level(text: &str) -> Result<LevelFilter, String> {
     })
 }
 
+/// Where a value comes from.
+enum Source {
+    Call,
+    Environment,
+    /// Both say the same.
+    Either,
+    Default,
+}
+
+impl Source {
+    fn of(&self, spec: &Spec) -> String {
+        let (name, variable) = (spec.name(), spec.variable());
+        match self {
+            Self::Call => format!("option `{name}`"),
+            Self::Environment => format!("environment variable {variable}"),
+            Self::Either => format!("option `{name}`, or environment variable {variable},"),
+            Self::Default => format!("default of `{name}`"),
+        }
+    }
+}
+
 /// Settings, and every option with the value that is in effect.
 pub(crate) struct Resolved {
     pub(crate) settings: Settings,
@@ -311,16 +332,18 @@ pub(crate) fn resolve(
             .iter()
             .rev()
             .find(|(name, value)| *name == spec.name() && !value.trim().is_empty());
-        let (value, whence) = match explicit {
-            Some((_, value)) => ((*value).to_owned(), format!("option `{}`", spec.name())),
-            None => match environment(&spec.variable()).filter(|value| !value.trim().is_empty()) {
-                Some(value) => (value, format!("environment variable {}", spec.variable())),
-                None => (spec.default().to_owned(), format!("default of `{}`", spec.name())),
-            },
+        let environment =
+            environment(&spec.variable()).filter(|value| !value.trim().is_empty());
+        let (value, source) = match (explicit, &environment) {
+            // Some callers pass on what `corelane_option_at` told them of the environment.
+            (Some((_, value)), Some(same)) if same.trim() == value.trim() => (*value, Source::Either),
+            (Some((_, value)), _) => (*value, Source::Call),
+            (None, Some(value)) => (value.as_str(), Source::Environment),
+            (None, None) => (spec.default(), Source::Default),
         };
         let value = value.trim().to_owned();
         (spec.apply)(&mut settings, &value)
-            .map_err(|why| config(format!("{whence} is `{value}`: {why}")))?;
+            .map_err(|why| config(format!("{} is `{value}`: {why}", source.of(spec))))?;
         values.push((spec.name(), value));
     }
     Ok(Resolved { settings, values })
@@ -356,9 +379,11 @@ pub extern "C" fn corelane_option_count() -> usize {
 }
 
 /// Describes option `index`, below `corelane_option_count()`. The default is the one in effect
-/// without an explicit value: the environment's where the environment has one.
+/// without an explicit value: the environment's where the environment had one when this was first
+/// called, as it is, even if no engine can be made with it.
 ///
-/// Any thread. Errors: `CORELANE_ERR_NOT_FOUND` beyond the last option.
+/// Any thread. Errors: `CORELANE_ERR_NOT_FOUND` beyond the last option;
+/// `CORELANE_ERR_INVALID_ARGUMENT` without a place for the answer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_option_at(
     index: usize,

@@ -116,7 +116,17 @@ fn what_is_wrong_is_refused_with_its_source_and_what_would_be_right() {
     assert!(malformed.contains("auto, always or never"), "{malformed}");
     let environment = |name: &str| (name == "CORELANE_SPIN_US").then(|| "soon".to_owned());
     let from_environment = resolve(&[], environment).err().unwrap().message;
-    assert!(from_environment.contains("CORELANE_SPIN_US is `soon`"), "{from_environment}");
+    assert!(from_environment.contains("variable CORELANE_SPIN_US is `soon`"), "{from_environment}");
+    assert!(!from_environment.contains("option `spin_us`"), "{from_environment}");
+    let told = |explicit| resolve(&[("spin_us", explicit)], environment).err().unwrap().message;
+    // It cannot be told whether the caller passes on what it was told of the environment.
+    for same in ["soon", " soon "] {
+        let told = told(same);
+        let either = "option `spin_us`, or environment variable CORELANE_SPIN_US, is `soon`: ";
+        assert!(told.starts_with(either), "{told}");
+    }
+    let other = told("later");
+    assert!(other.starts_with("option `spin_us` is `later`: "), "{other}");
 }
 
 #[test]

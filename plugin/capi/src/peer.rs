@@ -1,6 +1,7 @@
 //! Connections: peers of an engine.
 
 use std::ffi::{c_char, c_void};
+use std::time::Duration;
 
 use corelane::Error;
 
@@ -116,11 +117,13 @@ pub unsafe extern "C" fn corelane_disconnect(
 }
 
 /// Disconnects a peer, forgets its metadata, and frees the handle. Transfers prepared for it end in
-/// `CORELANE_ERR_CANCELLED`, now and when they are posted again.
+/// `CORELANE_ERR_CANCELLED`, now and when they are posted again. Notifications are flushed for at
+/// most `linger_ms`; this call waits for that during at most `timeout_ms` (negative: as long as it
+/// takes), and the rest goes on by itself.
 ///
 /// Any thread but a lane. The handle is freed whatever the answer.
 #[unsafe(no_mangle)]
-pub extern "C" fn corelane_unload_peer(conn: corelane_conn_t) -> corelane_status {
+pub extern "C" fn corelane_unload_peer(conn: corelane_conn_t, timeout_ms: i64) -> corelane_status {
     run("corelane_unload_peer", || {
         let entry = CONNS.get(conn)?;
         let (owner, peer) = (entry.owner, entry.value.clone());
@@ -129,7 +132,14 @@ pub extern "C" fn corelane_unload_peer(conn: corelane_conn_t) -> corelane_status
             return Err(Failure::handle("connection", conn));
         }
         let engine = ENGINES.get(owner)?.engine.clone();
-        engine.unload_peer(&peer)?;
+        match u64::try_from(timeout_ms) {
+            Ok(limit) => {
+                engine.unload_peer_within(&peer, Duration::from_millis(limit))?;
+            }
+            Err(_) => {
+                engine.unload_peer(&peer)?;
+            }
+        }
         Ok(())
     })
 }

@@ -120,9 +120,11 @@ unsafe fn copy_out<T: Copy>(value: &T, place: *mut T, size: usize) -> Result<(),
 }
 
 /// Counters and levels of an engine, into a structure of `size` bytes (`sizeof` as the caller was
-/// compiled: a caller and a library of different versions understand each other).
+/// compiled: a caller and a library of different versions understand each other). What of a longer
+/// structure this library does not know is left as it is.
 ///
-/// Any thread.
+/// Any thread, also in a forked child, where levels are 0. Errors: `CORELANE_ERR_INVALID_ARGUMENT`
+/// without a structure.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_stats(
     engine: corelane_engine_t,
@@ -138,7 +140,10 @@ pub unsafe extern "C" fn corelane_stats(
 
 /// The state of one peer, into a structure of `size` bytes as in `corelane_stats`.
 ///
-/// Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when the engine has forgotten the peer.
+/// The peer that has the name now: another one once other metadata was loaded under it.
+///
+/// Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when the engine has forgotten the peer, and in a
+/// forked child; `CORELANE_ERR_INVALID_ARGUMENT` without a structure.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_conn_stats(
     conn: corelane_conn_t,

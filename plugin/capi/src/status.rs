@@ -38,7 +38,7 @@ pub enum corelane_status {
     CORELANE_ERR_CONNECT = -10,
     /// The peer is gone: closed, reset, silent past the liveness timeout, restarted.
     CORELANE_ERR_REMOTE_DISCONNECT = -11,
-    /// Something did not finish in time, with a peer that lives.
+    /// Something did not finish in time, with a peer that lives, or without one.
     CORELANE_ERR_TIMEOUT = -12,
     /// Cancelled by this side.
     CORELANE_ERR_CANCELLED = -13,
@@ -56,7 +56,7 @@ pub enum corelane_status {
     CORELANE_ERR_IO = -19,
     /// An option is unknown or unusable.
     CORELANE_ERR_CONFIG = -20,
-    /// A lane could not be started.
+    /// A lane could not be started, or did not stop as it should.
     CORELANE_ERR_LANE = -21,
     /// The caller's buffer is too small; the length that is needed was stored.
     CORELANE_ERR_BUFFER_TOO_SMALL = -22,
@@ -167,7 +167,7 @@ impl Failure {
                 | CORELANE_ERR_NOT_FOUND
                 | CORELANE_ERR_CANCELLED
                 | CORELANE_ERR_TIMEOUT
-                // Also the answer in a forked child, where the log's locks may be held for ever.
+                // Also the answer to all calls in a forked child.
                 | CORELANE_ERR_SHUTDOWN
         )
     }
@@ -242,7 +242,7 @@ pub extern "C" fn corelane_status_name(status: i32) -> *const c_char {
 }
 
 /// Why the last failed call of this thread failed: what failed, to whom, and what to do. Valid until
-/// this thread's next failed call; empty when none has failed.
+/// this thread's next failed call, or its end; empty when none has failed.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_last_error() -> *const c_char {
     LAST_ERROR

@@ -1,17 +1,17 @@
 //! Transfers.
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use corelane::{
-    Error, LocalBlocks, LocalSegment, Operation, Plan, RegionDescriptor, RemoteBlocks,
-    RemoteSegment, Status, Transfer,
+    DescriptorPair, Error, LocalBlocks, LocalSegment, Operation, Plan, RemoteBlocks, RemoteSegment,
+    Status, Transfer,
 };
 
 use crate::handles::{
-    CONNS, DESCRIPTORS, ENGINES, InUse, Owned, XFERS, adopt, corelane_conn_t, corelane_desc_t,
-    corelane_xfer_t, free,
+    CONNS, DESCRIPTORS, ENGINES, InUse, Owned, REGIONS, Table, XFERS, adopt, corelane_conn_t,
+    corelane_desc_t, corelane_region_t, corelane_xfer_t, free,
 };
 use crate::status::{
     Failure,
@@ -33,6 +33,9 @@ pub struct corelane_local_segment {
     pub addr: u64,
     /// Length in bytes; 0 moves nothing.
     pub len: u64,
+    /// The registration that the transfer depends on; 0: any that holds the range. It matters where
+    /// registrations overlap and one of them is taken back.
+    pub region: corelane_region_t,
 }
 
 /// A range of a peer's memory.
@@ -84,8 +87,44 @@ pub struct corelane_remote_blocks {
 /// A transfer and what was said of its last posting.
 pub(crate) struct Posting {
     transfer: Transfer,
+    /// Calls of `post` under way; with `RELEASING`, no more begin.
+    posts: AtomicU32,
     /// The failure of this posting has been logged.
     reported: AtomicBool,
+}
+
+/// A release has begun.
+const RELEASING: u32 = 1 << 31;
+
+impl Posting {
+    /// Posts, unless a release has begun. Two uncontended atomic operations more than the engine's.
+    #[inline]
+    fn post(&self, notification: Option<&[u8]>) -> Result<(), Failure> {
+        if self.posts.fetch_add(1, Ordering::AcqRel) & RELEASING != 0 {
+            self.posts.fetch_sub(1, Ordering::AcqRel);
+            return Err(Failure::new(
+                corelane_status::CORELANE_ERR_CANCELLED,
+                "the transfer is being released",
+            ));
+        }
+        self.reported.store(false, Ordering::Relaxed);
+        let posted = match notification {
+            None => self.transfer.post(),
+            Some(payload) => self.transfer.post_with_notification(payload),
+        };
+        self.posts.fetch_sub(1, Ordering::AcqRel);
+        Ok(posted?)
+    }
+
+    /// No posting begins from now on; false: one is beginning just now.
+    fn close(&self) -> bool {
+        self.posts.fetch_or(RELEASING, Ordering::AcqRel) & !RELEASING == 0
+    }
+
+    fn is_in_flight(&self) -> bool {
+        self.posts.load(Ordering::Acquire) & !RELEASING != 0
+            || matches!(self.transfer.status(), Status::InProgress)
+    }
 }
 
 fn operation_of(operation: u32) -> Result<Operation, Failure> {
@@ -97,37 +136,65 @@ fn operation_of(operation: u32) -> Result<Operation, Failure> {
 }
 
 fn finish(owner: u64, plan: &Plan) -> Result<corelane_xfer_t, Failure> {
-    let posting = Posting { transfer: plan.transfer(), reported: AtomicBool::new(false) };
+    let posting = Posting {
+        transfer: plan.transfer(),
+        posts: AtomicU32::new(0),
+        reported: AtomicBool::new(false),
+    };
     adopt(&XFERS, owner, posting)
 }
 
-/// The descriptors that a list names, each looked up once where neighbours share it.
-struct Descriptors<'a> {
-    found: Vec<InUse<'a, Owned<RegionDescriptor>>>,
-    /// Index into `found`, for each segment.
-    of_segment: Vec<u32>,
+/// The objects that a list names, each looked up once where neighbours share it.
+struct Named<'a, T> {
+    /// The first index that an object is for, and the object; `None`: for none.
+    runs: Vec<(usize, Option<InUse<'a, Owned<T>>>)>,
 }
 
-impl<'a> Descriptors<'a> {
-    fn find(segments: &[corelane_remote_segment], owner: u64) -> Result<Self, Failure> {
-        let mut found: Vec<InUse<'a, Owned<RegionDescriptor>>> = Vec::new();
-        let mut of_segment = Vec::with_capacity(segments.len());
-        let mut last = 0;
-        for segment in segments {
-            if found.is_empty() || segment.desc != last {
-                let entry = DESCRIPTORS.get(segment.desc)?;
-                if entry.owner != owner {
-                    return Err(Failure::new(
-                        corelane_status::CORELANE_ERR_INVALID_HANDLE,
-                        "the descriptor was imported by another engine",
-                    ));
-                }
-                found.push(entry);
-                last = segment.desc;
+impl<'a, T> Named<'a, T> {
+    /// `zero`: whether the handle 0 stands for no object.
+    fn find(
+        table: &'a Table<Owned<T>>,
+        handles: impl Iterator<Item = u64>,
+        owner: u64,
+        zero: bool,
+    ) -> Result<Self, Failure> {
+        let (mut runs, mut last) = (Vec::new(), None);
+        for (index, handle) in handles.enumerate() {
+            if last == Some(handle) {
+                continue;
             }
-            of_segment.push(found.len() as u32 - 1);
+            last = Some(handle);
+            let object =
+                if zero && handle == 0 { None } else { Some(find_of(table, handle, owner)?) };
+            runs.push((index, object));
         }
-        Ok(Self { found, of_segment })
+        Ok(Self { runs })
+    }
+
+    /// Answers for indices that never fall: the run that the last one was in is where to look.
+    fn cursor<'s>(&'s self) -> impl FnMut(usize) -> Option<&'s T> {
+        let mut run = 0;
+        move |index| {
+            while self.runs.get(run + 1).is_some_and(|(first, _)| *first <= index) {
+                run += 1;
+            }
+            self.runs.get(run).and_then(|(_, object)| object.as_ref()).map(|object| &object.value)
+        }
+    }
+}
+
+/// An object of this engine and of no other.
+fn find_of<T>(
+    table: &Table<Owned<T>>,
+    handle: u64,
+    owner: u64,
+) -> Result<InUse<'_, Owned<T>>, Failure> {
+    let object = table.get(handle)?;
+    if object.owner == owner {
+        Ok(object)
+    } else {
+        let message = format!("the {} belongs to another engine", table.what());
+        Err(Failure::new(corelane_status::CORELANE_ERR_INVALID_HANDLE, message))
     }
 }
 
@@ -145,19 +212,21 @@ unsafe fn prepare(
     };
     let peer = CONNS.get(conn)?;
     let engine = ENGINES.get(peer.owner)?;
-    let descriptors = Descriptors::find(remote, peer.owner)?;
-    let own: Vec<LocalSegment> =
-        local.iter().map(|segment| LocalSegment { addr: segment.addr, len: segment.len }).collect();
-    let theirs: Vec<RemoteSegment<'_>> = remote
-        .iter()
-        .zip(&descriptors.of_segment)
-        .map(|(segment, &index)| RemoteSegment {
-            region: &descriptors.found[index as usize].value,
-            addr: segment.addr,
-            len: segment.len,
+    let regions =
+        Named::find(&REGIONS, local.iter().map(|segment| segment.region), peer.owner, true)?;
+    let descriptors =
+        Named::find(&DESCRIPTORS, remote.iter().map(|segment| segment.desc), peer.owner, false)?;
+    let (mut region_of, mut descriptor_of) = (regions.cursor(), descriptors.cursor());
+    let plan = engine.engine.prepare_pairs(operation, &peer.value, count, |index| {
+        let (own, theirs) = (&local[index], &remote[index]);
+        let descriptor = descriptor_of(index)
+            .ok_or_else(|| Error::InvalidArgument("a descriptor is missing".into()))?;
+        Ok(DescriptorPair {
+            local: LocalSegment { addr: own.addr, len: own.len },
+            region: region_of(index),
+            remote: RemoteSegment { region: descriptor, addr: theirs.addr, len: theirs.len },
         })
-        .collect();
-    let plan = engine.engine.prepare(operation, &peer.value, &own, &theirs)?;
+    })?;
     finish(peer.owner, &plan)
 }
 
@@ -180,7 +249,7 @@ unsafe fn prepare_blocks(
     };
     let peer = CONNS.get(conn)?;
     let engine = ENGINES.get(peer.owner)?;
-    let descriptor = DESCRIPTORS.get(remote.desc)?;
+    let descriptor = find_of(&DESCRIPTORS, remote.desc, peer.owner)?;
     let plan = engine.engine.prepare_blocks(
         operation,
         &peer.value,
@@ -202,8 +271,8 @@ unsafe fn prepare_blocks(
 }
 
 /// Prepares a transfer of `local[i]` from (`CORELANE_READ`) or to (`CORELANE_WRITE`) `remote[i]`, for
-/// all `count` of them. All checks, merging and splitting happen here, once; some 100 ns each. Starts
-/// connecting if need be, without waiting.
+/// all `count` of them. All checks, merging and splitting happen here, once; some tens of nanoseconds
+/// each. Starts connecting if need be, without waiting.
 ///
 /// Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT`, `CORELANE_ERR_NOT_REGISTERED`,
 /// `CORELANE_ERR_OUT_OF_BOUNDS`, `CORELANE_ERR_PERMISSION`, `CORELANE_ERR_STALE_DESCRIPTOR`,
@@ -272,7 +341,7 @@ pub unsafe extern "C" fn corelane_read(
     len: u64,
     xfer: *mut corelane_xfer_t,
 ) -> corelane_status {
-    let local = corelane_local_segment { addr: local_addr, len };
+    let local = corelane_local_segment { addr: local_addr, len, region: 0 };
     let remote = corelane_remote_segment { desc, addr: remote_addr, len };
     run("corelane_read", || {
         // SAFETY: the lists are ours; the caller promises room for a handle.
@@ -292,7 +361,7 @@ pub unsafe extern "C" fn corelane_write(
     len: u64,
     xfer: *mut corelane_xfer_t,
 ) -> corelane_status {
-    let local = corelane_local_segment { addr: local_addr, len };
+    let local = corelane_local_segment { addr: local_addr, len, region: 0 };
     let remote = corelane_remote_segment { desc, addr: remote_addr, len };
     run("corelane_write", || {
         // SAFETY: the lists are ours; the caller promises room for a handle.
@@ -364,20 +433,14 @@ pub unsafe extern "C" fn corelane_write_strided(
 
 #[inline]
 fn post(xfer: corelane_xfer_t, notification: Option<&[u8]>) -> Result<(), Failure> {
-    let entry = XFERS.get(xfer)?;
-    let posting = &entry.value;
-    posting.reported.store(false, Ordering::Relaxed);
-    match notification {
-        None => posting.transfer.post()?,
-        Some(payload) => posting.transfer.post_with_notification(payload)?,
-    }
-    Ok(())
+    XFERS.get(xfer)?.value.post(notification)
 }
 
 /// Starts a prepared transfer, for the first time or again after its end. One message to the lane;
 /// allocates nothing. All that has to do with the peer is reported by `corelane_xfer_status`.
 ///
-/// Any thread. Errors: `CORELANE_ERR_BUSY` while it is in flight.
+/// Any thread. Errors: `CORELANE_ERR_BUSY` while it is in flight; `CORELANE_ERR_CANCELLED` once a
+/// release has begun; `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND`.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_post(xfer: corelane_xfer_t) -> corelane_status {
     run("corelane_post", || post(xfer, None))
@@ -407,12 +470,8 @@ impl Posting {
         // Its handle is valid: what is wrong is the posting. Logged once, however often it is asked.
         let quiet = matches!(error, Error::Cancelled | Error::Shutdown);
         if !quiet && !self.reported.swap(true, Ordering::Relaxed) {
-            let plan = self.transfer.plan();
-            let operation = match plan.operation() {
-                Operation::Read => "read",
-                Operation::Write => "write",
-            };
-            log::complain("transfer", &format!("{operation} of {} bytes: {error}", plan.bytes()));
+            // Without what differs from one transfer to the next: many may end for one cause.
+            log::complain("transfer", &failure.message);
         }
         failure
     }
@@ -495,7 +554,7 @@ pub extern "C" fn corelane_cancel(xfer: corelane_xfer_t) -> corelane_status {
 }
 
 /// Frees a transfer. One in flight is cancelled first, and waited for during at most `timeout_ms`
-/// (0: not at all; negative: without limit).
+/// (0: not at all; negative: without limit). From the first call on it cannot be posted any more.
 ///
 /// Any thread but a lane. `CORELANE_OK`: freed, and nothing touches its local memory any more.
 /// `CORELANE_ERR_BUSY`: not yet quiet; the handle is kept, call again.
@@ -503,26 +562,40 @@ pub extern "C" fn corelane_cancel(xfer: corelane_xfer_t) -> corelane_status {
 pub extern "C" fn corelane_release(xfer: corelane_xfer_t, timeout_ms: i64) -> corelane_status {
     run("corelane_release", || {
         let entry = XFERS.get(xfer)?;
-        let transfer = &entry.value.transfer;
-        let in_flight = || matches!(transfer.status(), Status::InProgress);
-        if in_flight() {
-            transfer.cancel();
-            // Where cores are few, this look drives the lane, and the end may be here at once.
-            let timeout = if timeout_ms == 0 { Duration::ZERO } else { raw::timeout(timeout_ms) };
-            if in_flight() && !timeout.is_zero() {
-                // Only whether it has ended counts, not how.
-                let _ = transfer.wait(timeout);
-            }
-            if in_flight() {
-                return Err(Failure::new(
-                    corelane_status::CORELANE_ERR_BUSY,
-                    "the transfer is being cancelled, and its memory is not quiet yet: release it \
-                     again",
-                ));
-            }
+        let posting = &entry.value;
+        let quiet = posting.close() && !posting.is_in_flight();
+        if !quiet && !end_within(posting, raw::timeout(timeout_ms)) {
+            return Err(Failure::new(
+                corelane_status::CORELANE_ERR_BUSY,
+                "the transfer is being cancelled, and its memory is not quiet yet: release it again",
+            ));
         }
         if free(&XFERS, xfer) { Ok(()) } else { Err(Failure::handle("transfer", xfer)) }
     })
+}
+
+/// Cancels a transfer that cannot be posted any more; true: it has ended.
+fn end_within(posting: &Posting, timeout: Duration) -> bool {
+    let started = Instant::now();
+    loop {
+        posting.transfer.cancel();
+        // Where cores are few, this look drives the lane, and the end may be here at once.
+        if !posting.is_in_flight() {
+            return true;
+        }
+        let left = timeout.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return false;
+        }
+        // Only whether it has ended counts, not how. In slices: a post that had begun before the
+        // release may start it after it was cancelled.
+        match posting.transfer.wait(left.min(Duration::from_millis(100))) {
+            // This thread may not wait.
+            Err(Error::InvalidArgument(_)) => return false,
+            Err(_) => std::thread::yield_now(),
+            Ok(()) => {}
+        }
+    }
 }
 
 /// How long a posting is expected to take, in nanoseconds, from what transfers to this peer have

@@ -1,9 +1,10 @@
 #include "engine.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <new>
+#include <pthread.h>
 
 using corelane::Conn;
 using corelane::LocalMD;
@@ -15,6 +16,19 @@ namespace {
 
 // Beyond the operation timeout, after which every transfer has ended: for the lanes to say so.
 constexpr int64_t kGraceMs = 1000;
+
+// How long `disconnect` waits for the last notifications of a peer: a living one acknowledges within
+// some milliseconds, and for a dead one nobody should wait while the agent holds its lock.
+constexpr int64_t kGoodbyeMs = 20;
+
+// Counts the forks that lead to this process.
+std::atomic<unsigned> forks{0};
+
+unsigned watchForks() {
+    static const int watched = pthread_atfork(nullptr, nullptr, [] { ++forks; });
+    (void)watched;
+    return forks.load();
+}
 
 // Fills a string by a function of the C API that takes a buffer, a capacity and the place for the
 // length.
@@ -37,6 +51,16 @@ template <class Body> nixl_status_t guarded(Body body) noexcept {
         return body();
     } catch (...) {
         return NIXL_ERR_BACKEND;
+    }
+}
+
+// Takes a descriptor over, also when there is no memory for its owner.
+RemoteMD *remoteMD(corelane_desc_t descriptor) {
+    try {
+        return new RemoteMD(descriptor);
+    } catch (...) {
+        corelane_descriptor_destroy(descriptor);
+        throw;
     }
 }
 
@@ -78,7 +102,7 @@ nixl_status_t corelane::toNixl(corelane_status status) {
 }
 
 nixlCorelaneEngine::nixlCorelaneEngine(const nixlBackendInitParams *params)
-    : nixlBackendEngine(params) {
+    : nixlBackendEngine(params), born_(watchForks()) {
     // Whatever goes wrong below has been logged with its reason by the C API.
     initErr = true;
     std::vector<corelane_option> options;
@@ -91,19 +115,29 @@ nixlCorelaneEngine::nixlCorelaneEngine(const nixlBackendInitParams *params)
                                &engine_) != CORELANE_OK) {
         return;
     }
-    const corelane_status status = fill(metadata_, [&](void *buffer, size_t room, size_t *len) {
-        return corelane_get_metadata(engine_, buffer, room, len);
-    });
-    std::string timeout;
-    const corelane_status known = fill(timeout, [&](void *buffer, size_t room, size_t *len) {
-        return corelane_get_option(engine_, "operation_timeout_ms", buffer, room, len);
-    });
-    operationTimeoutMs_ = std::strtoll(timeout.c_str(), nullptr, 10);
-    initErr = status != CORELANE_OK || known != CORELANE_OK;
+    try {
+        const corelane_status status = fill(metadata_, [&](void *buffer, size_t room, size_t *len) {
+            return corelane_get_metadata(engine_, buffer, room, len);
+        });
+        std::string timeout;
+        const corelane_status known = fill(timeout, [&](void *buffer, size_t room, size_t *len) {
+            return corelane_get_option(engine_, "operation_timeout_ms", buffer, room, len);
+        });
+        operationTimeoutMs_ = std::strtoll(timeout.c_str(), nullptr, 10);
+        initErr = status != CORELANE_OK || known != CORELANE_OK;
+    } catch (...) {
+        // Without memory, and without a destructor that would end the engine.
+        corelane_engine_destroy(engine_);
+        throw;
+    }
 }
 
+bool nixlCorelaneEngine::isOurs() const { return forks.load(std::memory_order_relaxed) == born_; }
+
 nixlCorelaneEngine::~nixlCorelaneEngine() {
-    conns_.clear();
+    if (isOurs()) {
+        conns_.clear();
+    }
     // Ends all transfers and waits until nothing touches memory any more; frees every handle.
     if (engine_ != 0) {
         corelane_engine_destroy(engine_);
@@ -117,6 +151,9 @@ std::mutex &nixlCorelaneEngine::changing(const std::string &agent) const {
 }
 
 nixlCorelaneEngine::ConnPtr nixlCorelaneEngine::find(const std::string &agent) const {
+    if (!isOurs()) {
+        return nullptr;
+    }
     std::shared_lock<std::shared_mutex> lock(connsMutex_);
     const auto found = conns_.find(agent);
     return found == conns_.end() ? nullptr : found->second;
@@ -125,7 +162,7 @@ nixlCorelaneEngine::ConnPtr nixlCorelaneEngine::find(const std::string &agent) c
 // An agent always knows itself, also after it was told to disconnect from itself.
 nixlCorelaneEngine::ConnPtr nixlCorelaneEngine::findOrLoadSelf(const std::string &agent) const {
     ConnPtr conn = find(agent);
-    if (conn == nullptr && agent == localAgent) {
+    if (conn == nullptr && agent == localAgent && isOurs()) {
         std::lock_guard<std::mutex> change(changing(agent));
         conn = find(agent);
         if (conn == nullptr) {
@@ -144,7 +181,12 @@ nixl_status_t nixlCorelaneEngine::load(const std::string &agent, const std::stri
     if (status != CORELANE_OK) {
         return toNixl(status);
     }
-    out = std::make_shared<Conn>(handle);
+    try {
+        out = std::make_shared<Conn>(handle);
+    } catch (...) {
+        corelane_conn_destroy(handle);
+        throw;
+    }
     ConnPtr before = out;
     {
         std::unique_lock<std::shared_mutex> lock(connsMutex_);
@@ -163,6 +205,9 @@ nixl_status_t nixlCorelaneEngine::getConnInfo(std::string &out) const {
 nixl_status_t nixlCorelaneEngine::loadRemoteConnInfo(const std::string &agent,
                                                      const std::string &info) {
     return guarded([&] {
+        if (!isOurs()) {
+            return NIXL_ERR_BACKEND;
+        }
         std::lock_guard<std::mutex> change(changing(agent));
         ConnPtr conn;
         return load(agent, info, conn);
@@ -182,6 +227,9 @@ nixl_status_t nixlCorelaneEngine::connect(const std::string &agent) {
 
 nixl_status_t nixlCorelaneEngine::disconnect(const std::string &agent) {
     return guarded([&] {
+        if (!isOurs()) {
+            return NIXL_ERR_BACKEND;
+        }
         std::lock_guard<std::mutex> change(changing(agent));
         ConnPtr conn;
         {
@@ -193,7 +241,7 @@ nixl_status_t nixlCorelaneEngine::disconnect(const std::string &agent) {
             conn = found->second;
             conns_.erase(found);
         }
-        return toNixl(conn->unload());
+        return toNixl(conn->unload(kGoodbyeMs));
     });
 }
 
@@ -207,6 +255,9 @@ nixl_status_t nixlCorelaneEngine::registerMem(const nixlBlobDesc &mem, const nix
             return NIXL_ERR_NOT_SUPPORTED;
         }
         const std::pair<uintptr_t, size_t> range(mem.addr, mem.len);
+        if (!isOurs()) {
+            return NIXL_ERR_BACKEND;
+        }
         std::lock_guard<std::mutex> lock(registrationsMutex_);
         const auto known = registrations_.find(range);
         if (known != registrations_.end()) {
@@ -214,26 +265,28 @@ nixl_status_t nixlCorelaneEngine::registerMem(const nixlBlobDesc &mem, const nix
             ++known->second->count;
             return NIXL_SUCCESS;
         }
-        corelane_region_t region = 0;
+        // All memory that this takes is there before the registration is.
+        const auto registration = std::make_shared<Registration>();
+        registration->descriptor.reserve(256);
+        auto local = std::make_unique<LocalMD>(range, registration);
+        const auto place = registrations_.emplace(range, registration).first;
         // The device number of host memory says nothing to this backend.
-        const corelane_status status = corelane_reg(
+        corelane_status status = corelane_reg(
             engine_, reinterpret_cast<void *>(mem.addr), mem.len, CORELANE_MEMORY_DRAM, 0,
-            CORELANE_ACCESS_REMOTE_READ | CORELANE_ACCESS_REMOTE_WRITE, &region);
+            CORELANE_ACCESS_REMOTE_READ | CORELANE_ACCESS_REMOTE_WRITE, &registration->region);
+        if (status == CORELANE_OK) {
+            status = fill(registration->descriptor, [&](void *buffer, size_t room, size_t *len) {
+                return corelane_get_descriptor(registration->region, buffer, room, len);
+            });
+        }
         if (status != CORELANE_OK) {
+            registrations_.erase(place);
+            if (registration->region != 0) {
+                corelane_mr_destroy(registration->region);
+            }
             return toNixl(status);
         }
-        std::string descriptor;
-        const corelane_status filled = fill(descriptor, [&](void *buffer, size_t room, size_t *len) {
-            return corelane_get_descriptor(region, buffer, room, len);
-        });
-        if (filled != CORELANE_OK) {
-            corelane_mr_destroy(region);
-            return toNixl(filled);
-        }
-        auto registration =
-            std::make_shared<Registration>(Registration{region, std::move(descriptor)});
-        out = new LocalMD(range, registration);
-        registrations_.emplace(range, std::move(registration));
+        out = local.release();
         return NIXL_SUCCESS;
     });
 }
@@ -243,16 +296,23 @@ nixl_status_t nixlCorelaneEngine::deregisterMem(nixlBackendMD *meta) {
         if (meta == nullptr) {
             return NIXL_ERR_INVALID_PARAM;
         }
+        if (!isOurs()) {
+            return NIXL_ERR_BACKEND;
+        }
         LocalMD *local = static_cast<LocalMD *>(meta);
         const std::shared_ptr<Registration> registration = local->registration;
         {
             std::lock_guard<std::mutex> lock(registrationsMutex_);
-            if (--registration->count > 0) {
+            if (registration->count > 1) {
+                --registration->count;
                 delete local;
                 return NIXL_SUCCESS;
             }
             // Who registers the range from now on gets a region of its own.
-            registrations_.erase(local->range);
+            const auto known = registrations_.find(local->range);
+            if (known != registrations_.end() && known->second == registration) {
+                registrations_.erase(known);
+            }
         }
         // The agent does not look at the answer, and its caller frees the memory next: so this waits
         // until nothing touches it, which no transfer can put off beyond the operation timeout.
@@ -263,6 +323,7 @@ nixl_status_t nixlCorelaneEngine::deregisterMem(nixlBackendMD *meta) {
             status = corelane_mr_destroy(registration->region);
         }
         if (status == CORELANE_ERR_BUSY) {
+            // Kept: it can be deregistered again.
             return NIXL_ERR_BACKEND;
         }
         delete local;
@@ -292,7 +353,7 @@ nixl_status_t nixlCorelaneEngine::loadRemoteMD(const nixlBlobDesc &input, const 
         const corelane_status status = corelane_import_descriptor(
             engine_, input.metaInfo.data(), input.metaInfo.size(), &descriptor);
         if (status == CORELANE_OK) {
-            output = new RemoteMD(descriptor);
+            output = remoteMD(descriptor);
         }
         return toNixl(status);
     });
@@ -309,7 +370,7 @@ nixl_status_t nixlCorelaneEngine::loadLocalMD(nixlBackendMD *input, nixlBackendM
         const corelane_status status =
             corelane_import_descriptor(engine_, bytes.data(), bytes.size(), &descriptor);
         if (status == CORELANE_OK) {
-            output = new RemoteMD(descriptor);
+            output = remoteMD(descriptor);
         }
         return toNixl(status);
     });
@@ -355,13 +416,23 @@ nixl_status_t nixlCorelaneEngine::queryMem(const nixl_reg_dlist_t &descs,
 
 nixl_status_t nixlCorelaneEngine::getNotifs(notif_list_t &list) {
     return guarded([&] {
+        struct Taken {
+            notif_list_t &list;
+            bool complete;
+        } taken{list, true};
         const auto take = [](void *context, const char *from, size_t fromLen, const void *payload,
-                             size_t payloadLen) noexcept {
-            static_cast<notif_list_t *>(context)->emplace_back(
-                std::string(from, fromLen),
-                std::string(static_cast<const char *>(payload), payloadLen));
+                             size_t payloadLen) {
+            auto *taken = static_cast<Taken *>(context);
+            try {
+                taken->list.emplace_back(
+                    std::string(from, fromLen),
+                    std::string(static_cast<const char *>(payload), payloadLen));
+            } catch (...) {
+                taken->complete = false;
+            }
         };
-        return toNixl(corelane_get_notifs(engine_, take, &list, nullptr));
+        const corelane_status status = corelane_get_notifs(engine_, take, &taken, nullptr);
+        return taken.complete ? toNixl(status) : NIXL_ERR_BACKEND;
     });
 }
 
@@ -370,7 +441,7 @@ nixl_status_t nixlCorelaneEngine::genNotif(const std::string &agent,
     return guarded([&] {
         const ConnPtr conn = findOrLoadSelf(agent);
         if (conn == nullptr) {
-            return NIXL_ERR_NOT_FOUND;
+            return isOurs() ? NIXL_ERR_NOT_FOUND : NIXL_ERR_BACKEND;
         }
         return toNixl(corelane_send_notif(conn->handle(), message.data(), message.size()));
     });

@@ -44,9 +44,10 @@ public:
 
     corelane_conn_t handle() const { return handle_; }
 
-    // Ends the session and forgets the peer; only the first call does.
-    corelane_status unload() {
-        return unloaded_.exchange(true) ? CORELANE_OK : corelane_unload_peer(handle_);
+    // Ends the session and forgets the peer; only the first call does. Waits this long at most for
+    // notifications to be acknowledged; the lane goes on with that by itself.
+    corelane_status unload(int64_t timeoutMs) {
+        return unloaded_.exchange(true) ? CORELANE_OK : corelane_unload_peer(handle_, timeoutMs);
     }
 
 private:
@@ -57,9 +58,9 @@ private:
 // A registered range. Registrations of equal ranges share it, because an agent that loads metadata
 // takes other bytes for a range that it knows for a change of the metadata, and refuses them.
 struct Registration {
-    const corelane_region_t region;
+    corelane_region_t region = 0;
     // What peers need; the same bytes for as long as the registration lives.
-    const std::string descriptor;
+    std::string descriptor;
     // How many there are; behind the engine's lock.
     size_t count = 1;
 };
@@ -103,7 +104,7 @@ public:
                  const nixl_meta_dlist_t &remote) const;
 
     const corelane_xfer_t xfer;
-    // A release has been asked for, and the memory was not quiet.
+    // A release has been asked for, and the memory was not quiet. It can be posted no more.
     std::atomic<bool> releasing{false};
 
 private:
@@ -160,11 +161,16 @@ public:
 private:
     using ConnPtr = std::shared_ptr<corelane::Conn>;
 
+    // False in a process that was forked from the engine's: there, locks may be held for ever by
+    // threads that do not exist. What takes no lock is answered by the C API.
+    bool isOurs() const;
+
     ConnPtr find(const std::string &agent) const;
     ConnPtr findOrLoadSelf(const std::string &agent) const;
     nixl_status_t load(const std::string &agent, const std::string &info, ConnPtr &out) const;
     std::mutex &changing(const std::string &agent) const;
 
+    const unsigned born_;
     corelane_engine_t engine_ = 0;
     std::string metadata_;
     int64_t operationTimeoutMs_ = 0;
@@ -176,6 +182,6 @@ private:
     std::mutex registrationsMutex_;
     std::map<std::pair<uintptr_t, size_t>, std::shared_ptr<corelane::Registration>> registrations_;
 
-    // Loading and unloading one name exclude each other; which may wait for `linger_ms`.
+    // Loading and unloading one name exclude each other.
     mutable std::array<std::mutex, 64> changing_;
 };

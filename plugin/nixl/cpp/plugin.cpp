@@ -50,8 +50,8 @@ bool isUsable() {
     dlclose(nixl);
     if (!known) {
         std::fprintf(stderr,
-                     "corelane: the backend CORELANE needs NIXL 1.0.0 or newer, and %s is older: "
-                     "pip install --upgrade nixl\n",
+                     "corelane: the backend CORELANE needs NIXL 1.0.0 or newer, and %s is older (or "
+                     "so new that this plugin does not know it): pip install --upgrade nixl\n",
                      path.c_str());
     }
     return known;

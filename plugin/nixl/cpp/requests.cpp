@@ -12,6 +12,9 @@ namespace {
 // Beyond the operation timeout, after which every transfer has ended: for the lane to say so.
 constexpr int64_t kGraceMs = 1000;
 
+// Segments of two lists that a thread keeps room for: 0.8 MiB.
+constexpr size_t kKeptSegments = 16384;
+
 const nixlBasicDesc &first(const nixl_meta_dlist_t &list) { return list[0]; }
 
 const nixlBasicDesc &last(const nixl_meta_dlist_t &list) {
@@ -52,24 +55,37 @@ nixl_status_t nixlCorelaneEngine::prepXfer(const nixl_xfer_op_t &operation,
             return NIXL_ERR_NOT_FOUND;
         }
         const size_t count = static_cast<size_t>(local.descCount());
-        std::vector<corelane_local_segment> own(count);
-        std::vector<corelane_remote_segment> theirs(count);
+        // Kept between calls: growing and trimming the heap for them took longer than all the rest.
+        thread_local std::vector<corelane_local_segment> own;
+        thread_local std::vector<corelane_remote_segment> theirs;
+        own.resize(count);
+        theirs.resize(count);
         for (size_t at = 0; at < count; ++at) {
-            const nixlMetaDesc &target = remote[at];
-            if (target.metadataP == nullptr) {
+            const nixlMetaDesc &source = local[at], &target = remote[at];
+            if (source.metadataP == nullptr || target.metadataP == nullptr) {
                 return NIXL_ERR_INVALID_PARAM;
             }
-            own[at] = {local[at].addr, local[at].len};
+            own[at] = {source.addr, source.len,
+                       static_cast<corelane::LocalMD *>(source.metadataP)->registration->region};
             theirs[at] = {static_cast<corelane::RemoteMD *>(target.metadataP)->descriptor,
                           target.addr, target.len};
         }
         corelane_xfer_t xfer = 0;
         const corelane_status status = corelane_prepare(
             conn->handle(), operationOf(operation), own.data(), theirs.data(), count, &xfer);
+        if (count > kKeptSegments) {
+            own = {};
+            theirs = {};
+        }
         if (status != CORELANE_OK) {
             return toNixl(status);
         }
-        handle = new Request(xfer, operation, local, remote);
+        try {
+            handle = new Request(xfer, operation, local, remote);
+        } catch (...) {
+            corelane_release(xfer, 0);
+            throw;
+        }
         return NIXL_SUCCESS;
     } catch (...) {
         return NIXL_ERR_BACKEND;

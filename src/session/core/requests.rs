@@ -531,9 +531,16 @@ impl Core {
             if !self.is_active(key) {
                 continue;
             }
-            let what = if self.session_link().is_some() { "a transfer" } else { "connecting" };
             let (peer, after) = (self.peer.name.clone(), self.config.operation_timeout);
-            self.fail(key.slot, Error::Timeout { what, peer, after }, env);
+            let error = if self.session_link().is_some() {
+                Error::Timeout { what: "a transfer", peer, after }
+            } else {
+                // There is no living peer that could be slow.
+                let reason =
+                    format!("no connection came up within the operation timeout, {after:?}");
+                Error::Connect { peer, reason }
+            };
+            self.fail(key.slot, error, env);
             self.close_stuck(key, env.now);
         }
     }

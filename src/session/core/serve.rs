@@ -138,6 +138,10 @@ impl Core {
                     return Err(error.into());
                 }
             };
+            if segment.len == 0 && header.segments > 0 {
+                env.regions.release(uses);
+                return Err(ProtocolError::Rule("a segment without bytes in a table"));
+            }
             total = total.saturating_add(segment.len);
             if outcome.is_ok() {
                 match env.regions.admit(&segment, needs, &mut uses) {

@@ -369,9 +369,19 @@ impl Core {
         }
     }
 
-    /// The peer is not loaded any more.
+    /// The peer's name belongs to another incarnation now: two that claim one name never mix.
     pub(crate) fn retire(&mut self, env: &mut Env<'_>) {
-        self.forget_if_unused(env);
+        let reason = "other metadata was loaded under its name";
+        let error = self.peer.gone(reason);
+        self.fail_all(&error, env);
+        self.answer_connects(&Err(error));
+        self.drop_notifications(env);
+        self.session = 0;
+        self.retry = None;
+        match self.session_link() {
+            Some(link) => self.close(link, reason, false),
+            None => self.forget_if_unused(env),
+        }
     }
 
     /// A peer without metadata is of no use once its session is over: it can only come back as a
