@@ -334,6 +334,7 @@ impl Engine {
         self.shared.check()?;
         self.shared.check_may_wait("unload_peer")?;
         self.shared.peers().remove(&peer.shared);
+        peer.shared.set_unloaded();
         let ticket = Ticket::new();
         self.submit(peer.shared.lane, Message::Unload(peer.shared.clone(), ticket.clone()))?;
         let lane = self.shared.lane(peer.shared.lane)?;

@@ -18,8 +18,8 @@ const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 struct Unreachable {
     error: Error,
-    /// When an attempt last failed, or was last made.
-    tried: Instant,
+    /// When an attempt last failed, or was last made; `None`: there will be none.
+    tried: Option<Instant>,
 }
 
 /// One incarnation of a remote engine.
@@ -128,8 +128,18 @@ impl PeerShared {
     /// An attempt to connect has failed, or a link is up.
     pub(crate) fn set_unreachable(&self, failure: Option<Error>) {
         let mut unreachable = lock(&self.unreachable);
+        if unreachable.as_ref().is_some_and(|known| known.tried.is_none()) {
+            return;
+        }
         self.is_unreachable.store(failure.is_some(), Ordering::Release);
-        *unreachable = failure.map(|error| Unreachable { error, tried: Instant::now() });
+        *unreachable = failure.map(|error| Unreachable { error, tried: Some(Instant::now()) });
+    }
+
+    /// The peer is unloaded: it takes nothing any more.
+    pub(crate) fn set_unloaded(&self) {
+        let mut unreachable = lock(&self.unreachable);
+        self.is_unreachable.store(true, Ordering::Release);
+        *unreachable = Some(Unreachable { error: Error::Cancelled, tried: None });
     }
 
     /// Why the peer takes no notification now: for a while after an attempt to connect has failed.
@@ -140,10 +150,10 @@ impl PeerShared {
         }
         let mut unreachable = lock(&self.unreachable);
         let known = unreachable.as_mut()?;
-        if known.tried.elapsed() < ATTEMPT_PAUSE {
+        if known.tried.is_none_or(|tried| tried.elapsed() < ATTEMPT_PAUSE) {
             return Some(known.error.clone());
         }
-        known.tried = Instant::now();
+        known.tried = Some(Instant::now());
         None
     }
 

@@ -67,7 +67,8 @@ impl PeerTable {
         let before = self.loaded.insert(peer.name.clone(), incarnation);
         let replaced = before
             .filter(|before| *before != incarnation)
-            .and_then(|before| self.by_incarnation.get(&before).cloned());
+            // Taken out at once: should it connect again, the name is not its own any more.
+            .and_then(|before| self.by_incarnation.remove(&before));
         if let Some(replaced) = &replaced {
             replaced.replace();
         }
