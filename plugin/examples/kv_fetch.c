@@ -405,7 +405,7 @@ static int decode(int from_prefill, int die_after_post)
     }
 
     check(corelane_descriptor_destroy(desc), "freeing the descriptor");
-    check(corelane_unload_peer(conn), "unloading the peer"); /* flushes the notification */
+    check(corelane_unload_peer(conn, -1), "unloading the peer"); /* flushes the notification */
     check(corelane_mr_destroy(region), "deregistering the cache");
     check(corelane_engine_destroy(engine), "ending the engine");
     free(cache);

@@ -322,10 +322,11 @@ impl LaneDriver {
 
     fn post(&mut self, transfer: Arc<TransferShared>, cx: &mut Cx<'_>) {
         match self.slot_of(&transfer.plan.peer) {
-            Some(slot) => {
+            // Not while it is being left for good: it would be connected to once more.
+            Some(slot) if !self.peers[slot].unload => {
                 self.with_core(slot, cx, |core, env| core.post(transfer, env));
             }
-            None => refuse(&transfer, &transfer.plan.peer.unloaded()),
+            _ => refuse(&transfer, &transfer.plan.peer.unloaded()),
         }
     }
 

@@ -113,7 +113,7 @@ enum corelane_status
    */
   CORELANE_ERR_REMOTE_DISCONNECT = -11,
   /**
-   * Something did not finish in time, with a peer that lives.
+   * Something did not finish in time, with a peer that lives, or without one.
    */
   CORELANE_ERR_TIMEOUT = -12,
   /**
@@ -149,7 +149,7 @@ enum corelane_status
    */
   CORELANE_ERR_CONFIG = -20,
   /**
-   * A lane could not be started.
+   * A lane could not be started, or did not stop as it should.
    */
   CORELANE_ERR_LANE = -21,
   /**
@@ -253,7 +253,7 @@ typedef struct {
    */
   const char *name;
   /**
-   * Default value.
+   * Value that is in effect where none is given.
    */
   const char *default_value;
   /**
@@ -507,10 +507,12 @@ const char *corelane_version(void);
  * `agent_name` (`agent_name_len` bytes of UTF-8, 1..=1024) is what peers see as the sender of
  * notifications. `options` are `option_count` names with values; see `corelane_option_at`. What is
  * not given is taken from the environment (`CORELANE_<OPTION>`), then from the defaults. The
- * engine's handle is stored in `*engine`.
+ * engine's handle is stored in `*engine`, or 0 when there is none.
  *
- * Any thread. Errors: `CORELANE_ERR_CONFIG` (with the list of valid options), `CORELANE_ERR_LANE`
- * (`io_uring` forbidden, core outside the affinity mask, ...), `CORELANE_ERR_IO` (port in use, ...).
+ * Any thread. Errors: `CORELANE_ERR_CONFIG` (unknown option, malformed value, length of the name;
+ * with what would be valid), `CORELANE_ERR_LANE` (`io_uring` forbidden, core outside the affinity
+ * mask, ...), `CORELANE_ERR_IO` (port in use, ...), `CORELANE_ERR_INVALID_ARGUMENT`,
+ * `CORELANE_ERR_LIMIT`. Then nothing is left behind.
  */
 corelane_status corelane_engine_create(const char *agent_name,
                                        size_t agent_name_len,
@@ -520,11 +522,12 @@ corelane_status corelane_engine_create(const char *agent_name,
 
 /**
  * Shuts an engine down: notifications are flushed for at most `linger_ms`, transfers end, lanes
- * stop. When it returns, nothing touches registered memory any more. All handles of the engine are
- * freed.
+ * stop. When it returns `CORELANE_OK`, nothing touches registered memory any more. All handles of
+ * the engine are freed.
  *
  * Any thread but a lane. Errors: `CORELANE_ERR_INVALID_HANDLE`; `CORELANE_ERR_LANE` when a lane had
- * failed (the engine is gone all the same); `CORELANE_ERR_SHUTDOWN` in a forked child.
+ * failed, or did not stop in time (the handles are gone all the same); `CORELANE_ERR_SHUTDOWN` in a
+ * forked child: only the handle of the engine is freed.
  */
 corelane_status corelane_engine_destroy(corelane_engine_t engine);
 
@@ -533,7 +536,7 @@ corelane_status corelane_engine_destroy(corelane_engine_t engine);
  * trust: who holds it can connect. The same bytes on every call.
  *
  * `*len` is set to the length, also when `capacity` is too small: call with a capacity of 0 to learn
- * it. Any thread. Errors: `CORELANE_ERR_BUFFER_TOO_SMALL`.
+ * it. Any thread, also in a forked child. Errors: `CORELANE_ERR_BUFFER_TOO_SMALL`.
  */
 corelane_status corelane_get_metadata(corelane_engine_t engine,
                                       void *buffer,
@@ -558,19 +561,26 @@ corelane_status corelane_get_option(corelane_engine_t engine,
  * served, and their notifications arrive.
  *
  * Any thread but a lane. Errors: `CORELANE_ERR_TIMEOUT`; `CORELANE_ERR_CANCELLED` after
- * `corelane_stop_accept`.
+ * `corelane_stop_accept`, once nobody is left to return; `CORELANE_ERR_SHUTDOWN` (also when the
+ * engine is destroyed meanwhile); `CORELANE_ERR_BACKEND` after a lane has failed.
  */
 corelane_status corelane_accept(corelane_engine_t engine,
                                 int64_t timeout_ms,
                                 corelane_conn_t *conn);
 
 /**
- * Refuses peers that are not known yet, and ends `corelane_accept`. Known peers go on.
+ * Refuses peers that are not known yet, and ends `corelane_accept`. Known peers go on, and may
+ * connect again.
+ *
+ * Any thread. Errors: `CORELANE_ERR_SHUTDOWN` in a forked child; `CORELANE_ERR_BACKEND` after a lane
+ * has failed.
  */
 corelane_status corelane_stop_accept(corelane_engine_t engine);
 
 /**
  * Accepts new peers again, after `corelane_stop_accept`. An engine does from its creation.
+ *
+ * Any thread. Errors: as of `corelane_stop_accept`.
  */
 corelane_status corelane_start_listener(corelane_engine_t engine);
 
@@ -647,7 +657,7 @@ corelane_status corelane_descriptor_destroy(corelane_desc_t desc);
  *
  * Any thread. Errors: `CORELANE_ERR_BACKPRESSURE` when too many are not acknowledged,
  * `CORELANE_ERR_LIMIT` above 16 MiB, `CORELANE_ERR_CONNECT` within a second after the peer could not
- * be reached, `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND` after a lane has failed.
+ * be reached, `CORELANE_ERR_CANCELLED` once it was unloaded, `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND` after a lane has failed.
  */
 corelane_status corelane_send_notif(corelane_conn_t conn,
                                     const void *payload,
@@ -685,9 +695,11 @@ size_t corelane_option_count(void);
 
 /**
  * Describes option `index`, below `corelane_option_count()`. The default is the one in effect
- * without an explicit value: the environment's where the environment has one.
+ * without an explicit value: the environment's where the environment had one when this was first
+ * called, as it is, even if no engine can be made with it.
  *
- * Any thread. Errors: `CORELANE_ERR_NOT_FOUND` beyond the last option.
+ * Any thread. Errors: `CORELANE_ERR_NOT_FOUND` beyond the last option;
+ * `CORELANE_ERR_INVALID_ARGUMENT` without a place for the answer.
  */
 corelane_status corelane_option_at(size_t index, corelane_option_info *info);
 
@@ -757,16 +769,21 @@ corelane_status corelane_conn_destroy(corelane_conn_t conn);
 
 /**
  * Counters and levels of an engine, into a structure of `size` bytes (`sizeof` as the caller was
- * compiled: a caller and a library of different versions understand each other).
+ * compiled: a caller and a library of different versions understand each other). What of a longer
+ * structure this library does not know is left as it is.
  *
- * Any thread.
+ * Any thread, also in a forked child, where levels are 0. Errors: `CORELANE_ERR_INVALID_ARGUMENT`
+ * without a structure.
  */
 corelane_status corelane_stats(corelane_engine_t engine, corelane_engine_stats *stats, size_t size);
 
 /**
  * The state of one peer, into a structure of `size` bytes as in `corelane_stats`.
  *
- * Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when the engine has forgotten the peer.
+ * The peer that has the name now: another one once other metadata was loaded under it.
+ *
+ * Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when the engine has forgotten the peer, and in a
+ * forked child; `CORELANE_ERR_INVALID_ARGUMENT` without a structure.
  */
 corelane_status corelane_conn_stats(corelane_conn_t conn, corelane_peer_stats *stats, size_t size);
 
@@ -777,7 +794,7 @@ const char *corelane_status_name(int32_t status);
 
 /**
  * Why the last failed call of this thread failed: what failed, to whom, and what to do. Valid until
- * this thread's next failed call; empty when none has failed.
+ * this thread's next failed call, or its end; empty when none has failed.
  */
 const char *corelane_last_error(void);
 
@@ -884,7 +901,9 @@ corelane_status corelane_post_notify(corelane_xfer_t xfer,
 
 /**
  * Where a transfer stands: `CORELANE_IN_PROGRESS`, `CORELANE_OK` when it is done,
- * `CORELANE_ERR_NOT_POSTED`, or the error in which it ended (`corelane_xfer_error` has its words).
+ * `CORELANE_ERR_NOT_POSTED`, or the error in which it ended (`corelane_xfer_error` and
+ * `corelane_last_error` have its words). A peer that is gone gives `CORELANE_ERR_REMOTE_DISCONNECT`,
+ * or `CORELANE_ERR_CONNECT` where the attempt to connect again was what failed.
  * The same answer however often it is asked, until it is posted again.
  *
  * Any thread. Costs a load of a finished transfer; of an unfinished one, where cores are few, a turn

@@ -10,7 +10,7 @@ use crate::handles::{
     CONNS, ENGINES, EngineEntry, adopt, corelane_conn_t, corelane_engine_t, free_any,
 };
 use crate::log;
-use crate::options::{Resolved, corelane_option, resolve, strange_variables};
+use crate::options::{Resolved, corelane_option, level_of, resolve, strange_variables};
 use crate::raw;
 use crate::status::{Failure, corelane_status, run};
 
@@ -71,11 +71,11 @@ pub unsafe extern "C" fn corelane_engine_create(
             };
             given.push((name, value));
         }
-        let Resolved { settings, values } = resolve(&given, |name| std::env::var(name).ok())
-            .inspect_err(|_| {
-                // The reason must be readable although no level was understood.
-                log::set_first_level(LevelFilter::WARN);
-            })?;
+        let environment = |name: &str| std::env::var(name).ok();
+        let Resolved { settings, values } = resolve(&given, environment).inspect_err(|_| {
+            // The reason must be readable, unless somebody said that none should be.
+            log::set_first_level(level_of(&given, environment).unwrap_or(LevelFilter::WARN));
+        })?;
         let level = settings.log_level;
         let before = log::set_level(level);
         warn_of_strange_variables();
@@ -94,15 +94,16 @@ pub unsafe extern "C" fn corelane_engine_create(
 /// the engine are freed.
 ///
 /// Any thread but a lane. Errors: `CORELANE_ERR_INVALID_HANDLE`; `CORELANE_ERR_LANE` when a lane had
-/// failed, or did not stop within two seconds more (the handles are gone all the same);
-/// `CORELANE_ERR_SHUTDOWN` in a forked child: only the handle of the engine is freed.
+/// failed, or did not stop in time (the handles are gone all the same); `CORELANE_ERR_SHUTDOWN` in a
+/// forked child: only the handle of the engine is freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_engine_destroy(engine: corelane_engine_t) -> corelane_status {
     run("corelane_engine_destroy", || {
         let entry = ENGINES.get(engine)?;
-        if !ENGINES.remove(engine) {
+        if !entry.ends() {
             return Err(Failure::handle("engine", engine));
         }
+        ENGINES.remove(engine);
         // In a forked child a lock may be held by a thread that only the parent has.
         if let Err(error @ Error::Shutdown) = entry.engine.check_usable() {
             return Err(error.into());
@@ -202,4 +203,75 @@ pub extern "C" fn corelane_stop_accept(engine: corelane_engine_t) -> corelane_st
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_start_listener(engine: corelane_engine_t) -> corelane_status {
     run("corelane_start_listener", || Ok(ENGINES.get(engine)?.engine.start_accepting()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    fn create(name: &str) -> corelane_engine_t {
+        let options = [(c"listen", c"127.0.0.1"), (c"log_level", c"off")]
+            .map(|(name, value)| corelane_option { name: name.as_ptr(), value: value.as_ptr() });
+        let mut engine = 0;
+        // SAFETY: all pointers are valid for their lengths.
+        let status = unsafe {
+            corelane_engine_create(
+                name.as_ptr().cast(),
+                name.len(),
+                options.as_ptr(),
+                options.len(),
+                &raw mut engine,
+            )
+        };
+        assert_eq!(status, corelane_status::CORELANE_OK);
+        engine
+    }
+
+    /// The status with which a child ends that destroys the engine; a child that hangs is killed.
+    fn destroy_in_child(engine: corelane_engine_t) -> i32 {
+        // SAFETY: the child does nothing but what is asked of the library, and ends at once.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            // SAFETY: plain integers.
+            unsafe { libc::alarm(20) };
+            let refused = corelane_engine_destroy(engine) == corelane_status::CORELANE_ERR_SHUTDOWN;
+            let gone =
+                corelane_engine_destroy(engine) == corelane_status::CORELANE_ERR_INVALID_HANDLE;
+            // SAFETY: as above.
+            unsafe { libc::_exit(if refused && gone { 7 } else { 8 }) };
+        }
+        let mut status = 0;
+        // SAFETY: our own child, and room for its status.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        status
+    }
+
+    #[test]
+    fn a_forked_child_that_destroys_an_engine_waits_for_no_lock_of_its_parent() {
+        let engine = create("near");
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let entry = ENGINES.get(engine).unwrap();
+                    // Nearly always one of them holds the lock.
+                    while !done.load(Ordering::Relaxed) {
+                        entry.take_children();
+                    }
+                });
+            }
+            let statuses: Vec<i32> = (0..20).map(|_| destroy_in_child(engine)).collect();
+            done.store(true, Ordering::Relaxed);
+            assert!(
+                statuses
+                    .iter()
+                    .all(|status| libc::WEXITSTATUS(*status) == 7 && libc::WIFEXITED(*status)),
+                "{statuses:?}"
+            );
+        });
+        assert_eq!(corelane_engine_destroy(engine), corelane_status::CORELANE_OK);
+    }
 }

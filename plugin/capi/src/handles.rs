@@ -5,6 +5,7 @@
 //! one of its numbers comes back.)
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use corelane::{Engine, Peer, Region, RegionDescriptor};
@@ -86,21 +87,34 @@ pub(crate) struct EngineEntry {
     pub(crate) engine: Engine,
     /// Every option with the value in effect.
     pub(crate) options: Vec<(&'static str, String)>,
-    /// Handles that die with the engine.
-    children: Mutex<HashSet<u64>>,
+    /// Handles that die with the engine; `None` once it has begun to.
+    children: Mutex<Option<HashSet<u64>>>,
+    /// Somebody is destroying it: nobody else may.
+    ending: AtomicBool,
 }
 
 impl EngineEntry {
     pub(crate) fn new(engine: Engine, options: Vec<(&'static str, String)>) -> Self {
-        Self { engine, options, children: Mutex::new(HashSet::new()) }
+        Self {
+            engine,
+            options,
+            children: Mutex::new(Some(HashSet::new())),
+            ending: AtomicBool::new(false),
+        }
     }
 
-    fn children(&self) -> std::sync::MutexGuard<'_, HashSet<u64>> {
+    fn children(&self) -> std::sync::MutexGuard<'_, Option<HashSet<u64>>> {
         self.children.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Marks the engine as being destroyed; false: it was.
+    pub(crate) fn ends(&self) -> bool {
+        !self.ending.swap(true, Ordering::AcqRel)
+    }
+
+    /// The handles that die now; none is added any more.
     pub(crate) fn take_children(&self) -> HashSet<u64> {
-        std::mem::take(&mut *self.children())
+        self.children().take().unwrap_or_default()
     }
 }
 
@@ -108,6 +122,8 @@ impl EngineEntry {
 pub(crate) struct Owned<T> {
     pub(crate) owner: corelane_engine_t,
     pub(crate) value: T,
+    /// Somebody is freeing it: nobody else may.
+    freed: AtomicBool,
 }
 
 macro_rules! tables {
@@ -132,22 +148,30 @@ pub(crate) fn adopt<T>(
     value: T,
 ) -> Result<u64, Failure> {
     let entry = ENGINES.get(owner)?;
-    let handle = table.insert(Owned { owner, value })?;
-    entry.children().insert(handle);
-    Ok(handle)
+    let handle = table.insert(Owned { owner, value, freed: AtomicBool::new(false) })?;
+    if let Some(children) = &mut *entry.children() {
+        children.insert(handle);
+        return Ok(handle);
+    }
+    table.remove(handle);
+    Err(Failure::handle("engine", owner))
 }
 
 /// Frees an object of an engine; false: it was freed before.
 pub(crate) fn free<T>(table: &Table<Owned<T>>, handle: u64) -> bool {
-    let Ok(owner) = table.get(handle).map(|entry| entry.owner) else { return false };
-    if !table.remove(handle) {
+    let Ok(object) = table.get(handle) else { return false };
+    if object.freed.swap(true, Ordering::AcqRel) {
         return false;
     }
+    let owner = object.owner;
+    table.remove(handle);
+    drop(object);
     // In a forked child, a thread of the parent may hold the lock for ever.
     if let Ok(entry) = ENGINES.get(owner)
         && entry.engine.check_usable().is_ok()
+        && let Some(children) = &mut *entry.children()
     {
-        entry.children().remove(&handle);
+        children.remove(&handle);
     }
     true
 }

@@ -78,18 +78,14 @@ pub(crate) fn take_back(level: LevelFilter, before: Option<LevelFilter>) {
 }
 
 /// Says why a call failed. Bounded in rate: a caller that repeats a mistake does not flood the log.
+/// The same message of the same function is counted, and the number told when it comes up again some
+/// seconds later.
 pub(crate) fn complain(function: &'static str, message: &str) {
-    complain_about(function, message, message);
-}
-
-/// As [`complain`], where messages that differ say the same: those with the same `cause` count as
-/// repeated. The first is said, the others are counted.
-pub(crate) fn complain_about(function: &'static str, cause: &str, message: &str) {
     static SAID: Limiter = Limiter::new(1);
     static BUDGET: Budget = Budget::new();
     static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
     let now = limit::now();
-    let Some(repeated) = SAID.admit(limit::key_of((function, cause)), now) else { return };
+    let Some(repeated) = SAID.admit(limit::key_of((function, message)), now) else { return };
     if !BUDGET.spend(now) {
         SUPPRESSED.fetch_add(repeated + 1, Ordering::Relaxed);
         return;

@@ -332,11 +332,12 @@ pub(crate) fn resolve(
             .iter()
             .rev()
             .find(|(name, value)| *name == spec.name() && !value.trim().is_empty());
-        let environment =
-            environment(&spec.variable()).filter(|value| !value.trim().is_empty());
+        let environment = environment(&spec.variable()).filter(|value| !value.trim().is_empty());
         let (value, source) = match (explicit, &environment) {
             // Some callers pass on what `corelane_option_at` told them of the environment.
-            (Some((_, value)), Some(same)) if same.trim() == value.trim() => (*value, Source::Either),
+            (Some((_, value)), Some(same)) if same.trim() == value.trim() => {
+                (*value, Source::Either)
+            }
             (Some((_, value)), _) => (*value, Source::Call),
             (None, Some(value)) => (value.as_str(), Source::Environment),
             (None, None) => (spec.default(), Source::Default),
@@ -347,6 +348,16 @@ pub(crate) fn resolve(
         values.push((spec.name(), value));
     }
     Ok(Resolved { settings, values })
+}
+
+/// The level of the log, if that at least can be understood.
+pub(crate) fn level_of(
+    given: &[(&str, &str)],
+    environment: impl Fn(&str) -> Option<String>,
+) -> Option<LevelFilter> {
+    let given: Vec<_> = given.iter().copied().filter(|(name, _)| *name == "log_level").collect();
+    let environment = |name: &str| environment(name).filter(|_| name == "CORELANE_LOG_LEVEL");
+    Some(resolve(&given, environment).ok()?.settings.log_level)
 }
 
 fn config(message: String) -> Failure {

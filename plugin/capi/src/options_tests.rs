@@ -130,6 +130,20 @@ fn what_is_wrong_is_refused_with_its_source_and_what_would_be_right() {
 }
 
 #[test]
+fn the_level_is_understood_whatever_else_is_not() {
+    let environment = |name: &str| match name {
+        "CORELANE_LOG_LEVEL" => Some("debug".to_owned()),
+        "CORELANE_STREAMS" => Some("many".to_owned()),
+        _ => None,
+    };
+    let wrong = [("stream", "4"), ("assist", "sometimes")];
+    assert_eq!(level_of(&wrong, environment), Some(LevelFilter::DEBUG));
+    assert_eq!(level_of(&[("log_level", "off"), wrong[0]], environment), Some(LevelFilter::OFF));
+    assert_eq!(level_of(&[("log_level", "loud")], environment), None);
+    assert_eq!(level_of(&wrong, |_| None), Some(LevelFilter::INFO));
+}
+
+#[test]
 fn mistyped_variables_are_noticed() {
     let names = ["CORELANE_STREAM", "CORELANE_STREAMS", "CORELANE_NO_INSTALL", "HOME"];
     let strange: Vec<_> = strange_variables(names.into_iter().map(str::to_owned)).collect();

@@ -183,7 +183,8 @@ thread_local! {
     static LAST_ERROR: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-fn remember(message: &str) {
+/// What `corelane_last_error` says from now on.
+pub(crate) fn remember(message: &str) {
     // A thread that is ending has no place for it.
     let _ = LAST_ERROR.try_with(|last| {
         let mut last = last.borrow_mut();

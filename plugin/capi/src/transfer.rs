@@ -16,7 +16,7 @@ use crate::handles::{
 use crate::status::{
     Failure,
     corelane_status::{self, CORELANE_IN_PROGRESS, CORELANE_OK},
-    guard, run, status_of,
+    guard, remember, run, status_of,
 };
 use crate::{log, raw};
 
@@ -121,9 +121,12 @@ impl Posting {
         self.posts.fetch_or(RELEASING, Ordering::AcqRel) & !RELEASING == 0
     }
 
-    fn is_in_flight(&self) -> bool {
+    fn is_beginning(&self) -> bool {
         self.posts.load(Ordering::Acquire) & !RELEASING != 0
-            || matches!(self.transfer.status(), Status::InProgress)
+    }
+
+    fn is_in_flight(&self) -> bool {
+        self.is_beginning() || matches!(self.transfer.status(), Status::InProgress)
     }
 }
 
@@ -465,20 +468,22 @@ pub unsafe extern "C" fn corelane_post_notify(
 }
 
 impl Posting {
-    fn failed(&self, error: &Error) -> Failure {
+    fn failed(&self, error: &Error) {
         let failure = Failure::from(error.clone());
         // Its handle is valid: what is wrong is the posting. Logged once, however often it is asked.
         let quiet = matches!(error, Error::Cancelled | Error::Shutdown);
+        remember(&failure.message);
         if !quiet && !self.reported.swap(true, Ordering::Relaxed) {
             // Without what differs from one transfer to the next: many may end for one cause.
             log::complain("transfer", &failure.message);
         }
-        failure
     }
 }
 
 /// Where a transfer stands: `CORELANE_IN_PROGRESS`, `CORELANE_OK` when it is done,
-/// `CORELANE_ERR_NOT_POSTED`, or the error in which it ended (`corelane_xfer_error` has its words).
+/// `CORELANE_ERR_NOT_POSTED`, or the error in which it ended (`corelane_xfer_error` and
+/// `corelane_last_error` have its words). A peer that is gone gives `CORELANE_ERR_REMOTE_DISCONNECT`,
+/// or `CORELANE_ERR_CONNECT` where the attempt to connect again was what failed.
 /// The same answer however often it is asked, until it is posted again.
 ///
 /// Any thread. Costs a load of a finished transfer; of an unfinished one, where cores are few, a turn
@@ -590,8 +595,8 @@ fn end_within(posting: &Posting, timeout: Duration) -> bool {
         // Only whether it has ended counts, not how. In slices: a post that had begun before the
         // release may start it after it was cancelled.
         match posting.transfer.wait(left.min(Duration::from_millis(100))) {
-            // This thread may not wait.
-            Err(Error::InvalidArgument(_)) => return false,
+            // This thread may not wait, unless the transfer is just about to be posted.
+            Err(Error::InvalidArgument(_)) if !posting.is_beginning() => return false,
             Err(_) => std::thread::yield_now(),
             Ok(()) => {}
         }

@@ -72,8 +72,7 @@ impl Limiter {
     /// `times` per window, at most 15.
     pub(super) const fn new(times: u64) -> Self {
         assert!(0 < times && times < 1 << State::SAID_BITS);
-        let slots =
-            [const { Slot { key: AtomicU64::new(0), state: AtomicU64::new(0) } }; SLOTS];
+        let slots = [const { Slot { key: AtomicU64::new(0), state: AtomicU64::new(0) } }; SLOTS];
         Self { slots, times }
     }
 

@@ -1,6 +1,7 @@
 //! One line, and its way to standard error.
 
 use std::fmt::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of the longest line: below `PIPE_BUF`, so that a pipe takes a line whole or not at all.
@@ -88,10 +89,24 @@ fn ready() -> bool {
     answer == 1 && fd.revents == libc::POLLOUT
 }
 
+/// Standard error once more, if it is a terminal: one that is nearly full takes a part of a line and
+/// waits with the rest, and whether it does is a matter of how it was opened.
+fn terminal() -> Option<OwnedFd> {
+    // SAFETY: a plain integer, and a string that is never freed; the descriptor is new and ours.
+    unsafe {
+        if libc::isatty(libc::STDERR_FILENO) == 0 {
+            return None;
+        }
+        let flags = libc::O_WRONLY | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+        let fd = libc::open(c"/proc/self/fd/2".as_ptr(), flags);
+        (fd >= 0).then(|| OwnedFd::from_raw_fd(fd))
+    }
+}
+
 fn write(line: &[u8]) -> bool {
     let mut rest = line;
-    // Between `ready` and the write somebody else may fill a pipe, so the kernel is told not to wait.
-    // Not every file knows how: a regular one does not need to.
+    // Between `ready` and the write somebody else may fill a pipe, so the kernel is told not to
+    // wait. Not every file knows how: a regular one does not need to.
     let mut nowait = true;
     // The first attempt is the only one but for signals and files that take part of a line.
     for _ in 0..8 {
@@ -99,14 +114,17 @@ fn write(line: &[u8]) -> bool {
             return false;
         }
         let piece = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
-        // SAFETY: the pieces are what is left of `line`, which both calls only read.
-        let written = unsafe {
-            if nowait {
-                // An offset of -1: where the file stands, as `write` does.
+        let written = if nowait {
+            // An offset of -1: where the file stands, as `write` does.
+            // SAFETY: one piece, what is left of `line`, which is only read.
+            unsafe {
                 libc::pwritev2(libc::STDERR_FILENO, &raw const piece, 1, -1, libc::RWF_NOWAIT)
-            } else {
-                libc::write(libc::STDERR_FILENO, piece.iov_base, piece.iov_len)
             }
+        } else {
+            let terminal = terminal();
+            let fd = terminal.as_ref().map_or(libc::STDERR_FILENO, AsRawFd::as_raw_fd);
+            // SAFETY: as above.
+            unsafe { libc::write(fd, piece.iov_base, piece.iov_len) }
         };
         match usize::try_from(written) {
             Ok(written) => rest = &rest[written.min(rest.len())..],
