@@ -263,6 +263,104 @@ typedef struct {
 } corelane_option_info;
 
 /**
+ * A range of this engine's memory, inside one registered region.
+ */
+typedef struct {
+  /**
+   * First byte.
+   */
+  uint64_t addr;
+  /**
+   * Length in bytes; 0 moves nothing.
+   */
+  uint64_t len;
+  /**
+   * The registration that the transfer depends on; 0: any that holds the range. It matters where
+   * registrations overlap and one of them is taken back.
+   */
+  corelane_region_t region;
+} corelane_local_segment;
+
+/**
+ * A range of a peer's memory.
+ */
+typedef struct {
+  /**
+   * The region it lies in.
+   */
+  corelane_desc_t desc;
+  /**
+   * First byte, in the peer's address space.
+   */
+  uint64_t addr;
+  /**
+   * Length in bytes; 0 moves nothing.
+   */
+  uint64_t len;
+} corelane_remote_segment;
+
+/**
+ * A prepared transfer: can be posted again and again. 0 is never valid.
+ */
+typedef uint64_t corelane_xfer_t;
+
+/**
+ * Blocks of this engine's memory: block `i` is `block_bytes` bytes at `base + indices[i] * stride`.
+ */
+typedef struct {
+  /**
+   * Address of block 0.
+   */
+  uint64_t base;
+  /**
+   * Bytes from the start of a block to the start of the next.
+   */
+  uint64_t stride;
+  /**
+   * Length of a block in bytes.
+   */
+  uint64_t block_bytes;
+  /**
+   * Which blocks, in which order.
+   */
+  const uint32_t *indices;
+  /**
+   * How many.
+   */
+  size_t count;
+} corelane_local_blocks;
+
+/**
+ * Blocks of a peer's memory: block `i` is `block_bytes` bytes at `base + indices[i] * stride`.
+ */
+typedef struct {
+  /**
+   * The region that all blocks lie in.
+   */
+  corelane_desc_t desc;
+  /**
+   * Address of block 0, in the peer's address space.
+   */
+  uint64_t base;
+  /**
+   * Bytes from the start of a block to the start of the next.
+   */
+  uint64_t stride;
+  /**
+   * Length of a block in bytes.
+   */
+  uint64_t block_bytes;
+  /**
+   * Which blocks, in which order.
+   */
+  const uint32_t *indices;
+  /**
+   * How many; the same as on the local side.
+   */
+  size_t count;
+} corelane_remote_blocks;
+
+/**
  * Totals since the engine was created, then what is there now. Later versions append.
  */
 typedef struct {
@@ -393,104 +491,6 @@ typedef struct {
    */
   uint64_t unacknowledged_bytes;
 } corelane_peer_stats;
-
-/**
- * A range of this engine's memory, inside one registered region.
- */
-typedef struct {
-  /**
-   * First byte.
-   */
-  uint64_t addr;
-  /**
-   * Length in bytes; 0 moves nothing.
-   */
-  uint64_t len;
-  /**
-   * The registration that the transfer depends on; 0: any that holds the range. It matters where
-   * registrations overlap and one of them is taken back.
-   */
-  corelane_region_t region;
-} corelane_local_segment;
-
-/**
- * A range of a peer's memory.
- */
-typedef struct {
-  /**
-   * The region it lies in.
-   */
-  corelane_desc_t desc;
-  /**
-   * First byte, in the peer's address space.
-   */
-  uint64_t addr;
-  /**
-   * Length in bytes; 0 moves nothing.
-   */
-  uint64_t len;
-} corelane_remote_segment;
-
-/**
- * A prepared transfer: can be posted again and again. 0 is never valid.
- */
-typedef uint64_t corelane_xfer_t;
-
-/**
- * Blocks of this engine's memory: block `i` is `block_bytes` bytes at `base + indices[i] * stride`.
- */
-typedef struct {
-  /**
-   * Address of block 0.
-   */
-  uint64_t base;
-  /**
-   * Bytes from the start of a block to the start of the next.
-   */
-  uint64_t stride;
-  /**
-   * Length of a block in bytes.
-   */
-  uint64_t block_bytes;
-  /**
-   * Which blocks, in which order.
-   */
-  const uint32_t *indices;
-  /**
-   * How many.
-   */
-  size_t count;
-} corelane_local_blocks;
-
-/**
- * Blocks of a peer's memory: block `i` is `block_bytes` bytes at `base + indices[i] * stride`.
- */
-typedef struct {
-  /**
-   * The region that all blocks lie in.
-   */
-  corelane_desc_t desc;
-  /**
-   * Address of block 0, in the peer's address space.
-   */
-  uint64_t base;
-  /**
-   * Bytes from the start of a block to the start of the next.
-   */
-  uint64_t stride;
-  /**
-   * Length of a block in bytes.
-   */
-  uint64_t block_bytes;
-  /**
-   * Which blocks, in which order.
-   */
-  const uint32_t *indices;
-  /**
-   * How many; the same as on the local side.
-   */
-  size_t count;
-} corelane_remote_blocks;
 
 #ifdef __cplusplus
 extern "C" {
@@ -768,37 +768,6 @@ corelane_status corelane_unload_peer(corelane_conn_t conn, int64_t timeout_ms);
 corelane_status corelane_conn_destroy(corelane_conn_t conn);
 
 /**
- * Counters and levels of an engine, into a structure of `size` bytes (`sizeof` as the caller was
- * compiled: a caller and a library of different versions understand each other). What of a longer
- * structure this library does not know is left as it is.
- *
- * Any thread, also in a forked child, where levels are 0. Errors: `CORELANE_ERR_INVALID_ARGUMENT`
- * without a structure.
- */
-corelane_status corelane_stats(corelane_engine_t engine, corelane_engine_stats *stats, size_t size);
-
-/**
- * The state of one peer, into a structure of `size` bytes as in `corelane_stats`.
- *
- * The peer that has the name now: another one once other metadata was loaded under it.
- *
- * Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when the engine has forgotten the peer, and in a
- * forked child; `CORELANE_ERR_INVALID_ARGUMENT` without a structure.
- */
-corelane_status corelane_conn_stats(corelane_conn_t conn, corelane_peer_stats *stats, size_t size);
-
-/**
- * Words for a status, as a string that is never freed. Any number is allowed.
- */
-const char *corelane_status_name(int32_t status);
-
-/**
- * Why the last failed call of this thread failed: what failed, to whom, and what to do. Valid until
- * this thread's next failed call, or its end; empty when none has failed.
- */
-const char *corelane_last_error(void);
-
-/**
  * Prepares a transfer of `local[i]` from (`CORELANE_READ`) or to (`CORELANE_WRITE`) `remote[i]`, for
  * all `count` of them. All checks, merging and splitting happen here, once; some tens of nanoseconds
  * each. Starts connecting if need be, without waiting.
@@ -878,6 +847,37 @@ corelane_status corelane_write_strided(corelane_conn_t conn,
                                        const corelane_local_blocks *local,
                                        const corelane_remote_blocks *remote,
                                        corelane_xfer_t *xfer);
+
+/**
+ * Counters and levels of an engine, into a structure of `size` bytes (`sizeof` as the caller was
+ * compiled: a caller and a library of different versions understand each other). What of a longer
+ * structure this library does not know is left as it is.
+ *
+ * Any thread, also in a forked child, where levels are 0. Errors: `CORELANE_ERR_INVALID_ARGUMENT`
+ * without a structure.
+ */
+corelane_status corelane_stats(corelane_engine_t engine, corelane_engine_stats *stats, size_t size);
+
+/**
+ * The state of one peer, into a structure of `size` bytes as in `corelane_stats`.
+ *
+ * The peer that has the name now: another one once other metadata was loaded under it.
+ *
+ * Any thread. Errors: `CORELANE_ERR_NOT_FOUND` when the engine has forgotten the peer, and in a
+ * forked child; `CORELANE_ERR_INVALID_ARGUMENT` without a structure.
+ */
+corelane_status corelane_conn_stats(corelane_conn_t conn, corelane_peer_stats *stats, size_t size);
+
+/**
+ * Words for a status, as a string that is never freed. Any number is allowed.
+ */
+const char *corelane_status_name(int32_t status);
+
+/**
+ * Why the last failed call of this thread failed: what failed, to whom, and what to do. Valid until
+ * this thread's next failed call, or its end; empty when none has failed.
+ */
+const char *corelane_last_error(void);
 
 /**
  * Starts a prepared transfer, for the first time or again after its end. One message to the lane;

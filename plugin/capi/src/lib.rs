@@ -16,6 +16,7 @@ mod memory;
 mod notification;
 mod options;
 mod peer;
+mod prepare;
 mod raw;
 mod stats;
 mod status;
@@ -31,6 +32,7 @@ pub use options::{
     corelane_option, corelane_option_at, corelane_option_count, corelane_option_info,
 };
 pub use peer::*;
+pub use prepare::*;
 pub use stats::*;
 pub use status::{corelane_last_error, corelane_status, corelane_status_name};
 pub use transfer::*;

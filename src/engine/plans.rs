@@ -1,0 +1,104 @@
+//! `Engine`: preparing transfers.
+
+use std::sync::Arc;
+
+use super::{Engine, Message};
+use crate::error::{Error, Result};
+use crate::memory::{LocalSegment, RemoteSegment};
+use crate::peer::Peer;
+use crate::plan::{
+    DescriptorPair, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner, RemoteBlocks,
+    RemoteList,
+};
+use crate::sync::Ticket;
+use crate::transfer::Plan;
+
+impl Engine {
+    /// Prepares a transfer of `local[i]` from or to `remote[i]`, for every `i`. All checks, merging
+    /// and splitting happen here, once; some tens of nanoseconds a descriptor.
+    ///
+    /// Starts connecting if need be, without waiting.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`], [`Error::NotRegistered`], [`Error::OutOfBounds`],
+    /// [`Error::Permission`], [`Error::StaleDescriptor`], [`Error::Limit`].
+    pub fn prepare(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        local: &[LocalSegment],
+        remote: &[RemoteSegment<'_>],
+    ) -> Result<Plan> {
+        self.build(operation, peer, local, remote)
+    }
+
+    /// As [`prepare`](Self::prepare), for lists of blocks.
+    ///
+    /// # Errors
+    /// As for [`prepare`](Self::prepare).
+    pub fn prepare_blocks(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        local: &LocalBlocks<'_>,
+        remote: &RemoteBlocks<'_>,
+    ) -> Result<Plan> {
+        local.check()?;
+        remote.check()?;
+        self.build(operation, peer, local, remote)
+    }
+
+    /// As [`prepare`](Self::prepare), for `count` pairs that are asked for one after the other, so
+    /// that no lists have to be made. `pair` may refuse with an error, which is returned.
+    ///
+    /// # Errors
+    /// As for [`prepare`](Self::prepare).
+    pub fn prepare_pairs<'d>(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        count: usize,
+        pair: impl FnMut(usize) -> Result<DescriptorPair<'d>>,
+    ) -> Result<Plan> {
+        self.build_with(operation, peer, |builder| builder.build_pairs(count, pair))
+    }
+
+    fn build<'d>(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        local: &(impl LocalList + ?Sized),
+        remote: &(impl RemoteList<'d> + ?Sized),
+    ) -> Result<Plan> {
+        self.build_with(operation, peer, |builder| builder.build(local, remote))
+    }
+
+    fn build_with(
+        &self,
+        operation: Operation,
+        peer: &Peer,
+        build: impl FnOnce(&PlanBuilder<'_>) -> Result<PlanInner>,
+    ) -> Result<Plan> {
+        let shared = &self.shared;
+        shared.check()?;
+        if !Arc::ptr_eq(&peer.engine, shared) {
+            return Err(Error::InvalidArgument("the peer belongs to another engine".into()));
+        }
+        let registry = shared.registry();
+        let builder = PlanBuilder {
+            operation,
+            peer: &peer.shared,
+            registry: &registry,
+            chunk_bytes: shared.config.chunk_bytes as u64,
+            latency_bytes: shared.config.latency_bytes as u64,
+            max_descriptors: shared.config.limits.descriptors,
+        };
+        let plan = Plan { inner: Arc::new(build(&builder)?), engine: shared.clone() };
+        drop(registry);
+        if !peer.is_connected() {
+            let warm_up = Message::Connect(peer.shared.clone(), Ticket::new());
+            self.submit(peer.shared.lane, warm_up)?;
+        }
+        Ok(plan)
+    }
+}
