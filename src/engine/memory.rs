@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use super::{Engine, Message};
+#[cfg(doc)]
+use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::memory::Region;
 use crate::sync::{Ticket, deadline};
