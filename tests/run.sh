@@ -274,7 +274,16 @@ run_nixl() {
     printf '\nNIXL %s, from Rust:\n' "$nixl_newest"
     with_nixl "$nixl_newest" run_cargo_tests --package corelane-nixl-tests || failed=1
     run_python_tests "$nixl_newest" "not too_old" || failed=1
+    with_nixl "$nixl_newest" check_nixl_bench || failed=1
     return "$failed"
+}
+
+# The harness with its driver of NIXL: its tests, and every scenario once, for a moment.
+check_nixl_bench() {
+    printf '\nNIXL %s, from corelane-bench:\n' "$nixl_newest"
+    run_cargo_tests --package corelane-bench --features nixl &&
+        cargo run --quiet --package corelane-bench --features nixl --locked -- \
+            nixl --vs UCX@UCX_TLS=tcp --sizes 64,1M --rounds 1 --duration 20ms
 }
 
 # A selection on the other versions; what has another plugin ABI must be refused in a way that users understand.
