@@ -288,8 +288,14 @@ def test_a_decode_killed_with_blocks_waiting_for_it(start) -> None:
 def running() -> Iterator[subprocess.Popen]:
     """The program in the middle of an endless number of requests, in a process group of its own."""
     command = [*PROGRAM, "--backend", BACKEND, "--requests", "1000000", "--timeout", "20"]
+    # A test run in the background of a shell ignores SIGINT, and so would the program then.
     program = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while "request 3 of" not in (line := program.stdout.readline()):
