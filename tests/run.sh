@@ -281,7 +281,7 @@ run_nixl() {
 # The harness with its driver of NIXL: its tests, and every scenario once, for a moment.
 check_nixl_bench() {
     printf '\nNIXL %s, from corelane-bench:\n' "$nixl_newest"
-    run_cargo_tests --package corelane-bench --features nixl &&
+    cargo test --quiet --package corelane-bench --features nixl --bins --tests --locked &&
         cargo run --quiet --package corelane-bench --features nixl --locked -- \
             nixl --vs UCX@UCX_TLS=tcp --sizes 64,1M --rounds 1 --duration 20ms
 }
