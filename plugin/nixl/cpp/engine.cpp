@@ -7,15 +7,13 @@
 #include <pthread.h>
 
 using corelane::Conn;
+using corelane::kGraceMs;
 using corelane::LocalMD;
 using corelane::Registration;
 using corelane::RemoteMD;
 using corelane::toNixl;
 
 namespace {
-
-// Beyond the operation timeout, after which every transfer has ended: for the lanes to say so.
-constexpr int64_t kGraceMs = 1000;
 
 // How long `disconnect` waits for the last notifications of a peer: a living one acknowledges within
 // some milliseconds, and for a dead one nobody should wait while the agent holds its lock.

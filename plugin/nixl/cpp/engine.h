@@ -27,6 +27,9 @@
 
 namespace corelane {
 
+// Beyond the operation timeout, after which every transfer has ended: for the lanes to say so.
+constexpr int64_t kGraceMs = 1000;
+
 // docs/nixl.md has this table.
 nixl_status_t toNixl(corelane_status status);
 

@@ -5,12 +5,10 @@
 #include <vector>
 
 using corelane::Request;
+using corelane::kGraceMs;
 using corelane::toNixl;
 
 namespace {
-
-// Beyond the operation timeout, after which every transfer has ended: for the lane to say so.
-constexpr int64_t kGraceMs = 1000;
 
 // Segments of two lists that a thread keeps room for: 0.8 MiB.
 constexpr size_t kKeptSegments = 16384;
