@@ -38,6 +38,8 @@ impl LaneSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum TransportKind {
+    /// Between engines of one host: copies by the initiator, notifications in shared memory.
+    Local,
     /// Requests over TCP, served by the remote lane straight out of registered memory.
     Tcp,
 }
@@ -46,6 +48,7 @@ impl TransportKind {
     /// The name used in options and logs.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Local => "local",
             Self::Tcp => "tcp",
         }
     }
@@ -53,6 +56,7 @@ impl TransportKind {
     pub(crate) fn bit(self) -> u32 {
         match self {
             Self::Tcp => 1,
+            Self::Local => 2,
         }
     }
 }
@@ -68,8 +72,9 @@ impl std::str::FromStr for TransportKind {
 
     fn from_str(s: &str) -> Result<Self> {
         match s {
+            "local" => Ok(Self::Local),
             "tcp" => Ok(Self::Tcp),
-            other => Err(Error::Config(format!("unknown transport `{other}` (known: tcp)"))),
+            other => Err(Error::Config(format!("unknown transport `{other}` (known: local, tcp)"))),
         }
     }
 }
@@ -147,8 +152,18 @@ pub struct EngineConfig {
     pub spin: Spin,
     /// Whether callers' threads drive a lane while they wait. Default: where cores are too few.
     pub assist: AssistMode,
-    /// Transports, in order of preference.
+    /// The transports that may be used; to one peer, the best that both sides allow and that works.
+    /// Default: all.
     pub transports: Vec<TransportKind>,
+    /// Transport `local`: write to a peer's process only by ways on which no other process could be
+    /// reached, had the peer just ended and its process ID been given to another. Half the speed from
+    /// 64 KiB on. Default false: such a write begins within a microsecond after a look that it is the
+    /// peer's.
+    pub strict_writes: bool,
+    /// Transport `local`: let any process of the same user reach into this one, where the Yama security
+    /// module (`kernel.yama.ptrace_scope=1`) would otherwise forbid it. For the whole process. Default
+    /// false.
+    pub any_tracer: bool,
     /// Listening addresses.
     pub listen: Listen,
     /// TCP streams that carry the bulk transfers to one peer. Default 2 (docs/benchmarks.md).
@@ -157,8 +172,9 @@ pub struct EngineConfig {
     pub chunk_bytes: usize,
     /// Transfers of at most this many bytes use the latency stream.
     pub latency_bytes: usize,
-    /// Transfers of at most this many bytes are started by the thread that posts them, where
-    /// [`assist`](Self::assist) lets it drive the lane; 0: always by the lane. Default 64 KiB.
+    /// Transfers of at most this many bytes are started by the thread that posts them: over transport
+    /// `local` it copies them itself, else where [`assist`](Self::assist) lets it drive the lane. 0:
+    /// always by the lane. Default 64 KiB.
     pub inline_bytes: usize,
     /// A peer that is silent for so long is dead. Default 3 s, at least 50 ms.
     pub liveness: Duration,
@@ -184,7 +200,9 @@ impl Default for EngineConfig {
             lanes: LaneSpec::Auto { count: 1 },
             spin: Spin::For(Duration::from_micros(50)),
             assist: AssistMode::Auto,
-            transports: vec![TransportKind::Tcp],
+            transports: vec![TransportKind::Local, TransportKind::Tcp],
+            strict_writes: false,
+            any_tracer: false,
             listen: Listen::default(),
             streams: 2,
             chunk_bytes: 256 << 10,
@@ -226,7 +244,7 @@ impl EngineConfig {
             }
         }
         if self.transports.is_empty() {
-            return refuse("the list of transports is empty (known: tcp)".into());
+            return refuse("the list of transports is empty (known: local, tcp)".into());
         }
         if !(1..=64).contains(&self.streams) {
             return refuse(format!("streams={} is outside 1..=64", self.streams));

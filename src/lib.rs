@@ -92,7 +92,9 @@ pub use config::{
 };
 pub use engine::{Engine, LocalEngine, Task};
 pub use error::{Error, Result};
-pub use memory::{Access, LocalSegment, MemoryKind, Region, RegionDescriptor, RemoteSegment};
+pub use memory::{
+    Access, Buffer, LocalSegment, MemoryKind, Region, RegionDescriptor, RemoteSegment,
+};
 pub use notification::Notification;
 pub use peer::{Estimate, Peer};
 pub use plan::{DescriptorPair, LocalBlocks, Operation, RemoteBlocks};

@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::config::TransportKind;
+use crate::plan::Operation;
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What one lane has done. Written only by whoever holds the lane's pump, so that counting
@@ -34,6 +37,8 @@ counters! {
     completed,
     /// Transfers that ended in an error.
     failed,
+    /// Transfers that the thread which posted them copied by itself (transport `local`).
+    copied_by_callers,
     /// Bytes read from peers.
     bytes_read,
     /// Bytes written to peers.
@@ -66,6 +71,44 @@ counters! {
     send_calls,
 }
 
+/// What callers' threads have copied by themselves. Several write: 5 ns for each number.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct InlineCounters {
+    completed: AtomicU64,
+    failed: AtomicU64,
+    bytes_read: AtomicU64,
+    bytes_written: AtomicU64,
+}
+
+impl InlineCounters {
+    #[inline]
+    pub(crate) fn completed(&self, operation: Operation, bytes: u64) {
+        self.completed.fetch_add(1, Ordering::Relaxed);
+        match operation {
+            Operation::Read => self.bytes_read.fetch_add(bytes, Ordering::Relaxed),
+            Operation::Write => self.bytes_written.fetch_add(bytes, Ordering::Relaxed),
+        };
+    }
+
+    pub(crate) fn failed(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Totals {
+    pub(crate) fn add_inline(&mut self, inline: &InlineCounters) {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (completed, failed) = (get(&inline.completed), get(&inline.failed));
+        self.posted += completed + failed;
+        self.completed += completed;
+        self.failed += failed;
+        self.bytes_read += get(&inline.bytes_read);
+        self.bytes_written += get(&inline.bytes_written);
+        self.copied_by_callers += completed;
+    }
+}
+
 /// A counter with one writer at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
@@ -90,6 +133,9 @@ pub struct PeerStats {
     pub name: String,
     /// Whether a session is up.
     pub connected: bool,
+    /// Which way transfers go now: `local` by copies of this side, `tcp` as requests over a socket. `None`
+    /// while there is no session, and while it is being found out.
+    pub transport: Option<TransportKind>,
     /// Lane that owns the peer.
     pub lane: usize,
     /// Transfers in flight.

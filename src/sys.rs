@@ -5,7 +5,7 @@
 //! that is not mapped with `EFAULT` instead of a fault signal.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// A range of registered memory, in the kernel's own format.
 #[derive(Clone, Copy)]
@@ -26,6 +26,11 @@ impl IoSegment {
     /// Memory of this process that the caller keeps alive while the segment is used.
     pub(crate) fn of(bytes: &[u8]) -> Self {
         Self(libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() })
+    }
+
+    /// As [`of`](Self::of), for memory that will be written.
+    pub(crate) fn of_mut(bytes: &mut [u8]) -> Self {
+        Self(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() })
     }
 
     pub(crate) fn addr(&self) -> u64 {
@@ -102,6 +107,93 @@ pub(crate) fn send_segments(fd: BorrowedFd<'_>, segments: &[IoSegment]) -> io::R
     })
 }
 
+/// Descriptors that came, or go, with the first byte of a message.
+pub(crate) type Fds = smallvec::SmallVec<[OwnedFd; 3]>;
+
+/// Room for the control message of as many descriptors as one message may carry.
+#[repr(align(8))]
+struct ControlBuffer([u8; 64]);
+
+/// As [`recv`], on a Unix socket: descriptors that come with the bytes are added to `fds`.
+pub(crate) fn recv_with_fds(
+    fd: BorrowedFd<'_>,
+    buf: &mut [u8],
+    fds: &mut Fds,
+) -> io::Result<usize> {
+    let into = [IoSegment::of_mut(buf)];
+    let mut message = message(&into);
+    let mut control = ControlBuffer([0; 64]);
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = control.0.len() as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: `message` points to `into` and `control`, which outlive the call; `buf` is ours.
+    let n = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) })?;
+    // SAFETY: the kernel has filled `control` with whole headers; the loop follows them as CMSG(3) says,
+    // and takes each descriptor over once.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while let Some(one) = header.as_ref() {
+            if one.cmsg_level == libc::SOL_SOCKET && one.cmsg_type == libc::SCM_RIGHTS {
+                let data = libc::CMSG_DATA(header).cast::<libc::c_int>();
+                let bytes = (one.cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
+                for index in 0..bytes / size_of::<libc::c_int>() {
+                    fds.push(OwnedFd::from_raw_fd(data.add(index).read_unaligned()));
+                }
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+    }
+    Ok(n)
+}
+
+/// One non-blocking `sendmsg` on a Unix socket, with up to three descriptors.
+pub(crate) fn send_with_fds(
+    fd: BorrowedFd<'_>,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let from = [IoSegment::of(bytes)];
+    let mut message = message(&from);
+    let mut control = ControlBuffer([0; 64]);
+    let raw: smallvec::SmallVec<[libc::c_int; 3]> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let len = size_of_val(&raw[..]);
+    // SAFETY: computes a length.
+    let space = unsafe { libc::CMSG_SPACE(len as libc::c_uint) } as usize;
+    if space > control.0.len() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    if !raw.is_empty() {
+        message.msg_control = control.0.as_mut_ptr().cast();
+        message.msg_controllen = space as _;
+        // SAFETY: `control` has room for one header and the numbers, which was just checked.
+        unsafe {
+            if let Some(header) = libc::CMSG_FIRSTHDR(&raw const message).as_mut() {
+                header.cmsg_level = libc::SOL_SOCKET;
+                header.cmsg_type = libc::SCM_RIGHTS;
+                header.cmsg_len = libc::CMSG_LEN(len as libc::c_uint) as _;
+                let data = libc::CMSG_DATA(header);
+                std::ptr::copy_nonoverlapping(raw.as_ptr().cast::<u8>(), data, len);
+            }
+        }
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `message` points to `from` and `control`, which outlive the call.
+    result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
+}
+
+/// Adds one to an eventfd. A full counter is as good.
+pub(crate) fn ring(eventfd: BorrowedFd<'_>) {
+    let one = 1u64;
+    // SAFETY: eight readable bytes.
+    unsafe { libc::write(eventfd.as_raw_fd(), (&raw const one).cast(), size_of::<u64>()) };
+}
+
+/// Whether a descriptor is an eventfd: nothing else may be written to on somebody else's word.
+pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
+}
+
 /// Random bytes from the kernel.
 pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
@@ -125,6 +217,27 @@ mod tests {
         // SAFETY: nothing is mapped there; the kernel refuses.
         let error = unsafe { recv_segments(b.as_fd(), &nowhere) }.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+    }
+
+    #[test]
+    fn descriptors_travel_with_their_bytes() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let sent = [writer.as_fd(), reader.as_fd()];
+        assert_eq!(send_with_fds(a.as_fd(), b"with", &sent).unwrap(), 4);
+        assert_eq!(send_with_fds(a.as_fd(), b"without", &[]).unwrap(), 7);
+        let (mut fds, mut bytes) = (Fds::new(), [0; 16]);
+        let n = recv_with_fds(b.as_fd(), &mut bytes, &mut fds).unwrap();
+        assert_eq!((&bytes[..n], fds.len()), (&b"with"[..], 2), "not glued to what follows");
+        drop((reader, writer));
+        std::io::Write::write_all(&mut std::fs::File::from(fds.remove(0)), b"x").unwrap();
+        let mut one = [0];
+        std::io::Read::read_exact(&mut std::fs::File::from(fds.remove(0)), &mut one).unwrap();
+        assert_eq!(&one, b"x");
+        let n = recv_with_fds(b.as_fd(), &mut bytes, &mut fds).unwrap();
+        assert_eq!((&bytes[..n], fds.len()), (&b"without"[..], 0));
+        let four = [a.as_fd(); 20];
+        assert!(send_with_fds(a.as_fd(), b"x", &four).is_err());
     }
 
     #[test]

@@ -34,6 +34,16 @@ pub trait Driver: Send + 'static {
         false
     }
 
+    /// The lane is about to sleep until a descriptor, a timer or its doorbell wakes it. Tell whoever has to ring that
+    /// doorbell ([`Lane::doorbell`](crate::Lane::doorbell)) from outside, and look once more for what they did before they
+    /// could know: false if there is something, then the lane does not sleep. Default: true.
+    ///
+    /// The next [`on_turn`](Driver::on_turn) on the lane's own thread ([`Cx::on_lane_thread`]) is after the sleep.
+    fn before_sleep(&mut self, cx: &mut Cx<'_>) -> bool {
+        let _ = cx;
+        true
+    }
+
     /// A stop was requested: called every turn until it returns true or the stop's deadline passes. Finish what can be
     /// finished. Default: nothing to finish.
     fn on_stop(&mut self, cx: &mut Cx<'_>) -> bool {

@@ -32,6 +32,8 @@ struct Entry {
     interest: Interest,
     /// Position in the hot list.
     hot_at: u32,
+    /// Never one of the few that stay hot while they are idle.
+    calm: bool,
     armed: Option<Armed>,
     last_active_ns: u64,
     /// What the ring reported since the last call of `on_fd`.
@@ -87,6 +89,7 @@ impl FdTable {
             generation,
             interest,
             hot_at: NOT_HOT,
+            calm: false,
             armed: None,
             last_active_ns: now_ns,
             reported: None,
@@ -139,6 +142,13 @@ impl FdTable {
             self.heat(id.index);
         }
         true
+    }
+
+    /// Whether the descriptor may stay hot while it is idle.
+    pub(crate) fn set_calm(&mut self, id: FdId, calm: bool) {
+        if self.get(id).is_some() {
+            self.entries[id.index as usize].calm = calm;
+        }
     }
 
     #[inline]
@@ -223,6 +233,15 @@ impl FdTable {
                 self.cool_and_watch(index);
             }
             return;
+        }
+        let mut position = self.hot.len();
+        while position > 0 {
+            position -= 1;
+            let Some(index) = self.hot.get(position).copied() else { continue };
+            let entry = &self.entries[index as usize];
+            if entry.calm && now_ns.saturating_sub(entry.last_active_ns) > HOT_IDLE_NS {
+                self.cool_and_watch(index);
+            }
         }
         let excess = self.hot.len().saturating_sub(keep);
         if excess == 0 {
@@ -318,6 +337,18 @@ mod tests {
             RingOp::Arm { fd, user_data, .. } => (fd, user_data),
             RingOp::Cancel { .. } => panic!("a cancel"),
         }
+    }
+
+    #[test]
+    fn a_calm_descriptor_goes_quiet_although_it_is_the_only_one() {
+        let mut table = table();
+        let id = table.add(9, 42, Interest::READABLE, Start::Hot, 0);
+        table.cool_idle(LATER, 1, false);
+        assert_eq!(table.hot_count(), 1, "one may stay hot");
+        table.set_calm(id, true);
+        table.cool_idle(LATER, 1, false);
+        assert_eq!(table.hot_count(), 0);
+        assert!(matches!(ops(&mut table)[..], [RingOp::Arm { fd: 9, .. }]));
     }
 
     #[test]

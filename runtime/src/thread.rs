@@ -281,6 +281,14 @@ impl<D: Driver> LaneThread<D> {
                         pump.intent = Intent::Standby;
                         Next::Standby
                     }
+                    Idle::Park
+                        if core
+                            .driver
+                            .as_mut()
+                            .is_some_and(|driver| !driver.before_sleep(&mut Cx { pump })) =>
+                    {
+                        Next::Turn
+                    }
                     Idle::Park => {
                         pump.fds.cool_idle(now_ns, 0, true);
                         let until_tick = pump.wheel.next_tick().unwrap_or(u64::MAX);

@@ -1,6 +1,5 @@
 //! Links that peers open.
 
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use corelane_runtime::{Cx, Interest};
@@ -11,7 +10,7 @@ use crate::peer::home_lane;
 use crate::session::handshake::{HandshakeError, Proven, Target, TargetStep};
 use crate::session::{Core, LinkId};
 use crate::sys;
-use crate::transport::addresses;
+use crate::transport::addresses::{self, Remote};
 use crate::wire::hello::{Hello, LinkKind, Message as HelloMessage, Refusal, Welcome};
 
 /// Connections accepted in one turn.
@@ -20,21 +19,24 @@ const ACCEPT_BATCH: usize = 16;
 /// A proven link on its way to the lane of its peer.
 pub(crate) struct Adopted {
     fd: OwnedFd,
-    remote: SocketAddr,
+    remote: Remote,
     hello: Hello,
 }
 
-/// What `accept4` answers for an IPv4 or IPv6 peer.
-fn accept(listener: &OwnedFd) -> std::io::Result<(OwnedFd, SocketAddr)> {
+/// What `accept4` answers.
+fn accept(listener: &OwnedFd) -> std::io::Result<(OwnedFd, Remote)> {
     use nix::sys::socket::SockFlag;
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let raw = nix::sys::socket::accept4(listener.as_raw_fd(), flags)?;
     // SAFETY: accept4 has just returned this descriptor, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+    let remote = socket2::SockRef::from(&fd).peer_addr()?;
+    let Some(address) = remote.as_socket() else {
+        // Who it is, the handshake tells.
+        return Ok((fd, Remote::Unix(0)));
+    };
     addresses::set_up(&socket2::SockRef::from(&fd))?;
-    let remote = socket2::SockRef::from(&fd).peer_addr()?.as_socket();
-    let remote = remote.ok_or_else(|| std::io::Error::other("not an IP connection"))?;
-    Ok((fd, remote))
+    Ok((fd, Remote::Inet(address)))
 }
 
 /// The connection was gone before it was accepted; the next may be well.
@@ -64,7 +66,7 @@ impl LaneDriver {
         true
     }
 
-    fn accepted(&mut self, fd: OwnedFd, remote: SocketAddr, cx: &mut Cx<'_>) {
+    fn accepted(&mut self, fd: OwnedFd, remote: Remote, cx: &mut Cx<'_>) {
         if self.engine.is_stopping() {
             return;
         }
@@ -181,7 +183,7 @@ impl LaneDriver {
     fn adopted(
         &mut self,
         fd: OwnedFd,
-        remote: SocketAddr,
+        remote: Remote,
         slot: usize,
         hello: &Hello,
         welcome: &Welcome,
@@ -189,8 +191,12 @@ impl LaneDriver {
     ) {
         let phase = Phase::Standby { peer: slot, kind: hello.kind };
         let id = self.add_link(fd, remote, phase, Interest::READABLE, cx);
+        let frames = self.frames_allowed(hello.transports);
         self.with_core(slot, cx, |core, env| match hello.kind {
-            LinkKind::Session => core.session_up(id, welcome.liveness_ms, false, env),
+            LinkKind::Session => {
+                core.set_frames_allowed(frames);
+                core.session_up(id, welcome.liveness_ms, false, remote.is_unix(), env);
+            }
             LinkKind::Bulk => core.bulk_up(id, false, env),
         });
         self.open(id, slot, hello.kind, false, cx);

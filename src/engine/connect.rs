@@ -5,7 +5,6 @@
 //! for it to fail.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use corelane_runtime::{Cx, Interest, TimerId};
@@ -16,7 +15,8 @@ use super::links::{Input, Phase, send_whole};
 use crate::session::handshake::{HandshakeError, Initiator};
 use crate::session::{ConnectFailure, LinkId};
 use crate::sys;
-use crate::transport::addresses;
+use crate::config::TransportKind;
+use crate::transport::addresses::{self, Remote};
 use crate::wire::hello::{LinkKind, Refusal};
 
 /// Head start of the best address.
@@ -30,7 +30,7 @@ const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// The attempts to open one session link.
 pub(super) struct Connector {
-    untried: VecDeque<SocketAddr>,
+    untried: VecDeque<Remote>,
     attempts: SmallVec<[LinkId; 4]>,
     connected: VecDeque<LinkId>,
     handshaking: Option<LinkId>,
@@ -38,6 +38,8 @@ pub(super) struct Connector {
     /// How many of the errors say that nobody listens there.
     refusals: usize,
     handshake_error: Option<HandshakeError>,
+    /// No engine of this host answers to the peer's incarnation.
+    not_local: bool,
     deadline: Instant,
     timer: Option<TimerId>,
 }
@@ -66,8 +68,17 @@ impl LaneDriver {
         let Some(metadata) = peer.core.peer.metadata() else {
             return self.cannot_try(slot, "its metadata has not been loaded", cx);
         };
-        let own = addresses::own_addresses(None).unwrap_or_default();
-        let untried: VecDeque<_> = addresses::preferred(&metadata.addresses, &own).into();
+        let common = metadata.transports & self.engine.identity.transports;
+        let mut untried = VecDeque::new();
+        if common & TransportKind::Local.bit() != 0 {
+            // Only an engine of this host, and of this network namespace, answers there.
+            untried.push_back(Remote::Unix(metadata.incarnation));
+        }
+        if common & TransportKind::Tcp.bit() != 0 {
+            let own = addresses::own_addresses(None).unwrap_or_default();
+            let inet = addresses::preferred(&metadata.addresses, &own);
+            untried.extend(inet.into_iter().map(Remote::Inet));
+        }
         if untried.is_empty() {
             return self.cannot_try(slot, "its metadata lists no address", cx);
         }
@@ -82,6 +93,7 @@ impl LaneDriver {
             errors: Vec::new(),
             refusals: 0,
             handshake_error: None,
+            not_local: false,
             deadline,
             timer: Some(timer),
         });
@@ -99,6 +111,10 @@ impl LaneDriver {
                 return;
             };
             match addresses::connect(address) {
+                Err(_) if address.is_unix() && !connector.untried.is_empty() => {
+                    // Nearly always it is on another host.
+                    connector.not_local = true;
+                }
                 Ok(fd) => {
                     let phase = Phase::Connecting { peer: slot, kind: LinkKind::Session };
                     let id = self.add_link(fd, address, phase, Interest::WRITABLE, cx);
@@ -107,7 +123,11 @@ impl LaneDriver {
                     }
                     return;
                 }
-                Err(error) => connector.errors.push(format!("{address}: {error}")),
+                Err(error) => {
+                    // Nobody listens there, and nobody ever will under this incarnation.
+                    connector.refusals += usize::from(address.is_unix());
+                    connector.errors.push(format!("{address}: {error}"));
+                }
             }
         }
     }
@@ -164,7 +184,7 @@ impl LaneDriver {
     fn connect_bulk(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let address = self.peers.get(slot).and_then(|peer| {
             // A peer that connected to us is reached where its metadata says.
-            let listed = || peer.core.peer.metadata()?.addresses.first().copied();
+            let listed = || peer.core.peer.metadata()?.addresses.first().copied().map(Remote::Inet);
             peer.address.or_else(listed)
         });
         let outcome = match address {
@@ -347,7 +367,7 @@ impl LaneDriver {
         id: LinkId,
         slot: usize,
         kind: LinkKind,
-        remote: SocketAddr,
+        remote: Remote,
         cx: &mut Cx<'_>,
     ) {
         if kind == LinkKind::Bulk {

@@ -1,5 +1,6 @@
 //! What one lane drives: its peers, their links, its copy of the region table.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +14,7 @@ use super::EngineShared;
 use super::accept::Adopted;
 use super::connect::Connector;
 use super::links::Link;
+use super::local::Attachment;
 use crate::error::Error;
 use crate::memory::{LaneRegions, RegionInner};
 use crate::peer::{NO_SLOT, PeerShared};
@@ -20,7 +22,7 @@ use crate::session::{ConnectTicket, Core, CoreConfig, Env, Event, LinkId};
 use crate::stats::Counters;
 use crate::sync::Ticket;
 use crate::transfer::TransferShared;
-use crate::transport::addresses::Listener;
+use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
 
 /// What other threads send to a lane.
@@ -39,6 +41,10 @@ pub(crate) enum Message {
     AddRegion(Arc<RegionInner>),
     CloseRegion(Arc<RegionInner>, Arc<Ticket<()>>),
     ReopenRegion(Arc<RegionInner>),
+    /// Another lane's transfer, to be copied by whoever has time.
+    Help(Arc<TransferShared>),
+    /// Somebody has copied the last chunk of a transfer.
+    Copied(Arc<TransferShared>),
     /// A link that another lane accepted and that belongs here.
     Adopt(Box<Adopted>),
     /// The application has made room for notifications.
@@ -51,9 +57,13 @@ pub(crate) enum Message {
 pub(super) const LISTENER: u64 = 1 << 63;
 pub(super) const PEER_TIMER: u64 = 1 << 63;
 pub(super) const CONNECT_TIMER: u64 = 1 << 62;
+/// Something waits for the notification ring of a peer on this host.
+pub(super) const LOCAL_TIMER: u64 = 1 << 61;
 /// Both tags of timers: a listener that rests is watched again.
 const LISTENER_TIMER: u64 = PEER_TIMER | CONNECT_TIMER;
 const TAGS: u64 = LISTENER | CONNECT_TIMER;
+/// What copying and the like may take of one turn.
+pub(super) const LANE_TURN: std::time::Duration = std::time::Duration::from_micros(100);
 /// How long a listener rests that cannot accept.
 const LISTENER_REST: std::time::Duration = std::time::Duration::from_millis(100);
 
@@ -63,7 +73,7 @@ pub(super) struct LanePeer {
     pub(super) links: SmallVec<[LinkId; 4]>,
     pub(super) connector: Option<Connector>,
     /// The address that worked last: bulk links go there.
-    pub(super) address: Option<std::net::SocketAddr>,
+    pub(super) address: Option<Remote>,
     timer: Option<(Instant, TimerId)>,
     dirty: bool,
     /// Until then, failures to connect are counted and not logged.
@@ -71,6 +81,15 @@ pub(super) struct LanePeer {
     pub(super) unsaid_failures: u32,
     /// To be forgotten once it has been left.
     unload: bool,
+    /// What is shared with a peer on this host.
+    pub(super) local: Option<Box<Attachment>>,
+}
+
+impl LanePeer {
+    /// Nothing new may begin with it.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.unload || self.core.is_leaving()
+    }
 }
 
 /// The state of one lane. All of it belongs to whoever holds the lane's pump.
@@ -88,8 +107,15 @@ pub(crate) struct LaneDriver {
     /// Peers that could not finish their sends in their share of the turn.
     pub(super) busy: Vec<usize>,
     listeners: Vec<(OwnedFd, FdId)>,
+    /// Transfers that are being copied by this lane, those of other lanes included.
+    pub(super) copies: VecDeque<Arc<TransferShared>>,
+    /// Peers whose notification rings are polled, and the one that was last.
+    pub(super) rings: Vec<usize>,
+    pub(super) next_ring: usize,
+    /// The peers on this host have been told that this lane sleeps.
+    pub(super) asleep: bool,
     /// Links that have not proven anything yet, oldest first.
-    pub(super) half_open: std::collections::VecDeque<LinkId>,
+    pub(super) half_open: VecDeque<LinkId>,
     pub(super) mirror: Option<usize>,
     leaving: bool,
 }
@@ -98,7 +124,7 @@ impl LaneDriver {
     pub(crate) fn new(
         engine: Arc<EngineShared>,
         index: usize,
-        listeners: Vec<Listener>,
+        listeners: Vec<OwnedFd>,
         cx: &mut Cx<'_>,
     ) -> Self {
         use std::os::fd::AsRawFd;
@@ -106,9 +132,9 @@ impl LaneDriver {
             .into_iter()
             .enumerate()
             .map(|(number, listener)| {
-                let (raw, token) = (listener.socket.as_raw_fd(), LISTENER | number as u64);
+                let (raw, token) = (listener.as_raw_fd(), LISTENER | number as u64);
                 let fd_id = cx.add_fd(raw, token, Interest::READABLE, Start::Quiet);
-                (listener.socket, fd_id)
+                (listener, fd_id)
             })
             .collect();
         let counters = engine.counters[index].clone();
@@ -124,7 +150,11 @@ impl LaneDriver {
             dirty: Vec::with_capacity(64),
             busy: Vec::with_capacity(64),
             listeners,
-            half_open: std::collections::VecDeque::new(),
+            copies: VecDeque::with_capacity(64),
+            rings: Vec::new(),
+            next_ring: 0,
+            asleep: false,
+            half_open: VecDeque::new(),
             mirror: None,
             leaving: false,
         }
@@ -174,6 +204,7 @@ impl LaneDriver {
             silent_until: None,
             unsaid_failures: 0,
             unload: false,
+            local: None,
         });
         peer.slot.store(slot as u32, Ordering::Relaxed);
         slot
@@ -184,6 +215,7 @@ impl LaneDriver {
         for link in links {
             self.close_link(link, "the peer was unloaded", cx);
         }
+        self.detach(slot, cx);
         self.abort_connect(slot, cx);
         // Those on their way would come up for whoever gets the place next.
         for link in self.links_of(slot) {
@@ -236,6 +268,7 @@ impl LaneDriver {
             let Some(peer) = self.peers.get_mut(slot) else { continue };
             peer.dirty = false;
             self.handle_events(slot, cx);
+            self.take_copies(slot);
             worked |= self.flush_peer(slot, cx);
             self.handle_events(slot, cx);
             self.arm_timer(slot, cx);
@@ -308,6 +341,7 @@ impl LaneDriver {
         let deadline = cx.now() + self.engine.config.linger;
         let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
+            self.close_path(slot);
             self.with_core(slot, cx, |core, env| core.leave(deadline, Ticket::new(), env));
         }
     }
@@ -331,6 +365,10 @@ impl LaneDriver {
     }
 
     fn fail_everything(&mut self, error: &Error) {
+        self.copies.clear();
+        for (_, peer) in &self.peers {
+            peer.core.peer.path.store(None);
+        }
         let Self { peers, regions, engine, counters, .. } = self;
         let mut env = env(regions, engine, counters, Instant::now());
         for (_, peer) in peers.iter_mut() {
@@ -388,6 +426,7 @@ impl Driver for LaneDriver {
             },
             Message::Disconnect(peer, ticket) => match self.slot_of(&peer) {
                 Some(slot) => {
+                    self.close_path(slot);
                     let deadline = cx.now() + self.engine.config.linger;
                     self.with_core(slot, cx, |core, env| core.leave(deadline, ticket, env));
                 }
@@ -396,6 +435,7 @@ impl Driver for LaneDriver {
             Message::Unload(peer, ticket) => match self.slot_of(&peer) {
                 Some(slot) => {
                     self.peers[slot].unload = true;
+                    self.close_path(slot);
                     let deadline = cx.now() + self.engine.config.linger;
                     self.with_core(slot, cx, |core, env| core.leave(deadline, ticket, env));
                 }
@@ -411,12 +451,24 @@ impl Driver for LaneDriver {
             }
             Message::Retire(peer) => {
                 if let Some(slot) = self.slot_of(&peer) {
+                    self.close_path(slot);
                     self.with_core(slot, cx, Core::retire);
                 }
             }
-            Message::AddRegion(region) => self.regions.add(region),
-            Message::CloseRegion(region, ticket) => self.regions.close(&region, ticket),
-            Message::ReopenRegion(region) => self.regions.reopen(&region),
+            Message::AddRegion(region) => {
+                self.share_with_all(&region);
+                self.regions.add(region);
+            }
+            Message::CloseRegion(region, ticket) => {
+                self.unshare_with_all(&region);
+                self.regions.close(&region, ticket);
+            }
+            Message::ReopenRegion(region) => {
+                self.share_with_all(&region);
+                self.regions.reopen(&region);
+            }
+            Message::Help(transfer) => self.add_copy(transfer),
+            Message::Copied(transfer) => self.copied(&transfer, cx),
             Message::Adopt(adopted) => self.adopt(*adopted, cx),
             Message::Drain => self.drain(cx),
             Message::Leave => self.leave(cx),
@@ -432,7 +484,9 @@ impl Driver for LaneDriver {
 
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64) {
         let slot = (token & !TAGS) as usize;
-        if token & TAGS == LISTENER_TIMER {
+        if token & LOCAL_TIMER != 0 {
+            self.ring_timer((token & !LOCAL_TIMER) as usize);
+        } else if token & TAGS == LISTENER_TIMER {
             if let Some((_, fd_id)) = self.listeners.get(slot) {
                 cx.set_interest(*fd_id, Interest::READABLE);
             }
@@ -449,11 +503,22 @@ impl Driver for LaneDriver {
     }
 
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {
-        !self.dirty.is_empty() && self.service(cx)
+        let mut worked = !self.rings.is_empty() && self.poll_rings(cx);
+        worked |= !self.dirty.is_empty() && self.service(cx);
+        if self.run_copies(cx) {
+            worked = true;
+            // What has been copied is told now.
+            self.service(cx);
+        }
+        worked
     }
 
     fn must_poll(&self) -> bool {
-        !self.dirty.is_empty()
+        !self.dirty.is_empty() || !self.copies.is_empty()
+    }
+
+    fn before_sleep(&mut self, _: &mut Cx<'_>) -> bool {
+        self.rings_before_sleep()
     }
 
     fn on_stop(&mut self, cx: &mut Cx<'_>) -> bool {

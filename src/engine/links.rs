@@ -1,7 +1,6 @@
 //! Links on a lane, from the first byte of a handshake to the last frame.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use corelane_runtime::{Cx, FdId, Interest, Readiness, Start, TimerId};
@@ -10,18 +9,18 @@ use super::lane::{LaneDriver, env};
 use crate::session::handshake::{HandshakeError, Initiator, InitiatorStep, Target};
 use crate::session::{ConnectFailure, LinkId};
 use crate::sys::{self, IoSegment};
-use crate::transport::addresses;
+use crate::transport::addresses::{self, Remote};
 use crate::transport::link::Flow;
 use crate::transport::receive::Receiver;
 use crate::transport::send::Sender;
 use crate::wire::hello::{LinkKind, MAX_MESSAGE, Welcome};
 
-/// A TCP connection.
+/// A connected socket: TCP, or a Unix socket between engines of one host.
 pub(super) struct Link {
     stamp: u32,
     pub(super) fd: OwnedFd,
     fd_id: FdId,
-    pub(super) remote: SocketAddr,
+    pub(super) remote: Remote,
     timer: Option<TimerId>,
     pub(super) phase: Phase,
 }
@@ -39,6 +38,12 @@ pub(super) enum Phase {
     Accepting { machine: Box<Target>, input: Input },
     /// Frames flow.
     Open { peer: usize, kind: LinkKind, receiver: Receiver, sender: Sender, blocked: bool },
+}
+
+impl Link {
+    pub(super) fn fd_id(&self) -> FdId {
+        self.fd_id
+    }
 }
 
 impl Phase {
@@ -105,7 +110,7 @@ impl LaneDriver {
     pub(super) fn add_link(
         &mut self,
         fd: OwnedFd,
-        remote: SocketAddr,
+        remote: Remote,
         phase: Phase,
         interest: Interest,
         cx: &mut Cx<'_>,
@@ -213,6 +218,15 @@ impl LaneDriver {
                 }
             }
         }
+        if worked
+            && let Some(link) = self.link(id)
+            && let Phase::Open { receiver, .. } = &mut link.phase
+        {
+            let frames = receiver.take_local();
+            if !frames.is_empty() {
+                self.on_local_frames(slot, id, frames, cx);
+            }
+        }
         if worked || unblocked {
             self.mark(slot);
         }
@@ -221,7 +235,7 @@ impl LaneDriver {
 
     /// Sends what a peer's core has for its links.
     pub(super) fn flush_peer(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
-        let mut worked = false;
+        let mut worked = self.flush_ring(slot, cx);
         let mut at = 0;
         // By index: a link that breaks takes itself out of the list.
         while let Some(&id) = self.peers.get(slot).and_then(|peer| peer.links.get(at)) {
@@ -239,15 +253,18 @@ impl LaneDriver {
     /// Sends what the core has for one link.
     pub(super) fn flush_link(&mut self, id: LinkId, cx: &mut Cx<'_>) -> Result<Flow, String> {
         let now = cx.now();
-        let Self { links, peers, regions, engine, counters, scratch, .. } = self;
-        let Some(link) = links.get_mut(id as u32 as usize) else { return Ok(Flow::Idle) };
-        let Phase::Open { peer, sender, blocked, .. } = &mut link.phase else {
-            return Ok(Flow::Idle);
-        };
+        let Some(link) = self.link(id) else { return Ok(Flow::Idle) };
+        let Phase::Open { peer, blocked, .. } = &link.phase else { return Ok(Flow::Idle) };
         if *blocked {
             return Ok(Flow::Blocked);
         }
         let slot = *peer;
+        self.flush_local(slot, id)?;
+        let Self { links, peers, regions, engine, counters, scratch, .. } = self;
+        let Some(link) = links.get_mut(id as u32 as usize) else { return Ok(Flow::Idle) };
+        let Phase::Open { sender, blocked, .. } = &mut link.phase else {
+            return Ok(Flow::Idle);
+        };
         let Some(peer) = peers.get_mut(slot) else { return Ok(Flow::Idle) };
         let mut env = env(regions, engine, counters, now);
         let (flow, more) = sender.send(&link.fd, id, &mut peer.core, &mut env, scratch)?;
@@ -274,9 +291,13 @@ impl LaneDriver {
             return;
         };
         let now = cx.now();
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        peer.links.retain(|known| *known != id);
+        if kind == LinkKind::Session {
+            self.detach(slot, cx);
+        }
         let Self { peers, regions, engine, counters, .. } = self;
         let Some(peer) = peers.get_mut(slot) else { return };
-        peer.links.retain(|known| *known != id);
         let mut env = env(regions, engine, counters, now);
         receiver.abandon(&mut env);
         sender.abandon(&mut peer.core, &mut env);
@@ -314,8 +335,14 @@ impl LaneDriver {
         welcome: &Welcome,
         cx: &mut Cx<'_>,
     ) {
+        let on_this_host = self.link(id).is_some_and(|link| link.remote.is_unix());
+        let theirs = self.peers.get(slot).and_then(|peer| peer.core.peer.metadata());
+        let frames = self.frames_allowed(theirs.map_or(0, |metadata| metadata.transports));
         let refused = self.with_core(slot, cx, |core, env| match kind {
-            LinkKind::Session => core.session_welcomed(id, welcome, env),
+            LinkKind::Session => {
+                core.set_frames_allowed(frames);
+                core.session_welcomed(id, welcome, on_this_host, env)
+            }
             LinkKind::Bulk => {
                 core.bulk_up(id, true, env);
                 Ok(())
@@ -339,10 +366,11 @@ impl LaneDriver {
     ) {
         self.counters.links_up.add(1);
         let Some(link) = self.link(id) else { return };
+        let unix = link.remote.is_unix();
         link.phase = Phase::Open {
             peer: slot,
             kind,
-            receiver: Receiver::new(),
+            receiver: Receiver::new(unix),
             sender: Sender::new(),
             blocked: false,
         };
@@ -357,8 +385,10 @@ impl LaneDriver {
         }
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.links.push(id);
-        if kind == LinkKind::Session {
-            self.log_connected(id, slot, ours);
+        match kind {
+            LinkKind::Session if unix => self.attach(slot, id, cx),
+            LinkKind::Session => self.log_connected(id, slot, ours),
+            LinkKind::Bulk => {}
         }
         self.mark(slot);
     }

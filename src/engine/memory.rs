@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use super::{Engine, Message};
+use std::time::Instant;
+
+use super::{Engine, EngineShared, Message};
 #[cfg(doc)]
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
-use crate::memory::Region;
+use crate::memory::{Buffer, Region, RegionInner};
 use crate::sync::{Ticket, deadline};
 use crate::sys;
+use crate::transport::local::{OwnMemory, node_of};
 use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 
 impl Engine {
@@ -43,26 +46,38 @@ impl Engine {
         kind: MemoryKind,
         access: Access,
     ) -> Result<Region> {
-        let shared = &self.shared;
-        shared.check()?;
+        self.shared.check()?;
         if base == 0 || len == 0 || base.checked_add(len).is_none() || len > isize::MAX as u64 {
             return Err(Error::InvalidArgument(format!(
                 "a region of {len} bytes at {base:#x} is null, empty or wraps around"
             )));
         }
+        self.add_region(base, len, kind, access, None)
+    }
+
+    fn add_region(
+        &self,
+        base: u64,
+        len: u64,
+        kind: MemoryKind,
+        access: Access,
+        memory: Option<OwnMemory>,
+    ) -> Result<Region> {
+        let shared = &self.shared;
         let random = sys::random::<12>().map_err(|e| Error::io("reading random bytes", e))?;
         let mut wide = [0; 16];
         wide[..12].copy_from_slice(&random);
         let random = u128::from_le_bytes(wide);
         let incarnation = shared.identity.incarnation;
-        let region = shared.registry_mut().insert(|slot| RegionDescriptor {
+        let describe = |slot| RegionDescriptor {
             incarnation,
             key: RegionKey::new(slot, random),
             base,
             len,
             kind,
             access,
-        })?;
+        };
+        let region = shared.registry_mut().insert(describe, memory)?;
         for lane in shared.lanes() {
             if lane.submit(Message::AddRegion(region.clone())).is_err() {
                 let mut registry = shared.registry_mut();
@@ -71,7 +86,46 @@ impl Engine {
                 return Err(shared.dead());
             }
         }
+        shared.publish(&region);
         Ok(Region { inner: region })
+    }
+
+    /// Allocates memory that peers on this host can map, and registers it: transfers with it are plain
+    /// copies, without a system call, in both directions (`transport local`). `len` zero bytes, in huge
+    /// pages where some are reserved, on the NUMA node of the first lane. Takes all the memory now: some
+    /// 0.3 ms a MiB.
+    ///
+    /// To be given back by [`free`](Self::free), or when the [`Buffer`] is dropped.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] (no bytes), [`Error::Io`] (not so much memory), [`Error::Limit`],
+    /// [`Error::Shutdown`].
+    pub fn alloc(&self, len: usize, access: Access) -> Result<Buffer> {
+        let shared = &self.shared;
+        shared.check()?;
+        if len == 0 {
+            return Err(Error::InvalidArgument("memory of no bytes".into()));
+        }
+        let core = shared.lanes().first().and_then(corelane_runtime::Lane::core);
+        let memory = OwnMemory::allocate(len, core.and_then(node_of))
+            .map_err(|e| Error::io(format!("allocating {len} bytes of shared memory"), e))?;
+        let base = memory.as_ptr() as usize as u64;
+        let region = self.add_region(base, len as u64, MemoryKind::Dram, access, Some(memory))?;
+        Ok(Buffer { region, engine: self.clone(), freed: false })
+    }
+
+    /// Gives memory of the engine back. Nothing touches it any more when this returns `Ok`.
+    ///
+    /// # Errors
+    /// Those of [`deregister`](Self::deregister); with `Busy`, the buffer comes back.
+    pub fn free(&self, mut buffer: Buffer) -> std::result::Result<(), (Error, Buffer)> {
+        match self.deregister(&buffer.region) {
+            Ok(()) => {
+                buffer.freed = true;
+                Ok(())
+            }
+            Err(error) => Err((error, buffer)),
+        }
     }
 
     /// Takes a registration back. When it returns `Ok`, nothing of this engine or of a peer touches
@@ -91,6 +145,10 @@ impl Engine {
             )));
         }
         let deadline = deadline(shared.config.deregister_timeout);
+        if let Some(table) = &shared.table {
+            table.close(region.descriptor());
+        }
+        region.inner.close_to_copies();
         let tickets: Vec<Arc<Ticket<()>>> = shared.lanes().iter().map(|_| Ticket::new()).collect();
         for (lane, ticket) in shared.lanes().iter().zip(&tickets) {
             let message = Message::CloseRegion(region.inner.clone(), ticket.clone());
@@ -105,7 +163,7 @@ impl Engine {
             };
             ticket.wait(deadline, assist).is_some() || !lane.is_alive()
         });
-        if quiet {
+        if quiet && shared.wait_for_copies_of(&region.inner, deadline) {
             shared.registry_mut().remove(&region.inner);
             return Ok(());
         }
@@ -113,6 +171,7 @@ impl Engine {
             let _ = lane.submit(Message::ReopenRegion(region.inner.clone()));
         }
         shared.registry_mut().reopen(&region.inner);
+        shared.publish(&region.inner);
         Err(Error::Busy {
             what: "the region",
             hint: "; transfers or peers still use it: wait for them, cancel them, or try again",
@@ -125,5 +184,28 @@ impl Engine {
         self.shared.check_process().ok()?;
         let inner = self.shared.registry().find(addr, len)?.clone();
         Some(Region { inner })
+    }
+}
+
+impl EngineShared {
+    /// Lets peers on this host see a region.
+    fn publish(&self, region: &RegionInner) {
+        if let Some(table) = &self.table
+            && region.descriptor.access != Access::LOCAL
+        {
+            table.publish(&region.descriptor);
+        }
+    }
+
+    /// After a region was closed: waits until no thread of this process and no peer of this host copies
+    /// any more what had begun before.
+    fn wait_for_copies_of(&self, region: &RegionInner, deadline: Instant) -> bool {
+        while !region.close_to_copies() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        self.accessors.wait_until_quiet(deadline)
     }
 }

@@ -4,6 +4,7 @@ mod accept;
 mod connect;
 mod lane;
 mod links;
+mod local;
 mod memory;
 mod notifications;
 mod peers;
@@ -111,6 +112,7 @@ impl Engine {
         for counters in &shared.counters {
             totals.add(counters);
         }
+        totals.add_inline(&shared.inline);
         if shared.check_process().is_err() {
             // The parent's locks may be held for ever in this child.
             return EngineStats { totals, ..EngineStats::default() };
@@ -153,6 +155,7 @@ fn peer_stats(peer: &PeerShared) -> PeerStats {
     PeerStats {
         name: peer.name.to_string(),
         connected: peer.connected.load(Ordering::Acquire),
+        transport: peer.transport(),
         lane: peer.lane,
         in_flight: peer.in_flight(),
         unacknowledged,

@@ -92,6 +92,7 @@ impl Engine {
             chunk_bytes: shared.config.chunk_bytes as u64,
             latency_bytes: shared.config.latency_bytes as u64,
             max_descriptors: shared.config.limits.descriptors,
+            local: shared.may_be_local(&peer.shared),
         };
         let plan = Plan { inner: Arc::new(build(&builder)?), engine: shared.clone() };
         drop(registry);

@@ -1,19 +1,22 @@
 //! What lanes and callers of an engine share, and how it ends.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use corelane_runtime::{Assist, Lane};
 
+use super::local::Accessors;
 use super::{LaneDriver, Message};
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, TransportKind};
 use crate::error::{Error, Result};
-use crate::memory::Registry;
+use crate::memory::{RegionInner, Registry};
 use crate::notification::NotificationQueue;
-use crate::peer::{Arrivals, PeerTable};
+use crate::peer::{Arrivals, PeerShared, PeerTable};
 use crate::session::handshake::Identity;
-use crate::stats::Counters;
+use crate::stats::{Counters, InlineCounters};
+use crate::transport::local::Table;
 
 /// Counts forks: an engine of another generation belongs to a parent process.
 pub(super) static FORKS: AtomicU64 = AtomicU64::new(0);
@@ -27,6 +30,30 @@ pub(super) fn watch_forks() {
         // SAFETY: the handler does one atomic addition, which is safe in a forked child.
         unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
     });
+}
+
+/// Incarnations whose memory is that of this process.
+static OWN_INCARNATIONS: Mutex<BTreeSet<u128>> = Mutex::new(BTreeSet::new());
+
+fn own_incarnations() -> MutexGuard<'static, BTreeSet<u128>> {
+    OWN_INCARNATIONS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether this engine was made here: by this process, or by the parent that it was forked from.
+pub(super) fn is_of_this_process(incarnation: u128) -> bool {
+    own_incarnations().contains(&incarnation)
+}
+
+pub(super) fn set_of_this_process(incarnation: u128) {
+    own_incarnations().insert(incarnation);
+}
+
+impl Drop for EngineShared {
+    fn drop(&mut self) {
+        if self.check_process().is_ok() {
+            own_incarnations().remove(&self.identity.incarnation);
+        }
+    }
 }
 
 pub(super) const RUNNING: u32 = 0;
@@ -46,6 +73,11 @@ pub(crate) struct EngineShared {
     pub(crate) arrivals: Arrivals,
     pub(super) lanes: OnceLock<Vec<Lane<LaneDriver>>>,
     pub(super) counters: Vec<Arc<Counters>>,
+    /// What callers' threads have copied by themselves.
+    pub(crate) inline: InlineCounters,
+    /// The regions, for peers on this host; `None`: transport `local` is not allowed.
+    pub(super) table: Option<Table>,
+    pub(super) accessors: Accessors,
     pub(super) forks: u64,
     pub(super) state: AtomicU32,
 }
@@ -72,12 +104,17 @@ impl EngineShared {
 
     /// The calling thread may wait: it is no lane of this engine.
     pub(crate) fn check_may_wait(&self, what: &str) -> Result<()> {
-        if self.lanes().iter().any(Lane::is_lane_thread) {
+        if self.is_lane_thread() {
             return Err(Error::InvalidArgument(format!(
                 "{what} would stop the lane that it is called on; use the async API there"
             )));
         }
         Ok(())
+    }
+
+    /// Whether the calling thread is one of this engine's lanes.
+    pub(crate) fn is_lane_thread(&self) -> bool {
+        self.lanes().iter().any(Lane::is_lane_thread)
     }
 
     /// Why a lane takes nothing any more.
@@ -119,6 +156,13 @@ impl EngineShared {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether transfers to this peer may come to be copied by us: whether it is on this host, only
+    /// connecting tells.
+    pub(crate) fn may_be_local(&self, peer: &PeerShared) -> bool {
+        let theirs = peer.metadata().map_or(u32::MAX, |metadata| metadata.transports);
+        theirs & self.identity.transports & TransportKind::Local.bit() != 0
+    }
+
     pub(crate) fn set_failed(&self) {
         let _ = self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Relaxed);
     }
@@ -145,6 +189,10 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
     shared.notifications.wake_all();
     shared.arrivals.set_open(false);
     let lanes = shared.lanes();
+    if let Some(table) = &shared.table {
+        // Peers on this host find nothing here any more; what they are copying is waited for below.
+        table.shut();
+    }
     if before != STOPPING {
         for lane in lanes {
             // Lanes that are dead already need no telling.
@@ -158,5 +206,26 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
             outcome = Err(error.into());
         }
     }
+    if !wait_for_copies(shared) && outcome.is_ok() {
+        outcome = Err(Error::Busy {
+            what: "registered memory",
+            hint: "; a process of this host is stopped in the middle of a copy: keep the memory mapped",
+        });
+    }
     outcome
+}
+
+/// Waits until no thread of this process, and no peer of this host, copies from or to our memory.
+fn wait_for_copies(shared: &EngineShared) -> bool {
+    let deadline = Instant::now() + shared.config.deregister_timeout;
+    let regions: Vec<Arc<RegionInner>> = shared.registry().all().cloned().collect();
+    for region in regions {
+        while !region.close_to_copies() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+    }
+    shared.accessors.wait_until_quiet(deadline)
 }

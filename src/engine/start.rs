@@ -1,10 +1,12 @@
 //! Starting an engine.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use corelane_runtime::{Lane, LaneConfig, placement};
 
+use super::local::Accessors;
 use super::shared::{FORKS, RUNNING};
 use super::{EngineShared, LaneDriver};
 use crate::config::{EngineConfig, LaneSpec, TransportKind};
@@ -13,9 +15,10 @@ use crate::memory::Registry;
 use crate::notification::NotificationQueue;
 use crate::peer::{Arrivals, PeerTable};
 use crate::session::handshake::Identity;
-use crate::stats::Counters;
+use crate::stats::{Counters, InlineCounters};
 use crate::sys;
-use crate::transport::addresses::{self, Listener};
+use crate::transport::addresses;
+use crate::transport::local::Table;
 use crate::wire::Metadata;
 
 /// The core of one lane, and the lock that keeps other engines off it.
@@ -59,8 +62,24 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         liveness_ms: config.liveness.as_millis().min(u128::from(u32::MAX)) as u32,
     };
     let lanes = config.lanes.count();
-    let listeners = addresses::listen(&config.listen)?;
-    let advertised = addresses::advertised(&config.listen, &listeners)?;
+    let allowed = |kind: TransportKind| transports & kind.bit() != 0;
+    let (mut listeners, mut advertised) = (Vec::new(), Vec::new());
+    if allowed(TransportKind::Tcp) {
+        let bound = addresses::listen(&config.listen)?;
+        advertised = addresses::advertised(&config.listen, &bound)?;
+        listeners.extend(bound.into_iter().map(|listener| listener.socket));
+    }
+    let mut table = None;
+    if allowed(TransportKind::Local) {
+        if config.any_tracer {
+            let told = |e| Error::io("ptracer=any", e);
+            crate::transport::local::allow_any_tracer().map_err(told)?;
+        }
+        let told = |e| Error::io("making shared memory for peers on this host", e);
+        table = Some(Table::create(config.limits.regions).map_err(told)?);
+        listeners.push(addresses::listen_unix(incarnation)?);
+        super::shared::set_of_this_process(incarnation);
+    }
     let metadata = Metadata {
         name: agent_name.to_owned(),
         incarnation,
@@ -81,6 +100,9 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         arrivals: Arrivals::new(),
         lanes: OnceLock::new(),
         counters: (0..lanes).map(|_| Arc::new(Counters::default())).collect(),
+        inline: InlineCounters::default(),
+        table,
+        accessors: Accessors::default(),
         forks: FORKS.load(Ordering::Relaxed),
         state: AtomicU32::new(RUNNING),
         config,
@@ -104,7 +126,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
     Ok(shared)
 }
 
-fn start_lanes(shared: &Arc<EngineShared>, listeners: Vec<Listener>) -> Result<()> {
+fn start_lanes(shared: &Arc<EngineShared>, listeners: Vec<OwnedFd>) -> Result<()> {
     let mut listeners = Some(listeners);
     let mut started: Vec<Lane<LaneDriver>> = Vec::new();
     for (index, place) in places(&shared.config.lanes).into_iter().enumerate() {

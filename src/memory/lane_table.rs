@@ -154,16 +154,15 @@ mod tests {
     use crate::wire::{MemoryKind, RegionDescriptor};
 
     fn region(slot: u32, access: Access) -> Arc<RegionInner> {
-        Arc::new(RegionInner {
-            descriptor: RegionDescriptor {
-                incarnation: 1,
-                key: RegionKey::new(slot, 77),
-                base: 1000,
-                len: 100,
-                kind: MemoryKind::Dram,
-                access,
-            },
-        })
+        let descriptor = RegionDescriptor {
+            incarnation: 1,
+            key: RegionKey::new(slot, 77),
+            base: 1000,
+            len: 100,
+            kind: MemoryKind::Dram,
+            access,
+        };
+        Arc::new(RegionInner::new(descriptor, None))
     }
 
     fn segment(of: &RegionInner, addr: u64, len: u64) -> WireSegment {

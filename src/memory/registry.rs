@@ -2,17 +2,59 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Error, Result};
+use crate::transport::local::OwnMemory;
 use crate::wire::{RegionDescriptor, RegionKey};
 
 /// A registered region. Lanes, plans and the application share it.
 #[derive(Debug)]
 pub(crate) struct RegionInner {
     pub(crate) descriptor: RegionDescriptor,
+    /// Copies that threads other than lanes make now; lanes count theirs by themselves.
+    copies: AtomicU32,
+    /// Memory of the engine that the region is.
+    pub(crate) memory: Option<OwnMemory>,
+}
+
+/// No more copies may begin.
+const CLOSED: u32 = 1 << 31;
+
+/// A region that a thread copies from or to; it stays registered until this is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct RegionCopy<'a>(&'a RegionInner);
+
+impl Drop for RegionCopy<'_> {
+    fn drop(&mut self) {
+        self.0.copies.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl RegionInner {
+    pub(crate) fn new(descriptor: RegionDescriptor, memory: Option<OwnMemory>) -> Self {
+        Self { descriptor, copies: AtomicU32::new(0), memory }
+    }
+
+    /// Begins a copy; `None`: the region is being deregistered. Two uncontended atomic operations.
+    #[inline]
+    pub(crate) fn begin_copy(&self) -> Option<RegionCopy<'_>> {
+        let copy = RegionCopy(self);
+        let before = self.copies.fetch_add(1, Ordering::AcqRel);
+        (before & CLOSED == 0).then_some(copy)
+    }
+
+    /// Lets no copy begin any more; true: none is under way.
+    pub(crate) fn close_to_copies(&self) -> bool {
+        self.copies.fetch_or(CLOSED, Ordering::AcqRel) & !CLOSED == 0
+    }
+
+    /// Takes a `close_to_copies` back.
+    fn open_to_copies(&self) {
+        self.copies.fetch_and(!CLOSED, Ordering::AcqRel);
+    }
+
     pub(crate) fn slot(&self) -> usize {
         self.descriptor.key.slot()
     }
@@ -69,6 +111,7 @@ impl Registry {
     pub(crate) fn insert(
         &mut self,
         make: impl FnOnce(u32) -> RegionDescriptor,
+        memory: Option<OwnMemory>,
     ) -> Result<Arc<RegionInner>> {
         if self.entries.len() >= self.limit {
             return Err(Error::Limit {
@@ -79,7 +122,7 @@ impl Registry {
         }
         let vacant = self.entries.vacant_entry();
         let slot = vacant.key();
-        let region = Arc::new(RegionInner { descriptor: make(slot as u32) });
+        let region = Arc::new(RegionInner::new(make(slot as u32), memory));
         vacant.insert(Entry { region: region.clone(), state: State::Live });
         self.publish(&region);
         Ok(region)
@@ -113,6 +156,7 @@ impl Registry {
             && Arc::ptr_eq(&entry.region, region)
         {
             entry.state = State::Live;
+            region.open_to_copies();
             self.publish(region);
         }
     }
@@ -123,6 +167,10 @@ impl Registry {
         if self.entries.get(slot).is_some_and(|entry| Arc::ptr_eq(&entry.region, region)) {
             self.entries.remove(slot);
         }
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<RegionInner>> {
+        self.entries.iter().map(|(_, entry)| &entry.region)
     }
 
     /// Whether the region is registered, and not about to leave.
@@ -178,9 +226,9 @@ mod tests {
     #[test]
     fn overlapping_repeated_and_adjacent_registrations_are_told_apart() {
         let mut registry = Registry::new(10);
-        let wide = registry.insert(|s| descriptor(s, 1000, 1000)).unwrap();
-        let narrow = registry.insert(|s| descriptor(s, 1500, 10)).unwrap();
-        let again = registry.insert(|s| descriptor(s, 1500, 10)).unwrap();
+        let wide = registry.insert(|s| descriptor(s, 1000, 1000), None).unwrap();
+        let narrow = registry.insert(|s| descriptor(s, 1500, 10), None).unwrap();
+        let again = registry.insert(|s| descriptor(s, 1500, 10), None).unwrap();
         assert!(Arc::ptr_eq(registry.find(1505, 100).unwrap(), &wide));
         assert!(registry.find(1995, 10).is_none(), "past the end of everything");
         assert!(registry.close(&again) && !registry.close(&again));
@@ -195,8 +243,8 @@ mod tests {
     #[test]
     fn the_limit_is_a_typed_error() {
         let mut registry = Registry::new(1);
-        registry.insert(|s| descriptor(s, 0, 1)).unwrap();
-        assert!(matches!(registry.insert(|s| descriptor(s, 0, 1)), Err(Error::Limit { .. })));
+        registry.insert(|s| descriptor(s, 0, 1), None).unwrap();
+        assert!(matches!(registry.insert(|s| descriptor(s, 0, 1), None), Err(Error::Limit { .. })));
     }
 
     proptest! {
@@ -207,7 +255,7 @@ mod tests {
         ) {
             let mut registry = Registry::new(100);
             for &(base, size) in &regions {
-                registry.insert(|s| descriptor(s, base, size)).unwrap();
+                registry.insert(|s| descriptor(s, base, size), None).unwrap();
             }
             let expected = regions.iter().any(|&(b, s)| addr >= b && addr + len <= b + s);
             prop_assert_eq!(registry.find(addr, len).is_some(), expected);

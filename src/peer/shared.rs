@@ -4,9 +4,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
+
 use super::history::History;
-use crate::config::Limits;
+use crate::config::{Limits, TransportKind};
 use crate::error::{Error, Result};
+use crate::transport::local::LocalPath;
 use crate::wire::Metadata;
 
 /// A peer has no place on its lane yet.
@@ -34,6 +37,8 @@ pub(crate) struct PeerShared {
     /// Known once the application has loaded it; a peer that only connected to us has none.
     metadata: Mutex<Option<Arc<Metadata>>>,
     pub(crate) connected: AtomicBool,
+    /// It is known which way transfers go over the session that is up.
+    pub(crate) settled: AtomicBool,
     /// The application has loaded other metadata under this name.
     replaced: AtomicBool,
     in_flight: AtomicUsize,
@@ -45,6 +50,8 @@ pub(crate) struct PeerShared {
     unreachable: Mutex<Option<Unreachable>>,
     /// The application has been told that it connected by itself.
     announced: AtomicBool,
+    /// The way to the peer's memory, where callers' threads may copy by themselves. Set by the lane.
+    pub(crate) path: ArcSwapOption<LocalPath>,
     pub(crate) history: History,
     max_in_flight: usize,
     max_unacknowledged: usize,
@@ -70,6 +77,7 @@ impl PeerShared {
             slot: AtomicU32::new(NO_SLOT),
             metadata: Mutex::new(metadata),
             connected: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
             replaced: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             unacknowledged: AtomicUsize::new(0),
@@ -78,6 +86,7 @@ impl PeerShared {
             is_unreachable: AtomicBool::new(false),
             unreachable: Mutex::new(None),
             announced: AtomicBool::new(false),
+            path: ArcSwapOption::empty(),
             history: History::default(),
             max_in_flight: limits.transfers,
             max_unacknowledged: limits.unacknowledged_notifications,
@@ -101,6 +110,15 @@ impl PeerShared {
     pub(crate) fn replace(&self) {
         *lock(&self.metadata) = None;
         self.replaced.store(true, Ordering::Relaxed);
+    }
+
+    /// Which way transfers go now.
+    pub(crate) fn transport(&self) -> Option<TransportKind> {
+        if self.path.load().as_ref().is_some_and(|path| path.reaches_all()) {
+            return Some(TransportKind::Local);
+        }
+        let settled = self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
+        settled.then_some(TransportKind::Tcp)
     }
 
     /// Marks the peer as announced; false: it was.

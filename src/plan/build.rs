@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{Class, Operation, Piece, PlanInner};
+use super::{Chunk, Class, Operation, Piece, PlanInner};
 use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, Region, RegionInner, Registry, RemoteSegment};
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
+use crate::transport::local::RemoteRange;
 use crate::wire::frame::{FrameKind, Header, KEY_BYTES, MAX_SEGMENTS, SEGMENT_BYTES};
-use crate::wire::{Access, MemoryKind, RegionDescriptor};
+use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 
 /// A list of local descriptors, expanded one at a time.
 pub(crate) trait LocalList {
@@ -64,7 +65,12 @@ pub(crate) struct PlanBuilder<'e> {
     pub(crate) chunk_bytes: u64,
     pub(crate) latency_bytes: u64,
     pub(crate) max_descriptors: usize,
+    /// The peer may be on this host: lists for copying by ourselves are wanted.
+    pub(crate) local: bool,
 }
+
+/// Bytes that one thread copies at a time by itself: some 50 us, so that whoever is fair can be.
+const COPY_BYTES: u64 = 512 << 10;
 
 /// The request that is being filled.
 struct Open {
@@ -79,6 +85,10 @@ struct Open {
 struct Output {
     pieces: Vec<Piece>,
     local: Vec<IoSegment>,
+    /// For copying by ourselves: the peer's ranges, piece after piece, and where the pieces end.
+    remote: Vec<IoSegment>,
+    remote_ends: Vec<u32>,
+    ranges: Vec<RemoteRange>,
     bodies: Vec<u8>,
     regions: SmallVec<[Arc<RegionInner>; 2]>,
     /// One bit for each slot of a region that is in `regions`.
@@ -284,6 +294,9 @@ impl PlanBuilder<'_> {
             header.body =
                 (out.open.keys.len() * KEY_BYTES + out.open.segments.len() * SEGMENT_BYTES) as u32;
         }
+        if self.local {
+            out.add_remote();
+        }
         let (local_end, body_end) = (out.local.len() as u32, out.bodies.len() as u32);
         out.pieces.push(Piece {
             header,
@@ -304,14 +317,39 @@ impl PlanBuilder<'_> {
             operation: self.operation,
             class: if small { Class::Latency } else { Class::Bulk },
             peer: self.peer.clone(),
-            pieces: out.pieces.into_boxed_slice(),
             bytes,
             descriptors,
             regions: out.regions,
+            chunks: chunks(&out.pieces, &out.remote_ends),
+            remote_ranges: out.ranges.into_boxed_slice(),
+            pieces: out.pieces.into_boxed_slice(),
             local: out.local.into_boxed_slice(),
+            remote: out.remote.into_boxed_slice(),
             bodies: out.bodies.into_boxed_slice(),
         }
     }
+}
+
+/// Puts small neighbouring pieces together: fewer system calls, each of which takes a thousand segments.
+fn chunks(pieces: &[Piece], remote_ends: &[u32]) -> Box<[Chunk]> {
+    let mut chunks: Vec<Chunk> = Vec::with_capacity(remote_ends.len());
+    let (mut start, mut bytes) = (0, 0);
+    for (piece, &end) in pieces.iter().zip(remote_ends) {
+        let remote = start..end;
+        start = end;
+        if let Some(open) = chunks.last_mut()
+            && bytes + piece.header.len <= COPY_BYTES
+            && (piece.local.end - open.local.start) as usize <= MAX_SEGMENTS
+            && (remote.end - open.remote.start) as usize <= MAX_SEGMENTS
+        {
+            bytes += piece.header.len;
+            (open.local.end, open.remote.end) = (piece.local.end, remote.end);
+        } else {
+            bytes = piece.header.len;
+            chunks.push(Chunk { local: piece.local.clone(), remote });
+        }
+    }
+    chunks.into_boxed_slice()
 }
 
 fn out_of_bounds(side: &'static str, addr: u64, len: u64, region: &RegionDescriptor) -> Error {
@@ -324,6 +362,9 @@ impl Output {
         Self {
             pieces: Vec::new(),
             local: Vec::with_capacity(descriptors),
+            remote: Vec::new(),
+            remote_ends: Vec::new(),
+            ranges: Vec::new(),
             // At most; what is not needed goes back at the end.
             bodies: Vec::with_capacity(descriptors * SEGMENT_BYTES),
             regions: SmallVec::new(),
@@ -355,6 +396,28 @@ impl Output {
             self.seen[word] |= bit;
             self.regions.push(region.clone());
         }
+    }
+
+    /// The peer's ranges of the open request once more, for copying by ourselves.
+    fn add_remote(&mut self) {
+        let Self { remote, ranges, open, .. } = self;
+        for &(addr, len, index) in &open.segments {
+            let end = addr + u64::from(len);
+            remote.push(IoSegment::new(addr, u64::from(len)));
+            let Some(&key) = open.keys.get(index as usize) else { continue };
+            // Segments of one key stand together.
+            match ranges.iter_mut().rev().find(|range| range.key.0 == key) {
+                Some(range) => {
+                    range.start = range.start.min(addr);
+                    range.end = range.end.max(end);
+                }
+                None => {
+                    let key = RegionKey(key);
+                    ranges.push(RemoteRange { key, digest: key.digest(), start: addr, end });
+                }
+            }
+        }
+        self.remote_ends.push(self.remote.len() as u32);
     }
 
     fn push_local(&mut self, addr: u64, len: u64, bounds: &RegionDescriptor) {

@@ -37,7 +37,7 @@ struct World {
 fn world() -> World {
     let mut registry = Registry::new(10);
     for base in [0x10000, 0x20000] {
-        registry.insert(|s| descriptor(1, s, base, 0x10000, Access::LOCAL)).unwrap();
+        registry.insert(|s| descriptor(1, s, base, 0x10000, Access::LOCAL), None).unwrap();
     }
     let remote = [0x80000, 0x90000]
         .iter()
@@ -57,6 +57,7 @@ impl World {
             chunk_bytes,
             latency_bytes: 4096,
             max_descriptors: 10_000,
+            local: true,
         }
     }
 

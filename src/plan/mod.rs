@@ -18,6 +18,7 @@ use smallvec::SmallVec;
 use crate::memory::RegionInner;
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
+use crate::transport::local::RemoteRange;
 use crate::wire::frame::Header;
 
 /// Which way a transfer moves bytes.
@@ -47,6 +48,13 @@ pub(crate) struct Piece {
     body: std::ops::Range<u32>,
 }
 
+/// What one thread copies at a time where the initiator copies by itself: a few whole pieces.
+#[derive(Debug, Clone)]
+pub(crate) struct Chunk {
+    local: std::ops::Range<u32>,
+    remote: std::ops::Range<u32>,
+}
+
 /// What `prepare` makes; shared by all transfers of the plan.
 #[derive(Debug)]
 pub(crate) struct PlanInner {
@@ -58,7 +66,12 @@ pub(crate) struct PlanInner {
     pub(crate) descriptors: usize,
     /// The local regions that the plan touches.
     pub(crate) regions: SmallVec<[Arc<RegionInner>; 2]>,
+    /// Empty where the peer is on another host, or its memory must not be reached directly.
+    pub(crate) chunks: Box<[Chunk]>,
+    /// What the chunks touch of the peer's memory, by key.
+    pub(crate) remote_ranges: Box<[RemoteRange]>,
     local: Box<[IoSegment]>,
+    remote: Box<[IoSegment]>,
     bodies: Box<[u8]>,
 }
 
@@ -68,6 +81,20 @@ impl PlanInner {
         self.pieces.get(piece as usize).map_or(&[], |piece| {
             let range = piece.local.start as usize..piece.local.end as usize;
             self.local.get(range).unwrap_or(&[])
+        })
+    }
+
+    /// Where the bytes of a chunk lie in this engine's memory.
+    pub(crate) fn chunk_local(&self, chunk: usize) -> &[IoSegment] {
+        self.chunks.get(chunk).map_or(&[], |chunk| {
+            self.local.get(chunk.local.start as usize..chunk.local.end as usize).unwrap_or(&[])
+        })
+    }
+
+    /// Where the bytes of a chunk lie in the peer's memory.
+    pub(crate) fn chunk_remote(&self, chunk: usize) -> &[IoSegment] {
+        self.chunks.get(chunk).map_or(&[], |chunk| {
+            self.remote.get(chunk.remote.start as usize..chunk.remote.end as usize).unwrap_or(&[])
         })
     }
 

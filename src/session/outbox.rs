@@ -113,6 +113,34 @@ impl Outbox {
         Some(fragment)
     }
 
+    /// Numbers below are acknowledged.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.acknowledged
+    }
+
+    /// Whether something is not wholly on the wire.
+    pub(crate) fn has_unsent(&self) -> bool {
+        self.sent < self.queue.len()
+    }
+
+    /// Whether the next one has been sent in part.
+    pub(crate) fn is_between_fragments(&self) -> bool {
+        self.sent_bytes > 0
+    }
+
+    /// Whether the next one can be sent whole, in at most `limit` bytes, and waits for nothing.
+    pub(crate) fn is_next_whole(&self, limit: usize) -> bool {
+        self.sent_bytes == 0
+            && self.queue.get(self.sent).is_some_and(|next| {
+                next.payload.len() <= limit && next.bound.is_none() && !next.void
+            })
+    }
+
+    /// The next notification as a whole, if it is such a one and the window has room for it.
+    pub(crate) fn next_whole(&mut self, limit: usize) -> Option<Fragment> {
+        if self.is_next_whole(limit) { self.next_fragment() } else { None }
+    }
+
     /// The peer has all notifications below `below`. `None`: it acknowledges what was never sent.
     pub(crate) fn acknowledge(&mut self, below: u64) -> Option<Freed> {
         let count = below.saturating_sub(self.acknowledged);

@@ -1,5 +1,7 @@
 //! Transfers: postings of a plan.
 
+mod copy_job;
+
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,6 +9,9 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use corelane_runtime::Assist;
+use smallvec::SmallVec;
+
+use self::copy_job::CopyJob;
 
 use crate::config::MAX_NOTIFICATION_BYTES;
 use crate::engine::{EngineShared, Message};
@@ -14,12 +19,15 @@ use crate::error::{Error, Result};
 use crate::peer::Estimate;
 use crate::plan::{Operation, PlanInner};
 use crate::sync::{Patience, Slot, SlotState, deadline, sleep_until_woken};
+use crate::transport::local::CopyError;
 
 /// What caller and lane share of one transfer.
 #[derive(Debug)]
 pub(crate) struct TransferShared {
     pub(crate) slot: Slot,
     pub(crate) plan: Arc<PlanInner>,
+    /// Who copies what of it, where the initiator copies by itself.
+    pub(crate) copy: CopyJob,
     notification: Mutex<Option<Arc<[u8]>>>,
     /// Where the lane keeps it while it is in flight; written and read by the lane.
     lane_key: AtomicU32,
@@ -30,6 +38,7 @@ impl TransferShared {
         Self {
             slot: Slot::new(),
             plan,
+            copy: CopyJob::new(),
             notification: Mutex::new(None),
             lane_key: AtomicU32::new(u32::MAX),
         }
@@ -161,15 +170,20 @@ impl Transfer {
                 hint: "; wait for its end, or use another transfer of the same plan",
             });
         };
-        let admitted = self.enter().and_then(|()| match notification {
-            None => Ok(()),
-            Some(payload) => {
-                peer.reserve(payload.len()).inspect_err(|_| peer.leave())?;
-                *shared.notification() = Some(payload.into());
-                Ok(())
+        if let Err(error) = self.reserve(notification) {
+            shared.slot.abort(before);
+            return Err(error);
+        }
+        if shared.plan.bytes <= self.engine.config.inline_bytes as u64
+            && let Some(outcome) = self.copy_here()
+        {
+            self.end_here(outcome);
+            return Ok(());
+        }
+        if let Err(error) = self.enter() {
+            if let Some(payload) = shared.take_notification() {
+                peer.release(1, payload.len());
             }
-        });
-        if let Err(error) = admitted {
             shared.slot.abort(before);
             return Err(error);
         }
@@ -187,6 +201,68 @@ impl Transfer {
             self.engine.drive(peer.lane);
         }
         Ok(())
+    }
+
+    /// Takes the notification's place in the resend buffer before any data moves.
+    fn reserve(&self, notification: Option<&[u8]>) -> Result<()> {
+        if let Some(payload) = notification {
+            self.shared.plan.peer.reserve(payload.len())?;
+            *self.shared.notification() = Some(payload.into());
+        }
+        Ok(())
+    }
+
+    /// Ends a transfer that this thread has copied. Its notification goes first: whoever sees the end may
+    /// post again.
+    fn end_here(&self, outcome: Result<()>) {
+        let (shared, peer) = (&self.shared, &self.shared.plan.peer);
+        if let Some(payload) = shared.take_notification() {
+            let len = payload.len();
+            let sent = outcome.is_ok()
+                && self.engine.lane(peer.lane).is_ok_and(|lane| {
+                    let message = Message::Notify(Box::new((peer.clone(), payload)));
+                    lane.submit(message).is_ok()
+                });
+            if sent {
+                self.engine.drive(peer.lane);
+            } else {
+                peer.release(1, len);
+            }
+        }
+        shared.slot.complete(outcome);
+    }
+
+    /// A small transfer to a peer on this host is over before `post` returns: this thread copies it. What
+    /// comes with it (a notification, which has its order) is the lane's. `None`: the lane's as a whole.
+    fn copy_here(&self) -> Option<Result<()>> {
+        let (shared, engine) = (&self.shared, &*self.engine);
+        let plan = &*shared.plan;
+        // One load where there is no such way.
+        let path = plan.peer.path.load();
+        let path = path.as_ref().filter(|path| plan.chunks.len() == 1 && path.carries(plan))?;
+        let mut held: SmallVec<[_; 2]> = SmallVec::new();
+        for region in &plan.regions {
+            let Some(copy) = region.begin_copy() else { return None };
+            held.push(copy);
+        }
+        let began = plan.peer.history.samples_now().then(Instant::now);
+        // SAFETY: `held` keeps the plan's own regions registered.
+        let outcome = match unsafe { path.copy(plan, 0) } {
+            Ok(()) => Ok(()),
+            // Other threads take all the places: the lane has patience.
+            Err(CopyError::Busy) => return None,
+            Err(CopyError::Failed(error)) => Err(error),
+        };
+        drop(held);
+        match &outcome {
+            Ok(()) => engine.inline.completed(plan.operation, plan.bytes),
+            Err(_) => engine.inline.failed(),
+        }
+        if let Some(began) = began {
+            let took = began.elapsed();
+            plan.peer.history.record(plan.operation, plan.bytes, plan.descriptors, took);
+        }
+        Some(outcome)
     }
 
     /// Takes a place among the transfers in flight to the peer; yields while there is none.
@@ -224,10 +300,30 @@ impl Transfer {
     pub fn status(&self) -> Status {
         let mut state = self.shared.slot.state();
         if state == SlotState::Posted && self.engine.check().is_ok() {
+            self.help();
             self.engine.drive(self.shared.plan.peer.lane);
             state = self.shared.slot.state();
         }
         self.describe(state)
+    }
+
+    /// Copies a chunk of the transfer on this thread, which waits for it anyway; false: there is none. Not on
+    /// a lane, which has its own share. One load when there is nothing to copy.
+    fn help(&self) -> bool {
+        let shared = &self.shared;
+        if self.engine.config.inline_bytes == 0 || self.engine.is_lane_thread() {
+            return false;
+        }
+        match shared.copy_chunk() {
+            None => false,
+            Some(last) => {
+                if last && let Ok(lane) = self.engine.lane(shared.plan.peer.lane) {
+                    // A lane that is gone has ended the transfer itself.
+                    let _ = lane.submit(Message::Copied(shared.clone()));
+                }
+                true
+            }
+        }
     }
 
     fn describe(&self, state: SlotState) -> Status {
@@ -273,7 +369,8 @@ impl Transfer {
                 Status::Failed(error) => return Err(error),
                 Status::InProgress => {}
             }
-            let worked = matches!(lane.assist(), Assist::Worked);
+            let helped = self.help();
+            let worked = matches!(lane.assist(), Assist::Worked) || helped;
             let now = Instant::now();
             if now >= deadline {
                 let peer = self.shared.plan.peer.name.clone();

@@ -10,6 +10,46 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use crate::config::Listen;
 use crate::error::{Error, Result};
 
+/// Where the other end of a link is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Remote {
+    Inet(SocketAddr),
+    /// On this host: the Unix socket of this incarnation.
+    Unix(u128),
+}
+
+impl Remote {
+    pub(crate) fn is_unix(self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+}
+
+impl std::fmt::Display for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Inet(address) => address.fmt(f),
+            Self::Unix(_) => f.write_str("unix socket"),
+        }
+    }
+}
+
+/// The abstract Unix socket of an engine. Its name is no secret: who connects must prove to hold the
+/// metadata, and who answers to be the engine. Abstract names are those of the network namespace.
+fn unix_address(incarnation: u128) -> io::Result<SockAddr> {
+    SockAddr::unix(format!("\0corelane-{incarnation:032x}"))
+}
+
+/// The listener for peers on this host.
+pub(crate) fn listen_unix(incarnation: u128) -> Result<OwnedFd> {
+    let listen = || -> io::Result<OwnedFd> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
+        socket.bind(&unix_address(incarnation)?)?;
+        socket.listen(1024)?;
+        Ok(socket.into())
+    };
+    listen().map_err(|e| Error::io("listening on a Unix socket for peers on this host", e))
+}
+
 /// An address of this host and the length of its network's prefix in bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OwnAddress {
@@ -236,8 +276,17 @@ pub(crate) fn set_up(socket: &socket2::SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)
 }
 
-/// Starts a non-blocking connect; the socket becomes writable when it has ended.
-pub(crate) fn connect(address: SocketAddr) -> io::Result<OwnedFd> {
+/// Starts a non-blocking connect; the socket becomes writable when it has ended. On this host it ends at
+/// once.
+pub(crate) fn connect(remote: Remote) -> io::Result<OwnedFd> {
+    let address = match remote {
+        Remote::Inet(address) => address,
+        Remote::Unix(incarnation) => {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
+            socket.connect(&unix_address(incarnation)?)?;
+            return Ok(socket.into());
+        }
+    };
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     set_up(&socket2::SockRef::from(&socket))?;
@@ -252,6 +301,17 @@ pub(crate) fn connect(address: SocketAddr) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_engine_of_this_host_is_found_by_its_incarnation() {
+        let incarnation = u128::from(std::process::id()) << 64 | 77;
+        assert!(connect(Remote::Unix(incarnation)).is_err());
+        let listener = listen_unix(incarnation).unwrap();
+        assert!(listen_unix(incarnation).is_err());
+        connect(Remote::Unix(incarnation)).unwrap();
+        drop(listener);
+        assert!(connect(Remote::Unix(incarnation)).is_err());
+    }
 
     #[test]
     fn a_shared_subnet_comes_first() {

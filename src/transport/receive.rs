@@ -11,8 +11,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::ahead::Ahead;
 use super::link::{Broken, Cursor, Flow, Scratch, TURN_BYTES, broken};
 use crate::session::{Core, Dest, Env, LinkId};
-use crate::sys::{self, IoSegment};
+use crate::sys::{self, Fds, IoSegment};
 use crate::wire::frame::{FLAG_COUNTED, FrameKind, HEADER_BYTES, Header};
+
+const MISPLACED: &str = "protocol error: shared memory where there can be none";
 
 enum Rx {
     Header,
@@ -28,11 +30,27 @@ pub(crate) struct Receiver {
     body: Vec<u8>,
     have: usize,
     state: Rx,
+    /// On a Unix socket: descriptors that came with the header, and frames about shared memory, which
+    /// are not the core's.
+    unix: Option<Box<UnixSide>>,
+}
+
+#[derive(Default)]
+struct UnixSide {
+    fds: Fds,
+    frames: Vec<LocalFrame>,
+}
+
+/// A frame about shared memory.
+pub(crate) struct LocalFrame {
+    pub(crate) header: Header,
+    pub(crate) fds: Fds,
 }
 
 impl Receiver {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(unix: bool) -> Self {
         Self {
+            unix: unix.then(Box::default),
             last: (FrameKind::Pong, 0),
             header: [0; HEADER_BYTES],
             body: Vec::new(),
@@ -90,6 +108,11 @@ impl Receiver {
         Ok(Flow::Progress)
     }
 
+    /// The frames about shared memory that have arrived; to be taken after each call of `receive`.
+    pub(crate) fn take_local(&mut self) -> Vec<LocalFrame> {
+        self.unix.as_mut().map(|unix| std::mem::take(&mut unix.frames)).unwrap_or_default()
+    }
+
     fn end_of_stream(&self) -> &'static str {
         match &self.state {
             Rx::Payload { dest: Dest::Request(_), .. } => {
@@ -108,13 +131,20 @@ impl Receiver {
         env: &mut Env<'_>,
         ahead: &mut Ahead,
     ) -> Result<usize, Step> {
-        if self.last.0 == FrameKind::Notify && ahead.is_empty() {
+        if self.last.0 == FrameKind::Notify && ahead.is_empty() && self.unix.is_none() {
             env.counters.receive_calls.add(1);
             if ahead.fill(fd)? == 0 {
                 return Ok(0);
             }
         }
-        let n = receive(fd, ahead, &mut self.header[self.have..], env)?;
+        let into = &mut self.header[self.have..];
+        let n = match &mut self.unix {
+            None => receive(fd, ahead, into, env)?,
+            Some(unix) => {
+                env.counters.receive_calls.add(1);
+                sys::recv_with_fds(fd.as_fd(), into, &mut unix.fds)?
+            }
+        };
         self.have += n;
         if self.have == HEADER_BYTES {
             self.have = 0;
@@ -132,6 +162,15 @@ impl Receiver {
         env: &mut Env<'_>,
     ) -> Result<(), Step> {
         self.last = (header.kind, header.flags);
+        if header.kind.is_local() {
+            let unix = self.unix.as_mut().ok_or_else(|| MISPLACED.to_owned())?;
+            let fds = std::mem::take(&mut unix.fds);
+            unix.frames.push(LocalFrame { header: *header, fds });
+            return Ok(());
+        }
+        if self.unix.as_ref().is_some_and(|unix| !unix.fds.is_empty()) {
+            return Err(MISPLACED.to_owned().into());
+        }
         if header.body == 0 {
             return self.frame(id, header, core, env);
         }

@@ -50,6 +50,11 @@ impl Sender {
         Self { frames: VecDeque::with_capacity(TX_FRAMES), sent: 0, alone: false }
     }
 
+    /// Whether a frame that is not the core's may be sent now: none is partly sent.
+    pub(crate) fn is_between_frames(&self) -> bool {
+        self.sent == 0
+    }
+
     /// Takes frames from the core and sends them until there are none, the socket is full, or this
     /// link's share of the turn is used up: then the flag says that there is more.
     pub(crate) fn send(

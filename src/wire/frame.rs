@@ -59,6 +59,14 @@ pub(crate) enum FrameKind {
     Goodbye = 9,
     /// The transfer `aux` has ended without its notification: forget its count.
     Abandon = 10,
+    /// On a Unix socket: what the sender shares with the receiver, with three descriptors.
+    Attach = 11,
+    /// On a Unix socket: how ATTACH was taken.
+    Attached = 12,
+    /// On a Unix socket: memory of the engine, with its descriptor.
+    Share = 13,
+    /// On a Unix socket: it is shared no more.
+    Unshare = 14,
 }
 
 impl FrameKind {
@@ -74,8 +82,17 @@ impl FrameKind {
             8 => Self::Pong,
             9 => Self::Goodbye,
             10 => Self::Abandon,
+            11 => Self::Attach,
+            12 => Self::Attached,
+            13 => Self::Share,
+            14 => Self::Unshare,
             _ => return None,
         })
+    }
+
+    /// Whether the frame is about shared memory, and so between engines of one host only.
+    pub(crate) fn is_local(self) -> bool {
+        matches!(self, Self::Attach | Self::Attached | Self::Share | Self::Unshare)
     }
 
     /// Whether `len` bytes of payload follow header and body.

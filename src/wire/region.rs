@@ -30,6 +30,15 @@ impl Access {
     /// Peers may read and write.
     pub const READ_WRITE: Self = Self(3);
 
+    /// For shared memory: bits that mean nothing are ignored.
+    pub(crate) fn from_bits_truncate(bits: u8) -> Self {
+        Self(bits & Self::READ_WRITE.0)
+    }
+
+    pub(crate) fn bits(self) -> u8 {
+        self.0
+    }
+
     /// Whether all of `other` is allowed.
     pub fn allows(self, other: Self) -> bool {
         self.0 & other.0 == other.0
@@ -38,7 +47,7 @@ impl Access {
 
 /// Names a region to the engine that registered it. The low 32 bits are its slot, the rest is
 /// random: a key cannot be guessed from another.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct RegionKey(pub(crate) u128);
 
 impl RegionKey {
@@ -48,6 +57,17 @@ impl RegionKey {
 
     pub(crate) fn slot(self) -> usize {
         self.0 as u32 as usize
+    }
+
+    /// Tells whether somebody knows the key, without giving it away.
+    pub(crate) fn digest(self) -> u128 {
+        use sha2::{Digest, Sha256};
+        let hash = Sha256::new_with_prefix(b"corelane region key").chain_update(self.0.to_le_bytes());
+        let hash: [u8; 32] = hash.finalize().into();
+        let mut short = [0; 16];
+        short.copy_from_slice(&hash[..16]);
+        // Never what an empty slot has.
+        u128::from_le_bytes(short).max(1)
     }
 }
 

@@ -143,7 +143,11 @@ impl Core {
             // could not be told from one that it has seen.
             return None;
         }
+        if !self.may_use_socket() {
+            return None;
+        }
         let Fragment { seq, payload, range, bound, void } = self.outbox.next_fragment()?;
+        self.socket_until = seq + 1;
         let mut header = Header::new(FrameKind::Notify);
         header.aux = seq;
         header.id = range.start as u64;
@@ -167,12 +171,15 @@ impl Core {
     }
 
     fn next_acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<TxFrame> {
+        if self.acknowledges_by_ring() {
+            return None;
+        }
         let below = self.acknowledgement(batched, env)?;
         Some(TxFrame::header(&Header { aux: below, ..Header::new(FrameKind::Ack) }))
     }
 
     /// What to acknowledge now; `batched`: something is sent anyway.
-    fn acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<u64> {
+    pub(super) fn acknowledgement(&mut self, batched: bool, env: &Env<'_>) -> Option<u64> {
         match self.ack {
             AckPlan::None => return None,
             AckPlan::At(due) => {
@@ -245,7 +252,11 @@ impl Core {
     /// Opens bulk links when something waits for them.
     pub(super) fn want_bulk(&mut self) {
         let ready = matches!(self.phase, Phase::Up) && self.session_link().is_some();
-        if !ready || self.bulk.is_empty() || self.bulk_over_session {
+        if !ready
+            || self.bulk.is_empty()
+            || self.bulk_over_session
+            || self.is_local_pending()
+        {
             return;
         }
         if self.own_bulk_links() + self.bulk_connecting == 0 {

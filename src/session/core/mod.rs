@@ -1,6 +1,7 @@
 //! The protocol core of one peer. See the module above for its place.
 
 mod links;
+mod local;
 mod requests;
 mod serve;
 mod session;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use self::links::CoreLink;
+use self::local::Local;
 use self::requests::{Active, ActiveKey, Request};
 use super::inbox::{Inbox, InboxError};
 use super::liveness::Liveness;
@@ -26,6 +28,7 @@ use crate::sync::Ticket;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header};
 use crate::wire::hello::LinkKind;
 
+pub(crate) use self::local::RingState;
 pub(crate) use self::serve::Dest;
 pub(crate) use self::session::ConnectFailure;
 
@@ -201,6 +204,15 @@ pub(crate) struct Core {
     requests: Slab<Request>,
     latency: VecDeque<ActiveKey>,
     bulk: VecDeque<ActiveKey>,
+    /// Transfers that this side copies, and that nobody has taken up.
+    copies: VecDeque<ActiveKey>,
+    local: Local,
+    /// Why the last session on this host has no way to the peer's memory.
+    local_reason: String,
+    frames_allowed: bool,
+    ring: Option<RingState>,
+    /// The ring is used again when all notifications below are acknowledged.
+    socket_until: u64,
     /// Deadlines in order; entries of ended transfers are skipped.
     deadlines: VecDeque<(Instant, ActiveKey)>,
 
@@ -243,6 +255,12 @@ impl Core {
             requests: Slab::new(),
             latency: VecDeque::new(),
             bulk: VecDeque::new(),
+            copies: VecDeque::new(),
+            local: Local::Off,
+            local_reason: String::new(),
+            frames_allowed: true,
+            ring: None,
+            socket_until: 0,
             deadlines: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -309,6 +327,7 @@ impl Core {
     pub(crate) fn abort(&mut self, error: &Error, env: &mut Env<'_>) {
         self.drop_unsent();
         self.fail_all(error, env);
+        self.wait_for_copies(env);
         let dropped = self.drop_notifications(env);
         for ticket in self.connecting.drain(..) {
             ticket.complete(Err(error.clone()));

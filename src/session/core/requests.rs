@@ -1,7 +1,7 @@
 //! Our transfers: posting, cutting into requests, answers, ends.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::links::CoreLink;
 use super::{Core, Env, LinkId, Phase, ProtocolError, Sent, TxFrame, TxPayload};
@@ -11,8 +11,12 @@ use crate::plan::{Class, Operation, PlanInner};
 use crate::session::outbox::{Bound, MAX_IN_BAND};
 use crate::sys::IoSegment;
 use crate::transfer::TransferShared;
+use crate::transport::local::LocalPath;
 use crate::wire::frame::{FLAG_COUNTED, FrameKind, Header, ServeStatus};
 use crate::wire::hello::LinkKind;
+
+/// How long a lane that ends waits for threads in the middle of a copy.
+const COPY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Names an active transfer; the stamp tells it from a later one in the same place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +52,29 @@ pub(super) struct Active {
     notified: Option<u64>,
     /// The peer counts its pieces.
     counted: bool,
+    /// It is copied by this side: its job is open, or not quiet.
+    copying: bool,
     uses: RegionUses,
+}
+
+impl Active {
+    pub(super) fn plan(&self) -> &Arc<PlanInner> {
+        &self.plan
+    }
+
+    /// Opens the job of copying it.
+    pub(super) fn begin_copy(&mut self, path: Arc<LocalPath>) -> Arc<TransferShared> {
+        self.copying = true;
+        self.next_piece = self.plan.pieces.len() as u32;
+        self.shared.copy.open(path, self.plan.chunks.len());
+        self.shared.clone()
+    }
+
+    /// Closes that job; false: a thread is still copying.
+    fn stop_copy(&mut self) -> bool {
+        self.copying &= !self.shared.copy.close(self.plan.chunks.len());
+        !self.copying
+    }
 }
 
 /// A request that was sent.
@@ -106,6 +132,7 @@ impl Core {
             notification,
             notified: None,
             counted: false,
+            copying: false,
             uses,
         });
         let key = ActiveKey { slot, stamp };
@@ -114,14 +141,61 @@ impl Core {
             return self.finish(slot, env);
         }
         self.push_deadline(env.now + self.config.operation_timeout, key);
-        match class {
-            Class::Latency => self.latency.push_back(key),
-            Class::Bulk => {
-                self.bulk.push_back(key);
-                self.want_bulk();
-            }
+        self.enqueue(key, env);
+        if class == Class::Bulk {
+            self.want_bulk();
         }
         self.ensure_connected(env);
+    }
+
+    /// A transfer that has not ended and is not about to.
+    pub(super) fn live(&self, key: ActiveKey) -> Option<&Active> {
+        let active = self.active.get(key.slot)?;
+        (active.stamp == key.stamp && active.ending.is_none()).then_some(active)
+    }
+
+    pub(super) fn live_mut(&mut self, key: ActiveKey) -> Option<&mut Active> {
+        let active = self.active.get_mut(key.slot)?;
+        (active.stamp == key.stamp && active.ending.is_none()).then_some(active)
+    }
+
+    /// What copying a transfer came to, once nobody copies any more.
+    pub(super) fn end_copy(
+        &mut self,
+        slot: usize,
+        shared: &Arc<TransferShared>,
+    ) -> Option<Result<(), Error>> {
+        let active = self.active.get_mut(slot)?;
+        let ended = active.copying && Arc::ptr_eq(&active.shared, shared) && shared.copy.is_quiet();
+        if !ended {
+            return None;
+        }
+        active.copying = false;
+        Some(match active.ending.clone().or_else(|| shared.copy.error()) {
+            None => Ok(()),
+            Some(error) => Err(error),
+        })
+    }
+
+    /// Waits for threads that copy in transfers which are to end now: some 50 us. They cannot be stopped,
+    /// and after the end nothing may touch the memory.
+    pub(super) fn wait_for_copies(&mut self, env: &mut Env<'_>) {
+        let patience = Instant::now() + COPY_PATIENCE;
+        let slots: Vec<usize> = self.active.iter().map(|(slot, _)| slot).collect();
+        for slot in slots {
+            while let Some(active) = self.active.get_mut(slot)
+                && !active.stop_copy()
+                && Instant::now() < patience
+            {
+                std::thread::yield_now();
+            }
+            if let Some(active) = self.active.get_mut(slot)
+                && active.ending.is_some()
+            {
+                active.copying = false;
+                self.finish(slot, env);
+            }
+        }
     }
 
     fn stamp(&mut self) -> u32 {
@@ -191,14 +265,17 @@ impl Core {
                 request.orphan |= request.active == key;
             }
         }
-        if self.active[slot].unsent == 0 {
+        let active = &mut self.active[slot];
+        let quiet = !active.copying || active.stop_copy();
+        if quiet && active.unsent == 0 {
             self.finish(slot, env);
         }
     }
 
     /// The one place where transfers end.
-    fn finish(&mut self, slot: usize, env: &mut Env<'_>) {
+    pub(super) fn finish(&mut self, slot: usize, env: &mut Env<'_>) {
         let active = self.active.remove(slot);
+        active.shared.copy.reset();
         env.regions.release(active.uses);
         self.peer.leave();
         match active.ending {
@@ -246,7 +323,7 @@ impl Core {
         window: usize,
         env: &mut Env<'_>,
     ) -> Option<TxFrame> {
-        if self.links[link].outstanding >= window {
+        if self.links[link].outstanding >= window || self.is_local_pending() {
             return None;
         }
         let key = loop {
@@ -338,7 +415,7 @@ impl Core {
             && active.stamp == key.stamp
         {
             active.unsent -= 1;
-            if active.unsent == 0 && active.ending.is_some() {
+            if active.unsent == 0 && active.ending.is_some() && !active.copying {
                 self.finish(key.slot, env);
             }
         }
@@ -462,7 +539,7 @@ impl Core {
     /// The transfers that have begun on links which are all gone, and cannot go on later: what was
     /// asked for will not be answered, and the peer does not count on across links.
     pub(super) fn fail_begun(&mut self, reason: &str, env: &mut Env<'_>) {
-        let begun = |active: &Active| active.outstanding > 0 || active.counted;
+        let begun = |active: &Active| active.outstanding > 0 || active.counted || active.copying;
         let slots: Vec<usize> =
             self.active.iter().filter(|(_, active)| begun(active)).map(|(slot, _)| slot).collect();
         for slot in slots {
@@ -504,6 +581,7 @@ impl Core {
         }
         self.latency.clear();
         self.bulk.clear();
+        self.copies.clear();
     }
 
     /// The sockets are gone for good: no frame reads local memory any more.

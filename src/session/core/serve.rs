@@ -92,7 +92,7 @@ impl Core {
     }
 
     /// Asked before a region is counted as used for a request.
-    fn on_ack(&mut self, below: u64, env: &mut Env<'_>) -> Result<(), ProtocolError> {
+    pub(super) fn on_ack(&mut self, below: u64, env: &mut Env<'_>) -> Result<(), ProtocolError> {
         if self.session == 0 {
             // The session has ended here, and the peer does not know yet.
             return Ok(());

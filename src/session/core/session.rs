@@ -42,6 +42,7 @@ impl Core {
         self.dropped(freed, env);
         self.inbox.restart();
         self.ack_base = 0;
+        self.socket_until = 0;
     }
 
     /// Starts connecting if something waits and nothing is under way.
@@ -210,6 +211,7 @@ impl Core {
         &mut self,
         link: LinkId,
         welcome: &Welcome,
+        on_this_host: bool,
         env: &mut Env<'_>,
     ) -> Result<(), &'static str> {
         if !matches!(self.phase, Phase::Connecting | Phase::Leaving { connecting: true, .. }) {
@@ -222,21 +224,24 @@ impl Core {
             self.session = 0;
             return Err("it resumes a session that never was");
         }
-        self.session_up(link, welcome.liveness_ms, true, env);
+        self.session_up(link, welcome.liveness_ms, true, on_this_host, env);
         Ok(())
     }
 
-    /// The session link is up, whoever opened it.
+    /// The session link is up, whoever opened it. `on_this_host`: over a Unix socket, so that the driver
+    /// finds out whether there is more, and says so by `local_resolved`.
     pub(crate) fn session_up(
         &mut self,
         link: LinkId,
         liveness_ms: u32,
         ours: bool,
+        on_this_host: bool,
         env: &mut Env<'_>,
     ) {
         let timeout = Duration::from_millis(u64::from(liveness_ms.max(50)));
         self.liveness = Some(Liveness::new(timeout, env.now));
         self.add_link(link, LinkKind::Session, ours, env.now);
+        self.local_pending(on_this_host);
         self.confirmed = ours;
         if ours {
             // The first frame tells the peer that its welcome has arrived.
@@ -273,6 +278,7 @@ impl Core {
             }
         }
         self.fail_begun(reason, env);
+        self.local_off();
         self.outbox.rewind();
         self.inbox.rewind();
     }
@@ -399,6 +405,11 @@ impl Core {
         } else {
             self.events.push_back(Event::Forget);
         }
+    }
+
+    /// The session is being left.
+    pub(crate) fn is_leaving(&self) -> bool {
+        matches!(self.phase, Phase::Leaving { .. })
     }
 
     /// Nothing is left to say goodbye to.

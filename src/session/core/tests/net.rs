@@ -184,7 +184,7 @@ impl World {
             }
             self.wires[wire].ends[1].open = true;
             self.call(target, |core, env| match hello.kind {
-                LinkKind::Session => core.session_up(id, welcome.liveness_ms, false, env),
+                LinkKind::Session => core.session_up(id, welcome.liveness_ms, false, false, env),
                 LinkKind::Bulk => core.bulk_up(id, false, env),
             });
         }
@@ -208,7 +208,7 @@ impl World {
         match answer {
             Ok(welcome) => {
                 let outcome = self.call(node, |core, env| match kind {
-                    LinkKind::Session => core.session_welcomed(id, &welcome, env),
+                    LinkKind::Session => core.session_welcomed(id, &welcome, false, env),
                     LinkKind::Bulk => {
                         core.bulk_up(id, true, env);
                         Ok(())

@@ -217,7 +217,7 @@ impl World {
                 kind: MemoryKind::Dram,
                 access,
             };
-            registry.insert(make).unwrap()
+            registry.insert(make, None).unwrap()
         });
         regions.add(buffer.region.clone());
         buffers.push(buffer);
@@ -268,6 +268,7 @@ impl World {
             chunk_bytes: CHUNK as u64,
             latency_bytes: SMALL as u64,
             max_descriptors: 10_000,
+            local: false,
         };
         Arc::new(builder.build(&local[..], &remote[..]).unwrap())
     }

@@ -1,0 +1,738 @@
+//! Peers on this host: shared memory is exchanged over the session's Unix socket, the notification rings
+//! are polled, and transfers are copied.
+//!
+//! Each side sends ATTACH with its region table, its channel and its doorbell, and answers the other's
+//! with ATTACHED: from then on the other has mapped the channel, so that copies announced in it are seen.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use corelane_runtime::{Cx, Lane};
+use smallvec::SmallVec;
+
+use super::lane::{LANE_TURN, LOCAL_TIMER, LaneDriver, Message};
+use super::links::Phase;
+use crate::config::TransportKind;
+use crate::error::Error;
+use crate::memory::RegionInner;
+use crate::plan::Class;
+use crate::session::{LinkId, RingState};
+use crate::sys;
+use crate::transfer::TransferShared;
+use crate::transport::local::{
+    self, Consumer, LAYOUT, LocalPath, Mapping, Message as RingMessage, PathParts, PeerMemory,
+    PeerProcess, Producer, Pushed, SharedFd, TableView, Uses,
+};
+use crate::transport::receive::LocalFrame;
+use crate::wire::Access;
+use crate::wire::RegionKey;
+use crate::wire::frame::{FrameKind, Header};
+
+/// Messages of one ring in one turn.
+const RING_BATCH: usize = 64;
+/// Rings that a turn looks at; with more peers they take turns.
+const RINGS_PER_TURN: usize = 64;
+/// How long what waits for a ring is tried every turn; afterwards it is tried every millisecond.
+const RING_PATIENCE: Duration = Duration::from_micros(200);
+/// Transfers of so many bytes are shared among the lanes.
+const SHARED_BYTES: u64 = 2 << 20;
+
+/// `status` of ATTACHED.
+const TAKEN: u16 = 0;
+const REFUSED: u16 = 1;
+
+/// What a peer on this host does with our memory.
+#[derive(Debug)]
+pub(super) struct Accessor {
+    uses: Uses,
+    process: PeerProcess,
+}
+
+/// All that have, or had, access.
+#[derive(Debug, Default)]
+pub(super) struct Accessors(Mutex<Vec<Arc<Accessor>>>);
+
+impl Accessors {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Accessor>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, accessor: Arc<Accessor>) {
+        let mut all = self.lock();
+        // Those that are gone for good make room.
+        all.retain(|known| {
+            let over = || known.uses.in_progress().is_empty() || known.process.is_gone();
+            !(known.process.is_disconnected() && over())
+        });
+        all.push(accessor);
+    }
+
+    /// Waits until every copy that is in progress now has ended, or its process has; false: not in time.
+    /// What it was that they must not touch any more has been taken out of the table before.
+    pub(super) fn wait_until_quiet(&self, deadline: Instant) -> bool {
+        let mut waiting: Vec<_> = self
+            .lock()
+            .iter()
+            .map(|accessor| (accessor.clone(), accessor.uses.in_progress()))
+            .filter(|(_, copies)| !copies.is_empty())
+            .collect();
+        let began = Instant::now();
+        loop {
+            let now = Instant::now();
+            // Asking the kernel whether a process lives is not for the first moments.
+            let ask = now - began > Duration::from_millis(1);
+            waiting.retain_mut(|(accessor, copies)| {
+                accessor.uses.still(copies);
+                !copies.is_empty() && !(ask && accessor.process.is_gone())
+            });
+            if waiting.is_empty() {
+                return true;
+            }
+            if now >= deadline {
+                return false;
+            }
+            if ask {
+                std::thread::sleep(Duration::from_micros(200));
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// A frame about shared memory on its way, with its descriptors.
+struct Outgoing {
+    header: Header,
+    fds: SmallVec<[SharedFd; 3]>,
+}
+
+/// What the peer has shared with us.
+struct Theirs {
+    ring: Consumer,
+    doorbell: OwnedFd,
+    accessor: Arc<Accessor>,
+    path: Arc<LocalPath>,
+    /// Why its memory cannot be reached as a whole.
+    reason: Option<String>,
+}
+
+/// The shared memory of one session.
+pub(super) struct Attachment {
+    link: LinkId,
+    ring: Producer,
+    /// The peer looks for this value here, to know that it reaches us and nobody else.
+    nonce: Box<[u8; 16]>,
+    theirs: Option<Theirs>,
+    /// The peer has mapped what is ours.
+    taken: bool,
+    outgoing: VecDeque<Outgoing>,
+    /// Since when something waits for the ring, and whether a timer is set for it.
+    waiting: Option<(Instant, bool)>,
+}
+
+impl Attachment {
+    fn is_up(&self) -> bool {
+        self.taken && self.theirs.is_some()
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        // Whoever still looks sees that this session is over.
+        self.nonce.fill(0);
+    }
+}
+
+fn frame(kind: FrameKind, status: u16) -> Outgoing {
+    Outgoing { header: Header { status, ..Header::new(kind) }, fds: SmallVec::new() }
+}
+
+impl LaneDriver {
+    /// A session has come up over a Unix socket: our side of the exchange.
+    pub(super) fn attach(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
+        let made = self.make_attachment(link);
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        match made {
+            Ok(attachment) => peer.local = Some(Box::new(attachment)),
+            Err(reason) => {
+                tracing::warn!(peer = &*peer.core.peer.name, reason, "no shared memory");
+                // The peer must not wait for ours.
+                let refusal = frame(FrameKind::Attached, REFUSED).header.encode();
+                if let Some(link) = self.link(link) {
+                    let _ = sys::send_with_fds(link.fd.as_fd(), &refusal, &[]);
+                }
+                self.local_resolved(slot, Err(reason), cx);
+            }
+        }
+        self.mark(slot);
+    }
+
+    fn make_attachment(&self, link: LinkId) -> Result<Attachment, String> {
+        let told = |what: &str, error: std::io::Error| format!("{what}: {error}");
+        let table = self.engine.table.as_ref().ok_or("it is not allowed on this side")?;
+        let (ring, channel) = local::create_channel().map_err(|e| told("a memfd", e))?;
+        let nonce = Box::new(sys::random::<16>().map_err(|e| told("random bytes", e))?);
+        let lane = self.engine.lane(self.index).map_err(|e| e.to_string())?;
+        let doorbell =
+            lane.doorbell().try_clone_to_owned().map_err(|e| told("the doorbell", e))?;
+        let mut attach = frame(FrameKind::Attach, LAYOUT);
+        attach.header.id = nonce.as_ptr() as usize as u64;
+        attach.header.key = u128::from_le_bytes(*nonce);
+        attach.fds.extend([table.fd(), channel, Arc::new(doorbell)]);
+        Ok(Attachment {
+            link,
+            ring,
+            nonce,
+            theirs: None,
+            taken: false,
+            outgoing: VecDeque::from([attach]),
+            waiting: None,
+        })
+    }
+
+    /// Sends the frames that carry descriptors, as far as the socket takes them.
+    ///
+    /// # Errors
+    /// The link is broken.
+    pub(super) fn flush_local(&mut self, slot: usize, id: LinkId) -> Result<(), String> {
+        let Self { links, peers, .. } = self;
+        let Some(attachment) = peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {
+            return Ok(());
+        };
+        if attachment.link != id || attachment.outgoing.is_empty() {
+            return Ok(());
+        }
+        let Some(link) = links.get_mut(id as u32 as usize) else { return Ok(()) };
+        let Phase::Open { sender, .. } = &link.phase else { return Ok(()) };
+        while sender.is_between_frames()
+            && let Some(next) = attachment.outgoing.front()
+        {
+            let bytes = next.header.encode();
+            let sent = {
+                let fds: SmallVec<[_; 3]> = next.fds.iter().map(|fd| fd.as_fd()).collect();
+                sys::send_with_fds(link.fd.as_fd(), &bytes, &fds)
+            };
+            match sent {
+                Ok(n) if n == bytes.len() => {
+                    attachment.outgoing.pop_front();
+                }
+                Ok(_) => return Err("the socket took half of a header".into()),
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(format!("sharing memory: {e}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Frames about shared memory have arrived.
+    pub(super) fn on_local_frames(
+        &mut self,
+        slot: usize,
+        id: LinkId,
+        frames: Vec<LocalFrame>,
+        cx: &mut Cx<'_>,
+    ) {
+        for frame in frames {
+            if let Err(reason) = self.on_local_frame(slot, id, frame, cx) {
+                return self.close_link(id, &format!("protocol error: {reason}"), cx);
+            }
+        }
+        self.mark(slot);
+    }
+
+    fn on_local_frame(
+        &mut self,
+        slot: usize,
+        id: LinkId,
+        LocalFrame { header, fds }: LocalFrame,
+        cx: &mut Cx<'_>,
+    ) -> Result<(), String> {
+        let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {
+            // What came of it was said when it failed.
+            return Ok(());
+        };
+        if attachment.link != id {
+            return Err("shared memory on a stream for bulk".into());
+        }
+        match header.kind {
+            FrameKind::Attach if attachment.theirs.is_some() => {
+                return Err("ATTACH a second time".into());
+            }
+            FrameKind::Attach => {
+                let theirs = self.take_attach(slot, id, &header, fds);
+                let taken = self.set_theirs(slot, theirs, cx);
+                if taken {
+                    self.share_all(slot);
+                }
+            }
+            FrameKind::Attached if header.status == TAKEN => attachment.taken = true,
+            FrameKind::Attached => {
+                let reason = "the peer cannot share memory with this engine (its log says why)";
+                self.detach(slot, cx);
+                self.local_resolved(slot, Err(reason.into()), cx);
+                return Ok(());
+            }
+            FrameKind::Share => {
+                let Some(theirs) = &attachment.theirs else {
+                    return Err("SHARE before ATTACH".into());
+                };
+                // A limit like that on regions, for what a peer can make us map.
+                if theirs.path.mapped_regions() < self.engine.config.limits.regions {
+                    take_share(&theirs.path, &header, &fds)?;
+                }
+            }
+            FrameKind::Unshare => {
+                if let Some(theirs) = &attachment.theirs {
+                    theirs.path.unmap(RegionKey(header.key));
+                }
+            }
+            _ => return Err("no frame about shared memory".into()),
+        }
+        self.try_local_up(slot, id, cx);
+        Ok(())
+    }
+
+    /// Maps what the peer shares, and finds out how far its memory can be reached.
+    fn take_attach(
+        &self,
+        slot: usize,
+        id: LinkId,
+        header: &Header,
+        fds: sys::Fds,
+    ) -> Result<Theirs, String> {
+        let peer = self.peers.get(slot).ok_or("the peer is gone")?;
+        let attachment = peer.local.as_ref().ok_or("the session is gone")?;
+        let link = self.links.get(id as u32 as usize).ok_or("the link is gone")?;
+        if header.status != LAYOUT {
+            return Err(format!("its shared memory has layout {} and not {LAYOUT}", header.status));
+        }
+        let Ok([table, channel, doorbell]) = <[OwnedFd; 3]>::try_from(fds.into_vec()) else {
+            return Err("descriptors are missing (too many are open?)".into());
+        };
+        let table = TableView::open(&table)?;
+        let ring = local::open_channel(&channel)?;
+        if !sys::is_eventfd(doorbell.as_fd()) {
+            return Err("its doorbell is none".into());
+        }
+        let pid = local::credentials_pid(link.fd.as_fd()).map_err(|e| e.to_string())?;
+        let own = super::shared::is_of_this_process(peer.core.peer.incarnation);
+        let nonce = (header.id, header.key.to_le_bytes());
+        let (reach, reason) = local::reach(pid, own, nonce);
+        let process = PeerProcess::new(pid, reach.process_memory(), own);
+        let accessor = Arc::new(Accessor { uses: ring.uses(), process });
+        let path = Arc::new(LocalPath::new(PathParts {
+            peer: peer.core.peer.name.clone(),
+            reach,
+            table,
+            uses: attachment.ring.uses(),
+            nonce,
+            strict_writes: self.engine.config.strict_writes,
+        }));
+        Ok(Theirs { ring, doorbell, accessor, path, reason })
+    }
+
+    /// Answers ATTACH; true: it was taken.
+    fn set_theirs(
+        &mut self,
+        slot: usize,
+        theirs: Result<Theirs, String>,
+        cx: &mut Cx<'_>,
+    ) -> bool {
+        let Some(peer) = self.peers.get_mut(slot) else { return false };
+        let Some(attachment) = peer.local.as_mut() else { return false };
+        match theirs {
+            Ok(theirs) => {
+                self.engine.accessors.add(theirs.accessor.clone());
+                theirs.ring.set_asleep(self.asleep);
+                attachment.theirs = Some(theirs);
+                attachment.outgoing.push_back(frame(FrameKind::Attached, TAKEN));
+                self.rings.push(slot);
+                true
+            }
+            Err(reason) => {
+                attachment.outgoing.push_back(frame(FrameKind::Attached, REFUSED));
+                let link = attachment.link;
+                // A link that cannot take it says so by itself.
+                let _ = self.flush_local(slot, link);
+                self.detach(slot, cx);
+                self.local_resolved(slot, Err(reason), cx);
+                false
+            }
+        }
+    }
+
+    fn try_local_up(&mut self, slot: usize, id: LinkId, cx: &mut Cx<'_>) {
+        let Some(peer) = self.peers.get(slot) else { return };
+        let Some(attachment) = &peer.local else { return };
+        let Some(Theirs { path, .. }) = attachment.theirs.as_ref().filter(|_| attachment.is_up())
+        else {
+            return;
+        };
+        if peer.core.peer.path.load().is_some() {
+            return;
+        }
+        let path = path.clone();
+        if let Some(fd_id) = self.link(id).map(|link| link.fd_id()) {
+            // Notifications come by the ring now.
+            cx.set_calm(fd_id, true);
+        }
+        self.local_resolved(slot, Ok(path), cx);
+    }
+
+    fn local_resolved(
+        &mut self,
+        slot: usize,
+        outcome: Result<Arc<LocalPath>, String>,
+        cx: &mut Cx<'_>,
+    ) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if let (Ok(path), false) = (&outcome, peer.is_leaving()) {
+            peer.core.peer.path.store(Some(path.clone()));
+        }
+        self.log_local(slot, outcome.as_ref().err().map(String::as_str));
+        self.with_core(slot, cx, |core, env| core.local_resolved(outcome, env));
+    }
+
+    /// The line that says how bytes will go to and from a peer on this host.
+    fn log_local(&self, slot: usize, failure: Option<&str>) {
+        let Some(peer) = self.peers.get(slot) else { return };
+        let theirs = peer.local.as_ref().and_then(|attachment| attachment.theirs.as_ref());
+        let path = theirs.map(|theirs| &theirs.path);
+        let reached = path.is_some_and(|path| path.reaches_all());
+        let reason = failure.or_else(|| theirs.and_then(|theirs| theirs.reason.as_deref()));
+        let core = self.engine.lane(self.index).ok().and_then(Lane::core);
+        tracing::info!(
+            peer = &*peer.core.peer.name,
+            transport = if reached { "local" } else { "tcp, over a unix socket" },
+            copies = path.map_or("none", |path| path.method()),
+            reason = reason.unwrap_or(""),
+            lane = self.index,
+            core = core.map_or("unpinned".to_owned(), |core| core.to_string()),
+            "connected"
+        );
+    }
+
+    /// The session's link is going: what the peer has put into its ring is taken first.
+    pub(super) fn detach(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        self.drain_ring(slot, usize::MAX, cx);
+        self.rings.retain(|known| *known != slot);
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        peer.core.peer.path.store(None);
+        peer.core.set_ring(None);
+        if let Some(attachment) = peer.local.take()
+            && let Some(theirs) = &attachment.theirs
+        {
+            theirs.accessor.process.set_disconnected();
+        }
+    }
+
+    /// No further transfer is copied by callers: the session is being left.
+    pub(super) fn close_path(&mut self, slot: usize) {
+        if let Some(peer) = self.peers.get(slot) {
+            peer.core.peer.path.store(None);
+        }
+    }
+
+    // --- notifications
+
+    /// Looks into the rings; true: there was something.
+    pub(super) fn poll_rings(&mut self, cx: &mut Cx<'_>) -> bool {
+        if self.asleep && cx.on_lane_thread() {
+            self.set_asleep(false);
+        }
+        let count = self.rings.len();
+        let mut worked = false;
+        for _ in 0..count.min(RINGS_PER_TURN) {
+            self.next_ring = if self.next_ring + 1 < self.rings.len() { self.next_ring + 1 } else { 0 };
+            let Some(&slot) = self.rings.get(self.next_ring) else { break };
+            worked |= self.drain_ring(slot, RING_BATCH, cx);
+        }
+        worked
+    }
+
+    /// Takes messages of one ring.
+    fn drain_ring(&mut self, slot: usize, most: usize, cx: &mut Cx<'_>) -> bool {
+        let mut taken = 0;
+        while taken < most {
+            let Some(peer) = self.peers.get_mut(slot) else { break };
+            let Some(attachment) = peer.local.as_mut() else { break };
+            let Some(theirs) = attachment.theirs.as_mut() else { break };
+            if !theirs.ring.has_message() {
+                break;
+            }
+            let link = attachment.link;
+            let popped = theirs.ring.pop().map_err(|error| error.to_string());
+            let handled = popped.and_then(|message| {
+                let Some(message) = message else { return Ok(()) };
+                let handled = self.with_core(slot, cx, |core, env| core.on_ring_message(message, env));
+                handled.unwrap_or(Ok(())).map_err(|error| error.to_string())
+            });
+            if let Err(reason) = handled {
+                // Nothing of a ring that is broken is looked at again.
+                self.rings.retain(|known| *known != slot);
+                if let Some(peer) = self.peers.get_mut(slot) {
+                    peer.core.set_ring(None);
+                    peer.core.peer.path.store(None);
+                    if let Some(theirs) = peer.local.take().as_ref().and_then(|a| a.theirs.as_ref()) {
+                        theirs.accessor.process.set_disconnected();
+                    }
+                }
+                self.close_link(link, &reason, cx);
+                return true;
+            }
+            taken += 1;
+        }
+        taken > 0
+    }
+
+    /// Puts what a peer's core has into the ring; true: it moved something.
+    pub(super) fn flush_ring(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
+        let now = cx.now();
+        let Self { peers, regions, engine, counters, busy, .. } = self;
+        let Some(peer) = peers.get_mut(slot) else { return false };
+        let Some(attachment) = peer.local.as_mut().filter(|attachment| attachment.is_up()) else {
+            return false;
+        };
+        let link = attachment.link;
+        let (mut moved, mut asleep) = (false, false);
+        let mut env = super::lane::env(regions, engine, counters, now);
+        let filled = loop {
+            let (Ok(has_room), Ok(is_empty)) =
+                (attachment.ring.has_room(), attachment.ring.is_empty())
+            else {
+                break Err(local::Broken);
+            };
+            peer.core.set_ring(Some(RingState { has_room, is_empty }));
+            if !has_room {
+                break Ok(());
+            }
+            let Some(message) = peer.core.next_ring_message(&mut env) else { break Ok(()) };
+            let message = match &message {
+                RingMessage::Notify { seq, ack, payload } => {
+                    RingMessage::Notify { seq: *seq, ack: *ack, payload: &payload[..] }
+                }
+                RingMessage::Ack(below) => RingMessage::Ack(*below),
+            };
+            match attachment.ring.push(&message) {
+                Ok(pushed) => asleep |= pushed == Pushed::Asleep,
+                Err(broken) => break Err(broken),
+            }
+            moved = true;
+        };
+        if asleep && let Some(theirs) = &attachment.theirs {
+            sys::ring(theirs.doorbell.as_fd());
+        }
+        if peer.core.waits_for_ring() {
+            let (since, timer) = attachment.waiting.get_or_insert((now, false));
+            if now - *since < RING_PATIENCE {
+                busy.push(slot);
+            } else if !*timer {
+                *timer = true;
+                cx.set_timer(now + Duration::from_millis(1), LOCAL_TIMER | slot as u64);
+            }
+        } else {
+            attachment.waiting = None;
+        }
+        if let Err(broken) = filled {
+            self.close_link(link, &broken.to_string(), cx);
+        }
+        moved
+    }
+
+    /// Time to look again whether the ring has room.
+    pub(super) fn ring_timer(&mut self, slot: usize) {
+        if let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut())
+            && let Some((_, timer)) = attachment.waiting.as_mut()
+        {
+            *timer = false;
+        }
+        self.mark(slot);
+    }
+
+    fn set_asleep(&mut self, asleep: bool) {
+        self.asleep = asleep;
+        for &slot in &self.rings {
+            if let Some(theirs) =
+                self.peers.get(slot).and_then(|peer| peer.local.as_ref()?.theirs.as_ref())
+            {
+                theirs.ring.set_asleep(asleep);
+            }
+        }
+    }
+
+    /// Tells the peers on this host to ring; false: one of them has not seen it, and a message waits.
+    pub(super) fn rings_before_sleep(&mut self) -> bool {
+        if self.rings.is_empty() {
+            return true;
+        }
+        self.set_asleep(true);
+        // With the fence in `Producer::push`.
+        fence(Ordering::SeqCst);
+        let waits = self.rings.iter().any(|&slot| {
+            let theirs = self.peers.get(slot).and_then(|peer| peer.local.as_ref()?.theirs.as_ref());
+            theirs.is_some_and(|theirs| theirs.ring.has_message())
+        });
+        if waits {
+            self.set_asleep(false);
+        }
+        !waits
+    }
+
+    // --- memory of the engine
+
+    /// Tells a peer of all memory of this engine that it may map.
+    fn share_all(&mut self, slot: usize) {
+        let regions: Vec<Arc<RegionInner>> =
+            self.engine.registry().all().filter(|region| region.memory.is_some()).cloned().collect();
+        for region in regions {
+            self.share(slot, &region);
+        }
+    }
+
+    fn share(&mut self, slot: usize, region: &RegionInner) {
+        let descriptor = &region.descriptor;
+        let Some(memory) = region.memory.as_ref().filter(|_| descriptor.access != Access::LOCAL)
+        else {
+            return;
+        };
+        let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {
+            return;
+        };
+        let Ok(fd) = memory.fd_for_peers(descriptor.access.allows(Access::REMOTE_WRITE)) else {
+            // It is reached as other memory is.
+            return;
+        };
+        let mut share = frame(FrameKind::Share, u16::from(descriptor.access.bits()));
+        share.header.key = descriptor.key.0;
+        share.header.addr = descriptor.base;
+        share.header.id = descriptor.len;
+        share.fds.push(fd);
+        attachment.outgoing.push_back(share);
+        self.mark(slot);
+    }
+
+    pub(super) fn share_with_all(&mut self, region: &RegionInner) {
+        for slot in self.rings.clone() {
+            self.share(slot, region);
+        }
+    }
+
+    pub(super) fn unshare_with_all(&mut self, region: &RegionInner) {
+        if region.memory.is_none() {
+            return;
+        }
+        for slot in self.rings.clone() {
+            if let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) {
+                let mut unshare = frame(FrameKind::Unshare, 0);
+                unshare.header.key = region.descriptor.key.0;
+                attachment.outgoing.push_back(unshare);
+                self.mark(slot);
+            }
+        }
+    }
+
+    // --- copies
+
+    /// Takes up the transfers of a peer that are to be copied.
+    pub(super) fn take_copies(&mut self, slot: usize) {
+        while let Some(transfer) = self.peers.get_mut(slot).and_then(|peer| peer.core.next_copy()) {
+            if transfer.plan.bytes >= SHARED_BYTES {
+                for (index, lane) in self.engine.lanes().iter().enumerate() {
+                    if index != self.index {
+                        // One that is gone does not help.
+                        let _ = lane.try_submit(Message::Help(transfer.clone()));
+                    }
+                }
+            }
+            self.add_copy(transfer);
+        }
+    }
+
+    pub(super) fn add_copy(&mut self, transfer: Arc<TransferShared>) {
+        match transfer.plan.class {
+            Class::Latency => self.copies.push_front(transfer),
+            Class::Bulk => self.copies.push_back(transfer),
+        }
+    }
+
+    /// Copies for this lane's share of the turn, a chunk of each transfer in turn.
+    pub(super) fn run_copies(&mut self, cx: &mut Cx<'_>) -> bool {
+        if self.copies.is_empty() {
+            return false;
+        }
+        let began = Instant::now();
+        while let Some(transfer) = self.copies.pop_front() {
+            match transfer.copy_chunk() {
+                // Others have the rest.
+                None => continue,
+                Some(false) => self.copies.push_back(transfer),
+                Some(true) => self.copied(&transfer, cx),
+            }
+            if began.elapsed() >= LANE_TURN {
+                break;
+            }
+        }
+        true
+    }
+
+    /// Nothing may be left to copy of a transfer.
+    pub(super) fn copied(&mut self, transfer: &Arc<TransferShared>, cx: &mut Cx<'_>) {
+        let home = transfer.plan.peer.lane;
+        if home == self.index {
+            if let Some(slot) = self.slot_of(&transfer.plan.peer) {
+                self.with_core(slot, cx, |core, env| core.copied(transfer, env));
+            }
+        } else if let Ok(lane) = self.engine.lane(home) {
+            // A lane that is gone has ended the transfer itself.
+            let _ = lane.submit(Message::Copied(transfer.clone()));
+        }
+    }
+
+    /// Whether both sides allow transfers as frames over a socket.
+    pub(super) fn frames_allowed(&self, theirs: u32) -> bool {
+        theirs & self.engine.identity.transports & TransportKind::Tcp.bit() != 0
+    }
+}
+
+fn take_share(path: &LocalPath, header: &Header, fds: &sys::Fds) -> Result<(), String> {
+    let [fd] = &fds[..] else { return Err("SHARE without its descriptor".into()) };
+    let writable = header.status & u16::from(Access::REMOTE_WRITE.bits()) != 0;
+    let len = usize::try_from(header.id).map_err(|_| "SHARE of more than fits".to_owned())?;
+    let most = len.saturating_add(4 << 20);
+    match Mapping::received(fd.as_fd(), len.max(1)..=most, writable) {
+        Ok(map) => {
+            let memory = PeerMemory { map, base: header.addr, len: header.id };
+            path.map(RegionKey(header.key), memory);
+        }
+        // It is reached as other memory is.
+        Err(reason) => tracing::debug!(reason, "memory of a peer's engine is not mapped"),
+    }
+    Ok(())
+}
+
+impl TransferShared {
+    /// Copies one chunk, if one is left to claim: true when it may have been the last. Any thread.
+    pub(crate) fn copy_chunk(&self) -> Option<bool> {
+        let plan = &self.plan;
+        let (chunk, path) = self.copy.claim(plan.chunks.len())?;
+        // SAFETY: a claimed chunk holds the transfer's end off, and with it the uses of its regions that
+        // its lane counts.
+        let outcome = unsafe { path.copy_patiently(plan, chunk) };
+        Some(self.copy.finish(outcome, plan.chunks.len()))
+    }
+}
+
+impl From<local::CopyError> for Error {
+    fn from(error: local::CopyError) -> Self {
+        match error {
+            local::CopyError::Failed(error) => error,
+            local::CopyError::Busy => Error::Busy {
+                what: "every place for a copy to the peer",
+                hint: "; too many threads copy at the same time",
+            },
+        }
+    }
+}

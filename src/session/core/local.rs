@@ -1,0 +1,216 @@
+//! A peer on the same host: transfers that are copied by this side, notifications that go through shared
+//! memory. What that memory holds, the driver knows; here is what is sent where, and in which order.
+//!
+//! Notifications have one order and two ways. A way is changed only when all that went the other one has
+//! arrived: the socket is taken when the ring is empty, the ring when what went over the socket is
+//! acknowledged. So nothing has to be put in order at the other side.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::requests::ActiveKey;
+use super::{Core, Env, ProtocolError};
+use crate::error::Error;
+use crate::plan::Class;
+use crate::session::inbox::Arrival;
+use crate::session::outbox::Fragment;
+use crate::transfer::TransferShared;
+use crate::transport::local::{LocalPath, MAX_RING_PAYLOAD, Message};
+
+/// Whether transfers are copied by this side.
+#[derive(Debug, Default)]
+pub(super) enum Local {
+    /// The session has no such way, or there is no session.
+    #[default]
+    Off,
+    /// The session's link is on this host, and it is being found out: transfers wait.
+    Pending,
+    Up(Arc<LocalPath>),
+}
+
+/// The ring to the peer, as the driver has just seen it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RingState {
+    /// It has room for a message of any length.
+    pub(crate) has_room: bool,
+    /// The peer has taken everything.
+    pub(crate) is_empty: bool,
+}
+
+impl Core {
+    /// The session's link is up on this host; `local_resolved` tells what came of it.
+    pub(super) fn local_pending(&mut self, on_this_host: bool) {
+        self.local = if on_this_host { Local::Pending } else { Local::Off };
+        self.peer.settled.store(!on_this_host, Ordering::Release);
+    }
+
+    /// Whether both sides allow transfers to go as frames over a socket.
+    pub(crate) fn set_frames_allowed(&mut self, allowed: bool) {
+        self.frames_allowed = allowed;
+    }
+
+    /// Whether it is being found out how to reach the peer's memory.
+    pub(super) fn is_local_pending(&self) -> bool {
+        matches!(self.local, Local::Pending)
+    }
+
+    pub(super) fn local_off(&mut self) {
+        self.local = Local::Off;
+        self.ring = None;
+        self.socket_until = 0;
+        // Those that were never begun take whatever way the next link has.
+        while let Some(key) = self.copies.pop_front() {
+            match self.live(key).map(|active| active.plan().class) {
+                Some(Class::Latency) => self.latency.push_back(key),
+                Some(Class::Bulk) => self.bulk.push_back(key),
+                None => {}
+            }
+        }
+    }
+
+    /// The way to the peer's memory, or why there is none. Transfers that waited for it go on.
+    pub(crate) fn local_resolved(
+        &mut self,
+        outcome: Result<Arc<LocalPath>, String>,
+        env: &mut Env<'_>,
+    ) {
+        if !self.is_local_pending() {
+            return;
+        }
+        self.local = match outcome {
+            Ok(path) => Local::Up(path),
+            Err(reason) => {
+                self.local_reason = reason;
+                Local::Off
+            }
+        };
+        self.peer.settled.store(true, Ordering::Release);
+        let waiting: Vec<ActiveKey> = self.latency.drain(..).chain(self.bulk.drain(..)).collect();
+        for key in waiting {
+            self.enqueue(key, env);
+        }
+        self.want_bulk();
+    }
+
+    /// Puts a transfer where it is taken up: by the driver to copy it, or by a link. One that nothing may
+    /// carry ends.
+    pub(super) fn enqueue(&mut self, key: ActiveKey, env: &mut Env<'_>) {
+        let Some(active) = self.live(key) else { return };
+        let (plan, class) = (active.plan(), active.plan().class);
+        let copied = matches!(&self.local, Local::Up(path) if path.carries(plan));
+        if copied {
+            return self.copies.push_back(key);
+        }
+        let connected = self.session_link().is_some() && !self.is_local_pending();
+        if connected && !self.frames_allowed {
+            let reason = match &self.local {
+                Local::Up(_) => {
+                    "its memory cannot be reached from this process, and transport `tcp` is not allowed"
+                        .to_owned()
+                }
+                _ => format!("transport `local`, the only one allowed, fails: {}", self.local_reason),
+            };
+            let error = Error::Connect { peer: self.peer.name.clone(), reason };
+            return self.fail(key.slot, error, env);
+        }
+        match class {
+            Class::Latency => self.latency.push_back(key),
+            Class::Bulk => self.bulk.push_back(key),
+        }
+    }
+
+    /// The next transfer to copy: its job is open, and `copied` is called once nothing is left of it.
+    pub(crate) fn next_copy(&mut self) -> Option<Arc<TransferShared>> {
+        let Local::Up(path) = &self.local else { return None };
+        let path = path.clone();
+        loop {
+            let key = self.copies.pop_front()?;
+            if let Some(active) = self.live_mut(key) {
+                return Some(active.begin_copy(path));
+            }
+        }
+    }
+
+    /// Somebody has copied the last chunk of a transfer, or may have.
+    pub(crate) fn copied(&mut self, shared: &Arc<TransferShared>, env: &mut Env<'_>) {
+        let slot = shared.lane_key();
+        let Some(outcome) = self.end_copy(slot, shared) else { return };
+        match outcome {
+            Ok(()) => self.finish(slot, env),
+            Err(error) => self.fail(slot, error, env),
+        }
+    }
+
+    /// What the driver has seen of the ring; `None`: there is none.
+    pub(crate) fn set_ring(&mut self, ring: Option<RingState>) {
+        self.ring = ring;
+    }
+
+    /// The next message for the ring, which has room for it.
+    pub(crate) fn next_ring_message(&mut self, env: &mut Env<'_>) -> Option<Message<Arc<[u8]>>> {
+        if self.session == 0 || !self.confirmed {
+            return None;
+        }
+        if self.outbox.acknowledged() >= self.socket_until
+            && let Some(Fragment { seq, payload, .. }) = self.outbox.next_whole(MAX_RING_PAYLOAD)
+        {
+            env.counters.notifications_sent.add(1);
+            let ack = self.acknowledgement(true, env).unwrap_or(0);
+            return Some(Message::Notify { seq, ack, payload });
+        }
+        self.acknowledgement(false, env).map(Message::Ack)
+    }
+
+    /// Whether the next notification may go over the socket now.
+    pub(super) fn may_use_socket(&self) -> bool {
+        let Some(ring) = self.ring else { return true };
+        let for_ring = self.outbox.is_next_whole(MAX_RING_PAYLOAD)
+            && self.outbox.acknowledged() >= self.socket_until;
+        !for_ring && (ring.is_empty || self.outbox.is_between_fragments())
+    }
+
+    /// Whether acknowledgements go through the ring.
+    pub(super) fn acknowledges_by_ring(&self) -> bool {
+        self.ring.is_some_and(|ring| ring.has_room)
+    }
+
+    /// Whether something waits for the ring: for room, or for the peer to empty it.
+    pub(crate) fn waits_for_ring(&self) -> bool {
+        self.ring.is_some_and(|ring| {
+            self.outbox.has_unsent() && (!ring.has_room || (!ring.is_empty && !self.may_use_ring()))
+        })
+    }
+
+    fn may_use_ring(&self) -> bool {
+        self.outbox.is_next_whole(MAX_RING_PAYLOAD)
+            && self.outbox.acknowledged() >= self.socket_until
+    }
+
+    /// A message of the peer's ring.
+    ///
+    /// # Errors
+    /// The peer broke the protocol: close the link.
+    pub(crate) fn on_ring_message(
+        &mut self,
+        message: Message<Vec<u8>>,
+        env: &mut Env<'_>,
+    ) -> Result<(), ProtocolError> {
+        self.confirmed = true;
+        self.heard(env.now);
+        match message {
+            Message::Ack(below) => self.on_ack(below, env),
+            Message::Notify { seq, ack, payload } => {
+                if ack != 0 {
+                    self.on_ack(ack, env)?;
+                }
+                let len = payload.len() as u64;
+                let arrival =
+                    Arrival { seq, offset: 0, len, total: len, bound: None, void: false };
+                self.inbox.check(&arrival)?;
+                self.inbox.arrive(&arrival, payload)?;
+                self.deliver(env);
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The system calls that reach into another process.
+//!
+//! Two ways, measured on the development machine (64 B / 4 KiB / 64 KiB, us): through `/proc/PID/mem`
+//! 0.85 / 0.89 / 8.0, by `process_vm_readv` 1.15 / 1.18 / 4.8. The first looks the process up, and checks
+//! the right to, once, when the file is opened, and then belongs to that address space: whatever becomes of
+//! the process ID, it reaches nobody else. It copies twice, and takes one call for each remote range. The
+//! second moves a thousand ranges in one call, but goes by the process ID, which may be used again.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use crate::sys::IoSegment;
+
+fn moved(n: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Which process, by its ID in this process's own namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Pid(pub(crate) libc::pid_t);
+
+/// Copies from `remote`, ranges of the other process, to `local`. May stop early.
+///
+/// # Safety
+/// `local` names memory that may be overwritten now. Ranges that are not mapped give `EFAULT`.
+#[inline]
+pub(crate) unsafe fn read(
+    pid: Pid,
+    local: &[IoSegment],
+    remote: &[IoSegment],
+) -> io::Result<usize> {
+    // SAFETY: both lists outlive the call and have the layout of `iovec`; the kernel checks every
+    // address. The caller answers for what is overwritten.
+    moved(unsafe {
+        libc::process_vm_readv(
+            pid.0,
+            local.as_ptr().cast(),
+            local.len() as _,
+            remote.as_ptr().cast(),
+            remote.len() as _,
+            0,
+        )
+    })
+}
+
+/// Copies from `local` to `remote`, ranges of the other process. May stop early.
+#[inline]
+pub(crate) fn write(pid: Pid, local: &[IoSegment], remote: &[IoSegment]) -> io::Result<usize> {
+    // SAFETY: both lists outlive the call and have the layout of `iovec`; the kernel checks every
+    // address, and only reads what is local.
+    moved(unsafe {
+        libc::process_vm_writev(
+            pid.0,
+            local.as_ptr().cast(),
+            local.len() as _,
+            remote.as_ptr().cast(),
+            remote.len() as _,
+            0,
+        )
+    })
+}
+
+/// The address space of another process, as a file: pinned, whatever becomes of the process.
+#[derive(Debug)]
+pub(crate) struct ProcessMemory(OwnedFd);
+
+impl ProcessMemory {
+    pub(crate) fn open(pid: Pid) -> io::Result<Self> {
+        let path = format!("/proc/{}/mem", pid.0);
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
+        Ok(Self(file.into()))
+    }
+
+    /// Copies one range of the other process into `local`. 0: its address space is gone.
+    ///
+    /// # Safety
+    /// As for [`read`].
+    #[inline]
+    pub(crate) unsafe fn read(&self, local: &[IoSegment], remote: u64) -> io::Result<usize> {
+        let (fd, count) = (self.0.as_raw_fd(), local.len() as libc::c_int);
+        // SAFETY: the list outlives the call and has the layout of `iovec`; the kernel checks every
+        // address. The caller answers for what is overwritten.
+        moved(unsafe { libc::preadv(fd, local.as_ptr().cast(), count, remote as libc::off_t) })
+    }
+
+    /// Copies `local` to one range of the other process. 0: its address space is gone.
+    #[inline]
+    pub(crate) fn write(&self, local: &[IoSegment], remote: u64) -> io::Result<usize> {
+        let (fd, count) = (self.0.as_raw_fd(), local.len() as libc::c_int);
+        // SAFETY: the list outlives the call and has the layout of `iovec`; the kernel checks every
+        // address, and only reads what is local.
+        moved(unsafe { libc::pwritev(fd, local.as_ptr().cast(), count, remote as libc::off_t) })
+    }
+
+    /// Whether no thread lives in this address space any more. Reading then gives nothing, whatever the
+    /// address; in a living one an address that is not mapped is an error.
+    pub(crate) fn is_empty(&self) -> bool {
+        let mut byte = [0u8; 1];
+        let into = [IoSegment::of_mut(&mut byte)];
+        // SAFETY: `byte` is ours.
+        matches!(unsafe { self.read(&into, 1) }, Ok(0))
+    }
+
+    /// Whether `value` lies at `addr` there.
+    #[inline]
+    pub(crate) fn holds(&self, addr: u64, value: &[u8; 16]) -> bool {
+        let mut found = [0u8; 16];
+        let into = [IoSegment::of_mut(&mut found)];
+        // SAFETY: `found` is ours.
+        matches!(unsafe { self.read(&into, addr) }, Ok(16)) && found == *value
+    }
+}
+
+/// Whether `value` lies at `addr` of the process.
+pub(crate) fn holds(pid: Pid, addr: u64, value: &[u8; 16]) -> io::Result<bool> {
+    let mut found = [0u8; 16];
+    let into = [IoSegment::of_mut(&mut found)];
+    // SAFETY: `found` is ours.
+    let n = unsafe { read(pid, &into, &[IoSegment::new(addr, 16)]) }?;
+    Ok(n == 16 && found == *value)
+}
+
+/// A descriptor of the process itself; readable once it has ended.
+pub(crate) fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) };
+    let raw = libc::c_int::try_from(raw).ok().filter(|raw| *raw >= 0);
+    let raw = raw.ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: a fresh descriptor (close-on-exec by itself) that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Whether the process of this descriptor has ended, with all of its threads.
+pub(crate) fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one structure, as announced.
+    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 && poll.revents & libc::POLLIN != 0 }
+}
+
+/// The process at the other end of a Unix socket, by its ID in our namespace; `None`: it cannot be seen
+/// from here.
+pub(crate) fn credentials_pid(socket: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
+    let credentials =
+        nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::PeerCredentials)?;
+    Ok(Some(Pid(credentials.pid())).filter(|pid| pid.0 > 0))
+}
+
+/// Lets any process of this user reach into this one, where Yama would ask for a named one.
+pub(crate) fn allow_any_tracer() -> io::Result<()> {
+    // SAFETY: no pointers.
+    match unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // A kernel without Yama forbids nothing of the kind.
+            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            error => Err(error),
+        },
+    }
+}

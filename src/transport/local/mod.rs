@@ -1,0 +1,41 @@
+//! The transport between engines of one host: the initiator's threads copy by themselves.
+//!
+//! ```text
+//!   initiator                                              target
+//!   ┌───────────────┐  reads: keys, bounds, rights  ┌──────────────┐
+//!   │ LocalPath     │ ────────────────────────────> │ region table │ memfd, written by its owner only
+//!   │ copy(chunk)   │                               └──────────────┘
+//!   │   │           │  counts its copies            ┌──────────────┐
+//!   │   ├───────────┼─────────────────────────────> │ channel      │ memfd, one for each direction:
+//!   │   │           │  puts notifications           │  uses, ring  │ uses in progress, notifications
+//!   │   │           │ ────────────────────────────> └──────────────┘
+//!   │   │ memcpy (same process, memory of the engine), /proc/PID/mem, process_vm_readv / writev
+//!   │   └─────────────────────────────────────────> registered memory
+//!   └───────────────┘
+//! ```
+//!
+//! The session's own socket (a Unix socket) carries the descriptors of that shared memory, and whatever
+//! does not fit into the ring. `engine::local` drives all this on a lane.
+
+mod channel;
+mod cma;
+mod copy;
+mod death;
+mod memory;
+mod path;
+mod shm;
+mod table;
+
+pub(crate) use channel::{
+    Broken, Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, Uses,
+    create as create_channel, open as open_channel,
+};
+pub(crate) use cma::{allow_any_tracer, credentials_pid};
+pub(crate) use death::PeerProcess;
+pub(crate) use memory::{OwnMemory, node_of};
+pub(crate) use path::{CopyError, LocalPath, PathParts, PeerMemory, reach};
+pub(crate) use shm::{Mapping, SharedFd};
+pub(crate) use table::{RemoteRange, Table, TableView};
+
+/// Layout of the shared memory; both sides must agree.
+pub(crate) const LAYOUT: u16 = 1;

@@ -1,0 +1,101 @@
+//! The ways to another process are shown by a child that is forked here and does nothing but exist: its
+//! memory is a copy of ours, at the same addresses.
+
+use super::*;
+
+/// A child process that waits to be killed.
+struct Child(Pid);
+
+impl Child {
+    fn new() -> Self {
+        // SAFETY: the child makes only calls that are safe after a fork.
+        match unsafe { libc::fork() } {
+            0 => loop {
+                // SAFETY: as above.
+                unsafe { libc::pause() };
+            },
+            pid => Self(Pid(pid)),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: our own child.
+        unsafe {
+            libc::kill(self.0.0, libc::SIGKILL);
+            libc::waitpid(self.0.0, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+fn value(nonce: &[u8; 16]) -> (u64, [u8; 16]) {
+    (nonce.as_ptr() as usize as u64, *nonce)
+}
+
+#[test]
+fn a_process_is_reached_only_if_it_holds_the_nonce() {
+    let nonce = Box::new([7u8; 16]);
+    let child = Child::new();
+    let (found, reason) = reach(Some(child.0), false, value(&nonce));
+    assert!(matches!(found, Reach::Process { memory: Some(_), .. }), "{reason:?}");
+    let other = (nonce.as_ptr() as usize as u64, [8; 16]);
+    let (found, reason) = reach(Some(child.0), false, other);
+    assert!(matches!(found, Reach::MappedOnly) && reason.is_some());
+    let (found, reason) = reach(Some(child.0), false, (8, [0; 16]));
+    assert!(matches!(found, Reach::MappedOnly), "nothing is mapped there");
+    assert!(reason.unwrap().contains("process_vm_readv"));
+    let (found, reason) = reach(None, false, value(&nonce));
+    assert!(matches!(found, Reach::MappedOnly) && reason.unwrap().contains("PID namespace"));
+    assert!(matches!(reach(Some(child.0), true, value(&nonce)), (Reach::SameProcess, None)));
+}
+
+#[test]
+fn the_file_of_an_address_space_knows_when_it_is_empty() {
+    let nonce = Box::new([7u8; 16]);
+    let child = Child::new();
+    let memory = ProcessMemory::open(child.0).unwrap();
+    let (addr, expected) = value(&nonce);
+    assert!(memory.holds(addr, &expected) && !memory.is_empty());
+    assert!(!memory.holds(addr, &[9; 16]));
+    drop(child);
+    assert!(memory.is_empty() && !memory.holds(addr, &expected));
+    let own = Pid(std::process::id().cast_signed());
+    assert!(!ProcessMemory::open(own).unwrap().is_empty());
+}
+
+#[test]
+fn lists_are_cut_and_continued_anywhere() {
+    let list = [IoSegment::new(100, 10), IoSegment::new(200, 5), IoSegment::new(300, 1)];
+    let shape = |list: &CallList| list.iter().map(|s| (s.addr(), s.len())).collect::<Vec<_>>();
+    for (done, bytes, expected) in [
+        (0, 16, vec![(100, 10), (200, 5), (300, 1)]),
+        (3, 9, vec![(103, 7), (200, 2)]),
+        (10, 5, vec![(200, 5)]),
+        (15, 1, vec![(300, 1)]),
+        (16, 0, vec![]),
+    ] {
+        let mut out = CallList::new();
+        rest(&list, done, &mut out);
+        cut(&mut out, bytes);
+        assert_eq!(shape(&out), expected, "{done} {bytes}");
+    }
+}
+
+#[test]
+fn mapped_memory_is_translated_within_its_bounds_only() {
+    use super::super::shm;
+    use std::os::fd::AsFd;
+    let fd = shm::create(c"test", 4096, false).unwrap();
+    let map = Mapping::new(fd.as_fd(), 4096, true).unwrap();
+    let start = map.addr();
+    let memory = PeerMemory { map, base: 1 << 40, len: 4000 };
+    let at = |addr, len| memory.translate(&IoSegment::new(addr, len)).map(|s| (s.addr(), s.len()));
+    assert_eq!(at(1 << 40, 4000), Some((start, 4000)));
+    assert_eq!(at((1 << 40) + 100, 5), Some((start + 100, 5)));
+    for (addr, len) in [((1 << 40) - 1, 1), ((1 << 40) + 1, 4000), (1 << 40, 4001), (0, 1)] {
+        assert_eq!(at(addr, len), None);
+    }
+    let lying = PeerMemory { len: 1 << 30, ..memory };
+    assert!(lying.translate(&IoSegment::new((1 << 40) + 4000, 97)).is_none());
+}
