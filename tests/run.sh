@@ -283,7 +283,7 @@ check_nixl_bench() {
     printf '\nNIXL %s, from corelane-bench:\n' "$nixl_newest"
     cargo test --quiet --package corelane-bench --features nixl --bins --tests --locked &&
         cargo run --quiet --package corelane-bench --features nixl --locked -- \
-            nixl --vs UCX@UCX_TLS=tcp --sizes 64,1M --rounds 1 --duration 20ms
+            nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms
 }
 
 # A selection on the other versions; what has another plugin ABI must be refused in a way that users understand.

@@ -1,15 +1,19 @@
-//! The memory that is transferred from and into: one anonymous mapping per process, faulted in before it is measured.
+//! The memory that is transferred from and into, faulted in before it is measured: an anonymous mapping, a file in memory
+//! that two processes map, or memory of the engine.
 //!
 //! An engine writes this memory behind the compiler's back, from its lanes, so nothing here hands out a reference that
 //! outlives a call: callers get offsets, and the harness touches a block only between passes, when nothing is in flight.
 
+use std::any::Any;
+use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::pattern::{self, Mismatch};
 
@@ -22,6 +26,8 @@ pub(crate) struct Arena {
 struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    /// Gives the memory back when it is dropped.
+    _owner: Box<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the mapping is plain memory without thread affinity. All access goes through `Arena`, whose methods copy in
@@ -31,9 +37,20 @@ unsafe impl Send for Mapping {}
 // the harness accesses blocks only between passes, except for `load_word`, which is atomic.
 unsafe impl Sync for Mapping {}
 
-impl Drop for Mapping {
+/// Pages that this process mapped itself.
+struct Pages {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: only an address range to unmap; nothing is accessed through it.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
+impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: `start` and `len` are those of the mapping made in `Arena::new`, and the last handle is gone.
+        // SAFETY: `start` and `len` are those of the mapping that was made for this value, and the last handle is gone.
         // A failure leaks address space of a process that is about to end; there is nobody to tell.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
@@ -42,21 +59,63 @@ impl Drop for Mapping {
 impl Arena {
     /// Maps `len` bytes and touches every page, so that no page fault falls into a timed span.
     pub(crate) fn new(len: usize) -> Result<Self> {
-        let size = NonZeroUsize::new(len.next_multiple_of(4096)).context("an empty arena")?;
+        let size = whole_pages(len)?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice overlaps nothing.
         let start = unsafe {
             mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)
         };
-        let start = start.with_context(|| {
-            format!(
-                "cannot map {len} bytes of memory: free some, or choose smaller --sizes and --kv"
-            )
-        })?;
-        Ok(Self { mapping: Arc::new(Mapping { start: start.cast(), len: size.get() }) })
+        Self::mapped(start, size)
     }
 
-    /// Bytes of the mapping, a multiple of 4096.
+    /// As [`Arena::new`], but of a file in memory, which another process can map too.
+    pub(crate) fn shared(len: usize) -> Result<(Self, File)> {
+        let size = whole_pages(len)?;
+        let file = memfd_create("corelane-bench", MFdFlags::MFD_CLOEXEC).context("memfd_create")?;
+        let file = File::from(file);
+        file.set_len(size.get() as u64).context("the length of a file in memory")?;
+        Ok((Self::of_file(&file, len)?, file))
+    }
+
+    /// Maps the first `len` bytes of a file in memory, whoever made it, and touches every page.
+    pub(crate) fn of_file(file: &File, len: usize) -> Result<Self> {
+        let size = whole_pages(len)?;
+        let there = file.metadata().context("the length of a file in memory")?.len();
+        ensure!(there >= size.get() as u64, "a file of {there} bytes instead of {size}");
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing. The file is as long (checked)
+        // and the processes of the harness never shorten it.
+        let start = unsafe {
+            mmap(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, file, 0)
+        };
+        Self::mapped(start, size)
+    }
+
+    fn mapped(start: nix::Result<NonNull<std::ffi::c_void>>, size: NonZeroUsize) -> Result<Self> {
+        let start = start.with_context(|| {
+            format!(
+                "cannot map {size} bytes of memory: free some, or choose smaller --sizes and --kv"
+            )
+        })?;
+        let (start, len) = (start.cast(), size.get());
+        // SAFETY: mapped readable and writable just now, zeroed by the kernel, and unmapped by its owner only.
+        Ok(unsafe { Self::owned_by(start, len, Pages { start, len }) })
+    }
+
+    /// Memory that `owner` gives back when it is dropped, with the last handle.
+    ///
+    /// # Safety
+    /// `len` initialised bytes from `start` on, at least word-aligned, are readable and writable for as long as `owner`
+    /// lives, and only transfers touch them besides this arena.
+    pub(crate) unsafe fn owned_by(
+        start: NonNull<u8>,
+        len: usize,
+        owner: impl Any + Send + Sync,
+    ) -> Self {
+        Self { mapping: Arc::new(Mapping { start, len, _owner: Box::new(owner) }) }
+    }
+
+    /// Bytes of the memory.
     pub(crate) fn len(&self) -> usize {
         self.mapping.len
     }
@@ -96,7 +155,7 @@ impl Arena {
         if !offset.is_multiple_of(8) || !self.contains(offset, 8) {
             return None;
         }
-        // SAFETY: aligned and in bounds (checked; the mapping is page-aligned), valid for the mapping's life, and
+        // SAFETY: aligned and in bounds (checked; the memory is word-aligned), valid for the mapping's life, and
         // only ever read through this atomic while transfers are under way.
         let word = unsafe { AtomicU64::from_ptr(self.as_ptr().add(offset as usize).cast()) };
         Some(word.load(Ordering::Acquire))
@@ -124,12 +183,13 @@ impl Arena {
     }
 }
 
+fn whole_pages(len: usize) -> Result<NonZeroUsize> {
+    len.checked_next_multiple_of(4096).and_then(NonZeroUsize::new).context("an empty arena")
+}
+
 /// Replaces `arena` by a larger one when it is too small; keeps it otherwise, with its pages already touched.
 pub(crate) fn grow(arena: &mut Option<Arena>, len: usize, limit: usize) -> Result<Arena> {
-    ensure!(
-        len <= limit,
-        "the case needs {len} bytes of memory, more than --max-memory allows ({limit})"
-    );
+    ensure_within(len, limit)?;
     match arena {
         Some(arena) if arena.len() >= len => Ok(arena.clone()),
         _ => {
@@ -138,6 +198,15 @@ pub(crate) fn grow(arena: &mut Option<Arena>, len: usize, limit: usize) -> Resul
             Ok(arena.insert(Arena::new(len)?).clone())
         }
     }
+}
+
+/// Refuses a case that needs more memory than this process may use.
+pub(crate) fn ensure_within(len: usize, limit: usize) -> Result<()> {
+    ensure!(
+        len <= limit,
+        "the case needs {len} bytes of memory, more than --max-memory allows ({limit})"
+    );
+    Ok(())
 }
 
 #[cfg(test)]
@@ -163,6 +232,31 @@ mod tests {
         );
         assert_eq!(arena.load_word(4096), None);
         assert_eq!(arena.load_word(4), None);
+    }
+
+    #[test]
+    fn a_shared_arena_is_seen_through_its_file() {
+        let (arena, file) = Arena::shared(10_000).expect("map");
+        let other = Arena::of_file(&file, 10_000).expect("map");
+        assert_ne!(arena.as_ptr(), other.as_ptr());
+        arena.fill(64, 640, 5, 9);
+        assert_eq!(other.check(64, 640, 5, 9), Ok(()));
+        assert!(Arena::of_file(&file, 1 << 20).is_err(), "longer than the file");
+    }
+
+    #[test]
+    fn memory_is_given_back_with_the_last_handle() {
+        let owner = Arc::new(());
+        let mut bytes = vec![0u64; 512];
+        let start = NonNull::new(bytes.as_mut_ptr().cast()).expect("not null");
+        // SAFETY: `bytes` is declared before the arena and outlives it.
+        let arena = unsafe { Arena::owned_by(start, 4096, Arc::clone(&owner)) };
+        let copy = arena.clone();
+        drop(arena);
+        assert_eq!(Arc::strong_count(&owner), 2);
+        copy.fill(0, 64, 1, 1);
+        drop(copy);
+        assert_eq!((Arc::strong_count(&owner), bytes[0]), (1, 1));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::raw_local::RawKind;
 use crate::units::Bytes;
 
 /// Groups of cases, as `--scenario` names them.
@@ -71,6 +72,21 @@ pub(crate) enum Backend {
     Corelane,
     /// A bare pair of TCP sockets, polled without yielding: the floor of this kernel
     RawTcp,
+    /// Bare `process_vm_readv` and `process_vm_writev` within one host: the floor of the kernel's copies
+    RawCma,
+    /// Bare memcpy in memory that both processes map: the floor of this machine
+    RawMemcpy,
+}
+
+impl Backend {
+    /// The way in which a baseline of one host copies; `None` for what goes through sockets or the engine.
+    pub(crate) fn local_kind(self) -> Option<RawKind> {
+        match self {
+            Self::Corelane | Self::RawTcp => None,
+            Self::RawCma => Some(RawKind::RawCma),
+            Self::RawMemcpy => Some(RawKind::RawMemcpy),
+        }
+    }
 }
 
 impl fmt::Display for Backend {
@@ -78,6 +94,8 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Corelane => "corelane",
             Self::RawTcp => "raw-tcp",
+            Self::RawCma => "raw-cma",
+            Self::RawMemcpy => "raw-memcpy",
         })
     }
 }
@@ -90,6 +108,16 @@ pub(crate) enum App {
     Lane,
     /// On a thread of its own that polls without yielding
     Thread,
+}
+
+/// Whose memory the engines transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Memory {
+    /// The application's own, registered
+    Registered,
+    /// Allocated by the engine, so that a peer on the same host can map it
+    Engine,
 }
 
 /// What the target's application does while it is not needed.
@@ -201,6 +229,11 @@ pub(crate) struct RunSpec {
     pub(crate) seed: u64,
     pub(crate) app: App,
     pub(crate) target_app: TargetApp,
+    /// Transports of the engines, by name.
+    pub(crate) transports: Vec<String>,
+    pub(crate) memory: Memory,
+    /// Lanes of each engine.
+    pub(crate) lanes: usize,
     /// Idle policy of the lanes, in the engine's notation: microseconds or `inf`.
     pub(crate) spin: Option<String>,
     /// Runs a CPU-bound thread beside each lane, on its core.
@@ -211,6 +244,7 @@ pub(crate) struct RunSpec {
 /// Bytes and counts beyond which a run is refused, whoever asks for it.
 const MAX_BLOCKS: usize = 1_000_000;
 const MAX_WINDOW: usize = 4096;
+pub(crate) const MAX_LANES: usize = 256;
 /// The longest notification that is measured.
 pub(crate) const MAX_NOTIFICATION: usize = 64 << 10;
 
@@ -232,6 +266,9 @@ impl RunSpec {
             || case.operation.moves_data() != (case.blocks > 0 && case.block_bytes > 0)
         {
             return Err(format!("{} blocks of {} bytes", case.blocks, case.block_bytes));
+        }
+        if self.lanes == 0 || self.lanes > MAX_LANES {
+            return Err(format!("{} lanes (1 to {MAX_LANES})", self.lanes));
         }
         if self.rate.is_some_and(|rate| !(rate > 0.0 && rate < 1e9)) {
             return Err("a rate that is no rate".to_owned());
@@ -259,7 +296,17 @@ impl RunSpec {
         (u64::from(self.run) << 32) | (u64::from(pass) + 1)
     }
 
-    /// Scattered blocks are for the engine; the baseline moves as many bytes in one piece.
+    /// Whether the target's memory, and with engine memory both sides', is another kind than the anonymous mapping that
+    /// a process keeps from case to case.
+    pub(crate) fn needs_other_memory(&self) -> bool {
+        match self.backend {
+            Backend::Corelane => self.memory == Memory::Engine,
+            Backend::RawMemcpy => true,
+            Backend::RawTcp | Backend::RawCma => false,
+        }
+    }
+
+    /// Whether blocks are scattered on both sides; raw TCP moves as many bytes in one piece.
     pub(crate) fn scattered(&self) -> bool {
         self.backend != Backend::RawTcp && self.case.blocks > 1
     }
@@ -322,112 +369,4 @@ pub(crate) fn cases(options: &CaseOptions) -> Vec<Case> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    pub(crate) fn options() -> CaseOptions {
-        CaseOptions {
-            scenarios: vec![Scenario::Throughput, Scenario::Sizes, Scenario::Kv, Scenario::Notify],
-            operations: vec![Operation::Read, Operation::Write],
-            sizes: vec![64, 4096],
-            shapes: vec![(256, 16 << 10)],
-            notification_bytes: 32,
-            throughput_sizes: vec![64 << 10],
-            window: 16,
-        }
-    }
-
-    /// A closed-loop run of `case` on the engine.
-    pub(crate) fn spec(case: Case) -> RunSpec {
-        RunSpec {
-            case,
-            backend: Backend::Corelane,
-            run: 0,
-            duration: Duration::from_millis(1),
-            min_ops: 1,
-            rate: None,
-            seed: 42,
-            app: App::Thread,
-            target_app: TargetApp::Sleep,
-            spin: None,
-            burn: false,
-            sabotage: None,
-        }
-    }
-
-    #[test]
-    fn ids_are_readable_and_unique() {
-        let ids: Vec<String> = cases(&options()).iter().map(Case::id).collect();
-        assert_eq!(
-            ids,
-            [
-                "read/64B",
-                "read/4KiB",
-                "write/64B",
-                "write/4KiB",
-                "kv/read/256x16KiB",
-                "kv/write/256x16KiB",
-                "notify/32B",
-                "write+notify/4KiB",
-                "throughput/read/64KiB/w16",
-                "throughput/write/64KiB/w16",
-            ]
-        );
-    }
-
-    #[test]
-    fn repeated_options_do_not_repeat_cases() {
-        let mut twice = options();
-        twice.scenarios = vec![Scenario::Sizes, Scenario::Sizes];
-        twice.sizes = vec![64, 64];
-        assert_eq!(cases(&twice).len(), 2);
-    }
-
-    #[test]
-    fn small_cases_verify_every_operation_and_windows_never_share_a_slot() {
-        for case in cases(&options()) {
-            assert!(case.slots() >= case.window, "{}", case.id());
-            if case.scenario == Scenario::Sizes {
-                assert!(case.slots() >= 256 && case.plain_ops_per_pass() == 0, "{}", case.id());
-            }
-        }
-    }
-
-    #[test]
-    fn contents_differ_between_runs_and_passes() {
-        let case = cases(&options()).remove(0);
-        let spec = |run| RunSpec { run, ..spec(case.clone()) };
-        assert_ne!(spec(0).sequence(1), spec(1).sequence(1));
-        assert_ne!(spec(0).sequence(1), spec(0).sequence(2));
-        assert_ne!(spec(0).sequence(0), 0);
-        assert_eq!(spec(0).validate(1 << 20), Ok(()));
-    }
-
-    #[test]
-    fn runs_that_make_no_sense_are_refused() {
-        let good = Case {
-            scenario: Scenario::Kv,
-            operation: Operation::Read,
-            blocks: 4096,
-            block_bytes: 4096,
-            window: 1,
-            notification_bytes: 0,
-        };
-        assert_eq!(spec(good.clone()).validate(64 << 20), Ok(()));
-        assert!(spec(good.clone()).validate(16 << 20).is_err(), "the pool is twice as large");
-        for bad in [
-            Case { window: 0, ..good.clone() },
-            Case { window: usize::MAX, ..good.clone() },
-            Case { blocks: 0, ..good.clone() },
-            Case { blocks: usize::MAX, ..good.clone() },
-            Case { block_bytes: usize::MAX, ..good.clone() },
-            Case { block_bytes: usize::MAX / 2, ..good.clone() },
-            Case { notification_bytes: 1 << 30, ..good.clone() },
-            Case { operation: Operation::Notify, ..good.clone() },
-        ] {
-            assert!(spec(bad.clone()).validate(64 << 20).is_err(), "{bad:?}");
-        }
-        let rate = RunSpec { rate: Some(f64::NAN), ..spec(good) };
-        assert!(rate.validate(64 << 20).is_err());
-    }
-}
+pub(crate) mod tests;

@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 use crate::case::{
-    App, Backend, CaseOptions, MAX_NOTIFICATION, Operation, RunSpec, Sabotage, Scenario, TargetApp,
-    cases,
+    App, Backend, CaseOptions, MAX_LANES, MAX_NOTIFICATION, Memory, Operation, RunSpec, Sabotage,
+    Scenario, TargetApp, cases,
 };
 use crate::coordinator::{Plan, duration_per_run};
+use crate::engine_side::parse_transport;
 use crate::measure::Stamp;
 use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
@@ -25,6 +26,7 @@ pub(crate) const DEFAULT_PORT: u16 = 7471;
 #[command(after_help = "Examples:
   corelane-bench loopback                                  both sides on this host, all scenarios
   corelane-bench loopback --baseline raw-tcp --scenario sizes --sizes 64,4KiB
+  corelane-bench loopback --baseline raw-cma,raw-memcpy    beside the bare copies of one host
   corelane-bench loopback --app lane --rate 20k            open loop, application on the lane
   corelane-bench server --listen 0.0.0.0:7471              on one host ...
   corelane-bench client --connect HOST:7471                ... and on another
@@ -64,9 +66,9 @@ pub(crate) struct ServerArgs {
     /// Address of the control connection; whoever reaches it can make this process use memory and CPU
     #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)))]
     pub(crate) listen: SocketAddr,
-    /// Core of the lane [default: chosen from the affinity mask]
-    #[arg(long, value_name = "CORE")]
-    pub(crate) core: Option<usize>,
+    /// Cores of the lanes [default: chosen from the affinity mask]
+    #[arg(long, value_name = "CORES")]
+    pub(crate) core: Option<Cores>,
     /// Most memory that a client may ask for
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "4GiB")]
     pub(crate) max_memory: usize,
@@ -83,7 +85,7 @@ pub(crate) struct WorkerArgs {
     #[arg(long)]
     pub(crate) connect: String,
     #[arg(long)]
-    pub(crate) core: usize,
+    pub(crate) core: Cores,
     #[arg(long)]
     pub(crate) caller_core: MaybeCore,
     #[arg(long)]
@@ -95,9 +97,9 @@ pub(crate) struct ClientArgs {
     /// Control address of a `corelane-bench server`
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) connect: String,
-    /// Core of the lane [default: chosen from the affinity mask]
-    #[arg(long, value_name = "CORE")]
-    pub(crate) core: Option<usize>,
+    /// Cores of the lanes [default: chosen from the affinity mask]
+    #[arg(long, value_name = "CORES")]
+    pub(crate) core: Option<Cores>,
     /// Core of the application's thread, or `none` for unpinned
     #[arg(long, value_name = "CORE", default_value = "none")]
     pub(crate) caller_core: MaybeCore,
@@ -121,13 +123,6 @@ pub(crate) struct LoopbackArgs {
     pub(crate) engines: usize,
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
-}
-
-/// Transports that can be measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Transport {
-    /// TCP sockets
-    Tcp,
 }
 
 #[derive(Debug, Args)]
@@ -157,12 +152,18 @@ pub(crate) struct MeasureArgs {
     /// What moves the bytes
     #[arg(long, value_enum, default_value_t = Backend::Corelane, help_heading = "System")]
     pub(crate) backend: Backend,
-    /// Transport of the engine
-    #[arg(long, value_enum, default_value_t = Transport::Tcp, help_heading = "System")]
-    pub(crate) transport: Transport,
-    /// Also run this in interleaved rounds, and print the ratios
-    #[arg(long, value_enum, help_heading = "System")]
-    pub(crate) baseline: Option<Backend>,
+    /// Transports that the engine may use, e.g. tcp
+    #[arg(long, value_name = "TRANSPORTS", value_delimiter = ',', value_parser = parse_transport, default_value = "tcp", help_heading = "System")]
+    pub(crate) transport: Vec<String>,
+    /// Whose memory the engines transfer
+    #[arg(long, value_enum, default_value_t = Memory::Registered, help_heading = "System")]
+    pub(crate) memory: Memory,
+    /// Lanes of each engine
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_lanes, help_heading = "System")]
+    pub(crate) lanes: usize,
+    /// Also run these in interleaved rounds, and print the ratios to each
+    #[arg(long, value_enum, value_delimiter = ',', help_heading = "System")]
+    pub(crate) baseline: Vec<Backend>,
     /// Where the initiator's application runs
     #[arg(long, value_enum, default_value_t = App::Thread, help_heading = "System")]
     pub(crate) app: App,
@@ -221,6 +222,11 @@ fn parse_engines(text: &str) -> Result<usize, String> {
     }
 }
 
+fn parse_lanes(text: &str) -> Result<usize, String> {
+    let lanes = text.parse().ok().filter(|lanes| (1..=MAX_LANES).contains(lanes));
+    lanes.ok_or_else(|| format!("expected a number from 1 to {MAX_LANES}"))
+}
+
 fn parse_notification(text: &str) -> Result<usize, String> {
     let bytes = parse_bytes(text)?;
     if (Stamp::LEN..=MAX_NOTIFICATION).contains(&bytes) {
@@ -273,15 +279,21 @@ impl MeasureArgs {
         let Some(first) = cases.first() else {
             return Err("nothing to measure: no --scenario, or no size".to_owned());
         };
-        if self.baseline == Some(self.backend) {
+        if self.baseline.contains(&self.backend) {
             return Err(format!(
                 "--baseline {} compares it with itself: choose another --backend",
                 self.backend
             ));
         }
+        if let Some(twice) = repeated(&self.baseline) {
+            return Err(format!("--baseline names {twice} twice"));
+        }
+        if let Some(twice) = repeated(&self.transport) {
+            return Err(format!("--transport names {twice} twice"));
+        }
         let rounds = if self.quick { 2 } else { usize::from(self.rounds) };
         let budget = if self.quick { Duration::from_secs(3) } else { self.budget };
-        let backends = 1 + usize::from(self.baseline.is_some());
+        let backends = 1 + self.baseline.len();
         let duration = self
             .duration
             .unwrap_or_else(|| duration_per_run(budget, cases.len(), rounds, backends));
@@ -295,15 +307,30 @@ impl MeasureArgs {
             seed: self.seed,
             app: self.app,
             target_app: self.target_app,
+            transports: self.transport.clone(),
+            memory: self.memory,
+            lanes: self.lanes,
             spin: self.spin.clone(),
             burn: self.burn,
             sabotage: self.sabotage,
         };
-        for case in &cases {
-            RunSpec { case: case.clone(), ..template.clone() }.validate(self.max_memory)?;
+        // A baseline may scatter its blocks, and so need more memory, where the candidate does not.
+        for &backend in std::iter::once(&self.backend).chain(&self.baseline) {
+            for case in &cases {
+                let spec = RunSpec { case: case.clone(), backend, ..template.clone() };
+                spec.validate(self.max_memory)?;
+            }
         }
-        Ok(Plan { cases, rounds, baseline: self.baseline, template })
+        Ok(Plan { cases, rounds, baselines: self.baseline.clone(), template })
     }
+}
+
+fn repeated<T: PartialEq>(values: &[T]) -> Option<&T> {
+    values
+        .iter()
+        .enumerate()
+        .find(|(at, value)| values[..*at].contains(value))
+        .map(|(_, value)| value)
 }
 
 /// One line instead of clap's paragraph: what is wrong, and what would be right if clap knows it.

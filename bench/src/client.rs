@@ -6,18 +6,19 @@ use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::arena::{self, Arena};
-use crate::case::{App, Backend, Operation, RunSpec};
+use crate::case::{App, Backend, Operation, RunSpec, Sabotage};
 use crate::clock::{self, now_ns};
 use crate::control::{Ask, Control, Reply, TargetAddress};
 use crate::cpu::Burners;
-use crate::engine_side::EngineSession;
+use crate::engine_side::{EngineSession, describe_lanes};
 use crate::layout::Layout;
 use crate::manifest::Host;
 use crate::measure::{
-    Pass, PassOutcome, Points, Recorder, histogram, points_of, restore, run_pass,
+    Initiator, Pass, PassOutcome, Points, Recorder, histogram, points_of, restore, run_pass,
 };
 use crate::pinning::{self, Cores};
 use crate::polling::complete_now;
+use crate::raw_local::RawLocalInitiator;
 use crate::raw_tcp::RawInitiator;
 use crate::sabotage::Sabotaged;
 use crate::units::to_hex;
@@ -26,8 +27,8 @@ use crate::units::to_hex;
 #[derive(Clone, Debug)]
 pub(crate) struct ClientOptions {
     pub(crate) connect: String,
-    /// Core of the lane and of the baseline's thread.
-    pub(crate) core: usize,
+    /// Cores for lanes, of which a run takes as many as it wants; a baseline's thread takes the first.
+    pub(crate) cores: Vec<usize>,
     /// Core of the application's thread; `None` leaves it unpinned.
     pub(crate) caller_core: Option<usize>,
     pub(crate) max_memory: usize,
@@ -75,14 +76,15 @@ struct Prepared {
 
 enum Session {
     Engine(Box<EngineSession>),
-    Raw(Box<RawInitiator>),
+    RawTcp(Box<RawInitiator>),
+    RawLocal(Box<RawLocalInitiator>),
 }
 
 impl Prepared {
     fn close(&mut self) -> Result<()> {
         match &mut self.session {
             Session::Engine(session) => session.close(),
-            Session::Raw(_) => Ok(()),
+            Session::RawTcp(_) | Session::RawLocal(_) => Ok(()),
         }
     }
 }
@@ -107,28 +109,48 @@ impl Client {
         };
         let layout = Layout::new(&spec);
         let limit = self.options.max_memory + (1 << 20);
-        let arena = arena::grow(&mut self.memory, layout.arena_bytes, limit)?;
-        let core = self.options.core;
-        let (session, initiator) = match (spec.backend, address) {
+        arena::ensure_within(layout.arena_bytes, limit)?;
+        let core = pinning::first(&self.options.cores)?;
+        let lanes = pinning::lanes(&self.options.cores, spec.lanes)?;
+        let (session, arena, initiator) = match (spec.backend, address) {
             (Backend::RawTcp, TargetAddress::RawTcp { port }) => {
+                let arena = arena::grow(&mut self.memory, layout.arena_bytes, limit)?;
                 pinning::pin_current_thread(core)?;
                 let target = SocketAddr::new(self.control.peer_ip()?, port);
                 let raw =
                     RawInitiator::connect(target, arena.clone(), spec.case.operation, &layout)?;
-                (Session::Raw(Box::new(raw)), format!("thread on core {core}"))
+                (Session::RawTcp(Box::new(raw)), arena, format!("thread on core {core}"))
+            }
+            (Backend::RawCma | Backend::RawMemcpy, TargetAddress::RawLocal(address)) => {
+                let Some(kind) = spec.backend.local_kind().filter(|_| self.one_clock) else {
+                    bail!("{} copies within one host: leave it out, or use loopback", spec.backend)
+                };
+                let arena = arena::grow(&mut self.memory, layout.arena_bytes, limit)?;
+                pinning::pin_current_thread(core)?;
+                let (operation, one_core) = (spec.case.operation, self.allowed.len() == 1);
+                let raw =
+                    RawLocalInitiator::reach(kind, address, &arena, operation, &layout, one_core)?;
+                (Session::RawLocal(Box::new(raw)), arena, format!("thread on core {core}"))
             }
             (Backend::Corelane, TargetAddress::Engine { metadata, descriptor }) => {
                 let caller = self.place_caller(&spec)?;
                 let ip = self.control.local_ip()?;
+                if spec.needs_other_memory() {
+                    // What was kept for other cases would stand beside this one's.
+                    self.memory = None;
+                }
+                let memory = &mut self.memory;
+                let own = || arena::grow(memory, layout.arena_bytes, limit);
                 let session =
-                    EngineSession::open(&spec, &arena, core, ip, &layout, &metadata, &descriptor)?;
+                    EngineSession::open(&spec, own, lanes, ip, &layout, &metadata, &descriptor)?;
                 let introduction = Ask::Introduce { metadata: to_hex(&session.metadata()) };
                 self.control.ask(&introduction)?;
-                (Session::Engine(Box::new(session)), format!("lane on core {core}, {caller}"))
+                let (arena, place) = (session.arena().clone(), describe_lanes(lanes));
+                (Session::Engine(Box::new(session)), arena, format!("{place}, {caller}"))
             }
             _ => bail!("the server opened another backend than {}", spec.backend),
         };
-        let burners = if spec.burn { Burners::start(&[core])? } else { Burners::none() };
+        let burners = if spec.burn { Burners::start(lanes)? } else { Burners::none() };
         let burning = if spec.burn { "; a CPU-bound thread on each lane's core" } else { "" };
         let placement = format!("initiator: {initiator}; target: {target}{burning}");
         self.prepared = Some(Prepared { session, burners, spec, layout, arena, placement });
@@ -362,12 +384,21 @@ impl Measuring<'_> {
                 self.recorder = recorder;
                 Ok(outcome)
             }
-            Session::Raw(raw) => {
-                let mut raw = Sabotaged::new(raw.as_mut(), sabotage, &pass);
-                let outcome = complete_now(run_pass(&mut raw, &pass, &mut self.recorder))?;
-                ensure!(raw.is_drained(), "a pass left transfers behind");
-                Ok(outcome)
-            }
+            Session::RawTcp(raw) => run_raw(raw.as_mut(), &pass, &mut self.recorder, sabotage),
+            Session::RawLocal(raw) => run_raw(raw.as_mut(), &pass, &mut self.recorder, sabotage),
         }
     }
+}
+
+/// Runs a pass of a baseline, on this thread.
+fn run_raw(
+    raw: &mut impl Initiator,
+    pass: &Pass,
+    recorder: &mut Recorder,
+    sabotage: Option<Sabotage>,
+) -> Result<PassOutcome> {
+    let mut raw = Sabotaged::new(raw, sabotage, pass);
+    let outcome = complete_now(run_pass(&mut raw, pass, recorder))?;
+    ensure!(raw.is_drained(), "a pass left transfers behind");
+    Ok(outcome)
 }

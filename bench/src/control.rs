@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::case::RunSpec;
 use crate::manifest::Host;
 use crate::measure::Points;
+use crate::raw_local::RawAddress;
 
 /// Version of these messages; both sides must have the same.
-pub(crate) const PROTOCOL: u32 = 1;
+pub(crate) const PROTOCOL: u32 = 2;
 /// No line is longer: metadata, descriptors and histograms stay far below.
 const MAX_LINE: u64 = 4 << 20;
 /// Filling, checking and engine start-up take milliseconds to seconds; beyond this something hangs.
@@ -71,6 +72,8 @@ pub(crate) enum TargetAddress {
     Engine { metadata: String, descriptor: String },
     /// Port of the baseline on the control connection's host.
     RawTcp { port: u16 },
+    /// Process and memory of a baseline that copies within one host.
+    RawLocal(RawAddress),
 }
 
 /// Writes one value as one line.

@@ -40,7 +40,7 @@ impl Pair for Client {
 pub(crate) struct Plan {
     pub(crate) cases: Vec<Case>,
     pub(crate) rounds: usize,
-    pub(crate) baseline: Option<Backend>,
+    pub(crate) baselines: Vec<Backend>,
     /// Everything of a run except case, backend and number.
     pub(crate) template: RunSpec,
 }
@@ -48,11 +48,11 @@ pub(crate) struct Plan {
 impl Plan {
     /// The backends, candidate first.
     pub(crate) fn backends(&self) -> Vec<Backend> {
-        let candidate = self.template.backend;
-        [Some(candidate), self.baseline.filter(|&baseline| baseline != candidate)]
-            .into_iter()
-            .flatten()
-            .collect()
+        std::iter::once(self.template.backend).chain(self.baselines.iter().copied()).collect()
+    }
+
+    fn is_baseline(&self, backend: Backend) -> bool {
+        self.baselines.contains(&backend)
     }
 }
 
@@ -102,9 +102,8 @@ fn run_rounds(
                 let backend = backends[which];
                 number += 1;
                 let spec = spec_of(plan, case, backend, number);
-                // The baseline is one undisturbed pair, whatever load the candidate is put under.
-                let pairs =
-                    if Some(backend) == plan.baseline { &mut pairs[..1] } else { &mut *pairs };
+                // A baseline is one undisturbed pair, whatever load the candidate is put under.
+                let pairs = if plan.is_baseline(backend) { &mut pairs[..1] } else { &mut *pairs };
                 let started = Instant::now();
                 let outcomes = run_on(pairs, &spec)
                     .with_context(|| format!("{} on {backend}, round {}", case.id(), round + 1))?;
@@ -117,7 +116,7 @@ fn run_rounds(
 }
 
 fn spec_of(plan: &Plan, case: &Case, backend: Backend, run: u32) -> RunSpec {
-    let baseline = plan.baseline == Some(backend);
+    let baseline = plan.is_baseline(backend);
     RunSpec {
         case: case.clone(),
         backend,
@@ -177,7 +176,7 @@ mod tests {
     fn plan() -> Plan {
         let cases = cases(&options())[..2].to_vec();
         let template = RunSpec { burn: true, ..spec(cases[0].clone()) };
-        Plan { cases, rounds: 2, baseline: Some(Backend::RawTcp), template }
+        Plan { cases, rounds: 2, baselines: vec![Backend::RawTcp], template }
     }
 
     fn run_fakes(count: usize, fail_at: Option<usize>) -> (Log, Vec<Tally>, Option<anyhow::Error>) {

@@ -11,6 +11,7 @@ use crate::client::{Client, ClientOptions, Outcome};
 use crate::control::{read_line, write_line};
 use crate::coordinator::Pair;
 use crate::manifest::Host;
+use crate::pinning::Cores;
 use crate::process::Helper;
 use crate::server::Announcement;
 
@@ -20,10 +21,10 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 const RUN_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where one pair runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Placement {
-    pub(crate) server_core: usize,
-    pub(crate) client_core: usize,
+    pub(crate) server_cores: Cores,
+    pub(crate) client_cores: Cores,
     pub(crate) caller_core: Option<usize>,
 }
 
@@ -61,7 +62,7 @@ pub(crate) struct LoopbackPair {
 impl LoopbackPair {
     /// Starts both processes and waits until they know each other.
     pub(crate) fn start(number: usize, placement: Placement, max_memory: usize) -> Result<Self> {
-        let Placement { server_core, client_core, caller_core } = placement;
+        let Placement { server_cores, client_cores, caller_core } = placement;
         let memory = max_memory.to_string();
         let mut server: Helper<Announcement> = Helper::start(
             &format!("server {number}"),
@@ -72,7 +73,7 @@ impl LoopbackPair {
                 "--listen",
                 "127.0.0.1:0",
                 "--core",
-                &server_core.to_string(),
+                &server_cores.to_string(),
                 "--max-memory",
                 &memory,
             ]),
@@ -86,7 +87,7 @@ impl LoopbackPair {
                 "--connect",
                 &listening.to_string(),
                 "--core",
-                &client_core.to_string(),
+                &client_cores.to_string(),
                 "--caller-core",
                 &caller,
                 "--max-memory",

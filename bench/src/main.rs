@@ -39,6 +39,7 @@ mod pinning;
 mod polling;
 mod process;
 mod progress;
+mod raw_local;
 mod raw_tcp;
 mod report;
 mod sabotage;
@@ -102,7 +103,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::NixlSide => Ok(nixl::serve_side()?),
         Command::Worker(options) => Ok(loopback::work(ClientOptions {
             connect: options.connect,
-            core: options.core,
+            cores: options.core.0,
             caller_core: options.caller_core.0,
             max_memory: options.max_memory,
         })?),

@@ -130,6 +130,35 @@ pub(crate) fn default_cores(allowed: &[usize]) -> (usize, usize) {
     (first, best.unwrap_or(first))
 }
 
+/// All allowed cores in the order in which one side's lanes take them: `first`, and at the very end what the other side
+/// begins with. Backwards, two sides meet as late as possible.
+pub(crate) fn lane_order(
+    allowed: &[usize],
+    first: usize,
+    other: usize,
+    backwards: bool,
+) -> Vec<usize> {
+    let mut between: Vec<usize> =
+        allowed.iter().copied().filter(|&core| core != first && core != other).collect();
+    if backwards {
+        between.reverse();
+    }
+    let last = Some(other).filter(|&other| other != first && allowed.contains(&other));
+    std::iter::once(first).chain(between).chain(last).collect()
+}
+
+/// The cores that `count` lanes take.
+pub(crate) fn lanes(cores: &[usize], count: usize) -> Result<&[usize]> {
+    cores.get(..count).with_context(|| {
+        format!("{count} lanes need {count} cores: there is {}", Cores(cores.to_vec()))
+    })
+}
+
+/// The core of whatever has only one.
+pub(crate) fn first(cores: &[usize]) -> Result<usize> {
+    cores.first().copied().context("no core to run on")
+}
+
 /// A topology file of a core; where it cannot be read, the core stands for itself.
 fn topology(core: usize, file: &str) -> String {
     fs::read_to_string(format!("/sys/devices/system/cpu/cpu{core}/topology/{file}"))
@@ -175,6 +204,21 @@ mod tests {
         assert!(allowed.contains(&target) && allowed.contains(&initiator));
         assert_eq!(target == initiator, allowed.len() == 1);
         assert_eq!(default_cores(&[7]), (7, 7));
+    }
+
+    #[test]
+    fn lanes_of_two_sides_share_cores_only_where_there_are_too_few() {
+        let allowed = [0, 1, 2, 3, 4, 5];
+        let (target, initiator) =
+            (lane_order(&allowed, 1, 2, false), lane_order(&allowed, 2, 1, true));
+        assert_eq!(target, [1, 0, 3, 4, 5, 2]);
+        assert_eq!(initiator, [2, 5, 4, 3, 0, 1]);
+        assert_eq!(
+            (lane_order(&[0, 1], 0, 1, false), lane_order(&[7], 7, 7, true)),
+            (vec![0, 1], vec![7])
+        );
+        assert_eq!(lanes(&target, 3).expect("enough"), [1, 0, 3]);
+        assert!(lanes(&target, 7).is_err() && first(&[]).is_err());
     }
 
     #[test]

@@ -15,6 +15,8 @@ use crate::cpu::Burners;
 use crate::engine_side::EngineTarget;
 use crate::layout::Layout;
 use crate::manifest::Host;
+use crate::pinning;
+use crate::raw_local::RawLocalTarget;
 use crate::raw_tcp::RawTarget;
 use crate::units::from_hex;
 
@@ -22,8 +24,8 @@ use crate::units::from_hex;
 #[derive(Clone, Debug)]
 pub(crate) struct ServerOptions {
     pub(crate) listen: SocketAddr,
-    /// Core of the lane and of the baseline's thread.
-    pub(crate) core: usize,
+    /// Cores for lanes, of which a run takes as many as it wants; a baseline's thread takes the first.
+    pub(crate) cores: Vec<usize>,
     pub(crate) max_memory: usize,
     /// Ends after the first initiator.
     pub(crate) once: bool,
@@ -52,7 +54,7 @@ pub(crate) fn run(options: &ServerOptions) -> Result<()> {
         writeln!(
             stdout,
             "listening on {listening}, lane on core {}; stop with ctrl-c",
-            options.core
+            pinning::first(&options.cores)?
         )
         .context("writing to standard output")?;
     }
@@ -116,7 +118,8 @@ fn with(
 
 enum Serving {
     Engine(Box<EngineTarget>),
-    Raw(#[expect(dead_code, reason = "kept alive while the case is open")] RawTarget),
+    RawTcp(#[expect(dead_code, reason = "kept alive while the case is open")] RawTarget),
+    RawLocal(#[expect(dead_code, reason = "kept alive while the case is open")] RawLocalTarget),
 }
 
 /// A case that is being served. Fields drop in this order: first whoever touches the memory, then the memory.
@@ -140,24 +143,55 @@ impl OpenCase {
     ) -> Result<(Self, TargetAddress)> {
         spec.validate(options.max_memory).map_err(anyhow::Error::msg)?;
         let layout = Layout::new(&spec);
-        let arena = arena::grow(memory, layout.arena_bytes, options.max_memory + (1 << 20))?;
+        let limit = options.max_memory + (1 << 20);
+        arena::ensure_within(layout.arena_bytes, limit)?;
         let ledger = Ledger::new();
         ledger.set_paused(true);
-        let (serving, address, placement) = match spec.backend {
+        let core = pinning::first(&options.cores)?;
+        if spec.needs_other_memory() {
+            // What was kept for other cases would stand beside this one's.
+            *memory = None;
+        }
+        let mut own = || arena::grow(memory, layout.arena_bytes, limit);
+        let (serving, arena, address, placement) = match spec.backend {
             Backend::RawTcp => {
-                let target =
-                    RawTarget::start(ip, arena.clone(), Some(options.core), ledger.clone())?;
+                let arena = own()?;
+                let target = RawTarget::start(ip, arena.clone(), Some(core), ledger.clone())?;
                 let address = TargetAddress::RawTcp { port: target.port() };
-                (Serving::Raw(target), address, format!("thread on core {}", options.core))
+                (Serving::RawTcp(target), arena, address, format!("thread on core {core}"))
+            }
+            Backend::RawCma | Backend::RawMemcpy => {
+                let (arena, file) = if spec.backend == Backend::RawMemcpy {
+                    let (arena, file) = Arena::shared(layout.arena_bytes)?;
+                    (arena, Some(file))
+                } else {
+                    (own()?, None)
+                };
+                let one_core = pinning::allowed_cores()?.len() == 1;
+                let (mut target, mailbox) = RawLocalTarget::start(&arena, file, one_core)?;
+                let answers = spec.case.operation.notifies();
+                if answers {
+                    target.answer(mailbox, arena.clone(), Some(core), ledger.clone())?;
+                }
+                let placement =
+                    if answers { format!("thread on core {core}") } else { "asleep".to_owned() };
+                let address = TargetAddress::RawLocal(target.address().clone());
+                (Serving::RawLocal(target), arena, address, placement)
             }
             Backend::Corelane => {
-                let target =
-                    EngineTarget::start(&spec, arena.clone(), options.core, ip, ledger.clone())?;
+                let cores = pinning::lanes(&options.cores, spec.lanes)?;
+                let bytes = layout.arena_bytes;
+                let target = EngineTarget::start(&spec, bytes, own, cores, ip, ledger.clone())?;
                 let (address, placement) = (target.address(), target.placement(&spec));
-                (Serving::Engine(Box::new(target)), address, placement)
+                let arena = target.arena().clone();
+                (Serving::Engine(Box::new(target)), arena, address, placement)
             }
         };
-        let burners = if spec.burn { Burners::start(&[options.core])? } else { Burners::none() };
+        let burners = if spec.burn {
+            Burners::start(pinning::lanes(&options.cores, spec.lanes)?)?
+        } else {
+            Burners::none()
+        };
         let case =
             Self { serving, burners, spec, layout, arena, ledger, cpu_at_begin: 0, placement };
         Ok((case, address))
@@ -168,7 +202,7 @@ impl OpenCase {
             from_hex(metadata).context("the client sent metadata that is not hexadecimal")?;
         match &mut self.serving {
             Serving::Engine(target) => target.introduce(&self.spec, &metadata)?,
-            Serving::Raw(_) => {}
+            Serving::RawTcp(_) | Serving::RawLocal(_) => {}
         }
         Ok(Reply::Ready)
     }
@@ -176,7 +210,7 @@ impl OpenCase {
     fn close(mut self) -> Result<()> {
         match &mut self.serving {
             Serving::Engine(target) => target.close(),
-            Serving::Raw(_) => Ok(()),
+            Serving::RawTcp(_) | Serving::RawLocal(_) => Ok(()),
         }
     }
 

@@ -5,13 +5,13 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 
-use crate::case::Backend;
+use crate::case::Memory;
 use crate::cli::{ClientArgs, LoopbackArgs, MeasureArgs, ServerArgs};
 use crate::client::{Client, ClientOptions};
 use crate::coordinator::{self, Pair, Plan};
 use crate::loopback::{LoopbackPair, Placement};
 use crate::manifest::Host;
-use crate::pinning::{allowed_cores, default_cores, ensure_allowed};
+use crate::pinning::{Cores, allowed_cores, default_cores, ensure_allowed, lane_order};
 use crate::progress::Progress;
 use crate::report::{
     Environment, Options, Output, Results, Series, comparison_table, comparisons,
@@ -37,11 +37,12 @@ impl From<anyhow::Error> for Failure {
 /// `corelane-bench server`.
 pub(crate) fn serve(options: &ServerArgs) -> Result<(), Failure> {
     let allowed = allowed_cores()?;
-    let core = options.core.unwrap_or_else(|| default_cores(&allowed).0);
-    ensure_allowed(&[core], &allowed, "--core").map_err(Failure::Options)?;
+    let (first, other) = default_cores(&allowed);
+    let cores = lane_cores(options.core.as_ref(), || lane_order(&allowed, first, other, false));
+    ensure_allowed(&cores, &allowed, "--core").map_err(Failure::Options)?;
     Ok(server::run(&ServerOptions {
         listen: options.listen,
-        core,
+        cores,
         max_memory: options.max_memory,
         once: options.once,
         announce: options.announce,
@@ -52,13 +53,15 @@ pub(crate) fn serve(options: &ServerArgs) -> Result<(), Failure> {
 pub(crate) fn client(options: &ClientArgs) -> Result<(), Failure> {
     let plan = options.measure.plan().map_err(Failure::Options)?;
     let allowed = allowed_cores()?;
-    let core = options.core.unwrap_or_else(|| default_cores(&allowed).1);
-    ensure_allowed(&[core], &allowed, "--core").map_err(Failure::Options)?;
+    let (other, first) = default_cores(&allowed);
+    let cores = lane_cores(options.core.as_ref(), || lane_order(&allowed, first, other, true));
+    ensure_allowed(&cores, &allowed, "--core").map_err(Failure::Options)?;
+    ensure_enough(&cores, options.measure.lanes, "--core")?;
     check_caller(options.caller_core.0, &allowed)?;
     let output = output(&options.measure)?;
     let (client, target) = Client::connect(ClientOptions {
         connect: options.connect.clone(),
-        core,
+        cores,
         caller_core: options.caller_core.0,
         max_memory: options.measure.max_memory,
     })?;
@@ -77,21 +80,28 @@ pub(crate) fn loopback(options: &LoopbackArgs) -> Result<(), Failure> {
     let plan = options.measure.plan().map_err(Failure::Options)?;
     let allowed = allowed_cores()?;
     let (server, client) = default_cores(&allowed);
-    let cores = |given: &Option<crate::pinning::Cores>, default: usize| {
-        given.as_ref().map_or_else(|| vec![default], |cores| cores.0.clone())
-    };
-    let server_cores = cores(&options.server_cores, server);
-    let client_cores = cores(&options.client_cores, client);
+    let server_cores =
+        lane_cores(options.server_cores.as_ref(), || lane_order(&allowed, server, client, false));
+    let client_cores =
+        lane_cores(options.client_cores.as_ref(), || lane_order(&allowed, client, server, true));
     ensure_allowed(&server_cores, &allowed, "--server-cores").map_err(Failure::Options)?;
     ensure_allowed(&client_cores, &allowed, "--client-cores").map_err(Failure::Options)?;
+    let lanes = options.measure.lanes;
+    ensure_enough(&server_cores, lanes, "--server-cores")?;
+    ensure_enough(&client_cores, lanes, "--client-cores")?;
     check_caller(options.caller_core.0, &allowed)?;
     let output = output(&options.measure)?;
     let mut pairs: Vec<Box<dyn Pair>> = Vec::new();
     let mut environment = Environment::default();
     for number in 0..options.engines / 2 {
+        // Cores that were asked for are used in turn; without, all pairs share those of the first.
+        let of_pair = |cores: &[usize], given: bool| {
+            let at = if given { number * lanes % cores.len() } else { 0 };
+            Cores(cores.iter().copied().cycle().skip(at).take(lanes).collect())
+        };
         let placement = Placement {
-            server_core: server_cores[number % server_cores.len()],
-            client_core: client_cores[number % client_cores.len()],
+            server_cores: of_pair(&server_cores, options.server_cores.is_some()),
+            client_cores: of_pair(&client_cores, options.client_cores.is_some()),
             caller_core: options.caller_core.0,
         };
         let pair = LoopbackPair::start(number, placement, options.measure.max_memory)?;
@@ -100,6 +110,21 @@ pub(crate) fn loopback(options: &LoopbackArgs) -> Result<(), Failure> {
         pairs.push(Box::new(pair));
     }
     measure(&plan, &mut pairs, environment, &options.measure, options.engines, &output)
+}
+
+/// The cores that were asked for, else those of `default`.
+fn lane_cores(given: Option<&Cores>, default: impl FnOnce() -> Vec<usize>) -> Vec<usize> {
+    given.map_or_else(default, |cores| cores.0.clone())
+}
+
+fn ensure_enough(cores: &[usize], lanes: usize, option: &str) -> Result<(), Failure> {
+    if lanes <= cores.len() {
+        return Ok(());
+    }
+    let cores = Cores(cores.to_vec());
+    Err(Failure::Options(format!(
+        "--lanes {lanes} needs a core for each lane, more than there are for {option} ({cores})"
+    )))
 }
 
 fn check_caller(core: Option<usize>, allowed: &[usize]) -> Result<(), Failure> {
@@ -128,8 +153,11 @@ fn measure(
 
     let rows: Vec<_> = tallies.iter().flat_map(|tally| tally.series()).collect();
     let series: Vec<Series> = rows.iter().map(|(row, _)| row.clone()).collect();
-    let comparisons =
-        plan.baseline.map_or_else(Vec::new, |baseline| comparisons(&series, baseline));
+    let comparisons = plan
+        .baselines
+        .iter()
+        .flat_map(|&baseline| comparisons(&series, plan.template.backend, baseline))
+        .collect();
     let results = Results {
         schema: "corelane-bench".to_owned(),
         schema_version: crate::report::SCHEMA_VERSION,
@@ -138,9 +166,11 @@ fn measure(
         started_unix_s: started,
         elapsed_s: begin.elapsed().as_secs_f64(),
         options: Options {
-            transport: "tcp".to_owned(),
+            transport: plan.template.transports.join(","),
+            memory: plan.template.memory,
+            lanes: plan.template.lanes,
             backend: plan.template.backend,
-            baseline: plan.baseline,
+            baselines: plan.baselines.clone(),
             rounds: plan.rounds,
             duration_ms: plan.template.duration.as_secs_f64() * 1e3,
             rate: plan.template.rate,
@@ -196,8 +226,9 @@ fn print(results: &Results, output: &Output) -> Result<()> {
         .map(|rate| format!("open loop at {rate} operations/s and pair, from the intended start"));
     writeln!(
         out,
-        "{}; clock read {} ns, {:.0} interruptions over 20 us per second (longest {:.0} us) before the run\n",
+        "{}; {}; clock read {} ns, {:.0} interruptions over 20 us per second (longest {:.0} us) before the run\n",
         open.as_deref().unwrap_or("closed loop"),
+        engine_options(&results.options),
         initiator.noise.timer_overhead_ns,
         initiator.noise.gaps_over_20us_per_second.max(target.noise.gaps_over_20us_per_second),
         initiator.noise.longest_gap_us.max(target.noise.longest_gap_us),
@@ -213,13 +244,31 @@ fn print(results: &Results, output: &Output) -> Result<()> {
             row.unserved_operations + row.operations
         )?;
     }
-    if !results.comparisons.is_empty() {
-        let baseline = results.options.baseline.unwrap_or(Backend::RawTcp);
-        writeln!(out, "Median over the rounds of the per-round ratio to {baseline}:")?;
-        writeln!(out, "{}", comparison_table(&results.comparisons))?;
+    for &baseline in &results.options.baselines {
+        let table = comparison_table(&results.comparisons, baseline);
+        if !table.is_empty() {
+            writeln!(
+                out,
+                "Median over the rounds of the per-round ratio to {baseline}, and of the difference of p50:"
+            )?;
+            writeln!(out, "{table}")?;
+        }
     }
     for line in summary(results, &output.json, &output.directory) {
         writeln!(out, "{line}")?;
     }
     Ok(())
+}
+
+fn engine_options(options: &Options) -> String {
+    let Options { transport, lanes, memory, .. } = options;
+    let lanes = match lanes {
+        1 => "1 lane".to_owned(),
+        lanes => format!("{lanes} lanes"),
+    };
+    let memory = match memory {
+        Memory::Registered => "registered memory",
+        Memory::Engine => "memory of the engine",
+    };
+    format!("engine with {transport}, {lanes}, {memory}")
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::case::Memory;
 use clap::CommandFactory as _;
 
 fn measure(options: &[&str]) -> MeasureArgs {
@@ -23,12 +24,36 @@ fn the_definition_is_consistent() {
 fn defaults_measure_everything_within_the_budget() {
     let plan = measure(&[]).plan().expect("a plan");
     assert_eq!(plan.cases.len(), 22 + 4 + 2 + 4);
-    assert_eq!((plan.rounds, plan.baseline), (5, None));
+    assert_eq!((plan.rounds, plan.baselines.len()), (5, 0));
     let planned = plan.template.duration * (plan.cases.len() * plan.rounds) as u32;
     assert!(planned <= Duration::from_secs(61), "{planned:?}");
     let compared = measure(&["--baseline", "raw-tcp"]).plan().expect("a plan");
     assert_eq!(compared.backends(), [Backend::Corelane, Backend::RawTcp]);
     assert!(compared.template.duration < plan.template.duration);
+}
+
+#[test]
+fn several_baselines_share_the_rounds() {
+    let all = [Backend::Corelane, Backend::RawTcp, Backend::RawCma, Backend::RawMemcpy];
+    for options in [
+        &["--baseline", "raw-tcp,raw-cma,raw-memcpy"][..],
+        &["--baseline", "raw-tcp,raw-cma", "--baseline", "raw-memcpy"],
+    ] {
+        assert_eq!(measure(options).plan().expect("a plan").backends(), all);
+    }
+    let alone = measure(&["--backend", "raw-cma"]).plan().expect("a plan");
+    assert_eq!(alone.backends(), [Backend::RawCma]);
+}
+
+#[test]
+fn transports_memory_and_lanes_reach_the_run() {
+    let run = measure(&["--memory", "engine", "--lanes", "3"]).plan().expect("a plan").template;
+    assert_eq!(
+        (run.transports, run.memory, run.lanes),
+        (vec!["tcp".to_owned()], Memory::Engine, 3)
+    );
+    let run = measure(&[]).plan().expect("a plan").template;
+    assert_eq!((run.memory, run.lanes), (Memory::Registered, 1));
 }
 
 #[test]
@@ -70,6 +95,10 @@ fn bad_options_give_one_line_that_names_the_option() {
         (&["loopback", "--notification", "8"], "between 32"),
         (&["loopback", "--duration", "5"], "needs a unit"),
         (&["loopback", "--transport", "carrier-pigeon"], "--transport"),
+        (&["loopback", "--transport", "tcp,carrier-pigeon"], "carrier-pigeon"),
+        (&["loopback", "--baseline", "raw-tcp,raw-pigeon"], "raw-pigeon"),
+        (&["loopback", "--memory", "borrowed"], "--memory"),
+        (&["loopback", "--lanes", "0"], "1 to 256"),
         (&["loopback", "--rounds", "0"], "--rounds"),
         (&["loopback", "--frobnicate"], "--frobnicate"),
         (&["client"], "--connect"),
@@ -90,6 +119,14 @@ fn contradictions_are_found_before_anything_starts() {
             .expect_err("itself")
             .contains("itself")
     );
+    for (options, expected) in [
+        (&["--baseline", "raw-cma,corelane"][..], "itself"),
+        (&["--baseline", "raw-cma,raw-tcp,raw-cma"], "names raw-cma twice"),
+        (&["--transport", "tcp,tcp"], "names tcp twice"),
+    ] {
+        let message = plan(options).expect_err("a contradiction");
+        assert!(message.contains(expected), "{options:?}: {message}");
+    }
     let too_large = plan(&["--sizes", "1GiB", "--max-memory", "64MiB"]).expect_err("too large");
     assert!(too_large.contains("--max-memory"), "{too_large}");
 }

@@ -1,6 +1,7 @@
 //! The only module that knows the engine: everything else measures an [`crate::measure::Initiator`].
 
 mod initiator;
+mod memory;
 mod session;
 mod target;
 
@@ -13,22 +14,38 @@ use anyhow::{Context as _, Result};
 use corelane::{Engine, EngineConfig, LaneSpec, Listen, TransportKind};
 
 use crate::case::RunSpec;
+use crate::pinning::Cores;
 
 /// The engine's version: all crates of the workspace share it.
 pub(crate) fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
-/// Starts an engine with one lane on `core`, that listens on `ip` only.
-fn start_engine(role: &str, spec: &RunSpec, core: usize, ip: IpAddr) -> Result<Engine> {
+/// A transport by its name, as the engine spells it; the message says which there are.
+pub(crate) fn parse_transport(name: &str) -> Result<String, String> {
+    let known: Result<TransportKind, _> = name.parse();
+    known.map(|kind| kind.to_string()).map_err(|error| error.to_string())
+}
+
+/// Starts an engine with a lane on each of `cores`, that listens on `ip` only.
+fn start_engine(role: &str, spec: &RunSpec, cores: &[usize], ip: IpAddr) -> Result<Engine> {
     let mut config = EngineConfig::default();
-    config.lanes = LaneSpec::Cores(vec![core]);
-    config.transports = vec![TransportKind::Tcp];
+    config.lanes = LaneSpec::Cores(cores.to_vec());
+    config.transports =
+        spec.transports.iter().map(|name| name.parse()).collect::<Result<_, corelane::Error>>()?;
     config.listen = Listen { addresses: vec![ip], ..Listen::default() };
     if let Some(spin) = &spec.spin {
         config.spin = spin.parse().map_err(|error| anyhow::anyhow!("--spin {spin}: {error}"))?;
     }
     let name = format!("bench-{role}-{}-{}", std::process::id(), spec.run);
     Engine::new(&name, config)
-        .with_context(|| format!("starting the {role}'s engine on core {core}"))
+        .with_context(|| format!("starting the {role}'s engine, {}", describe_lanes(cores)))
+}
+
+/// Where the lanes are, in words.
+pub(crate) fn describe_lanes(cores: &[usize]) -> String {
+    match cores {
+        [core] => format!("lane on core {core}"),
+        cores => format!("{} lanes on cores {}", cores.len(), Cores(cores.to_vec())),
+    }
 }

@@ -5,9 +5,10 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use corelane::{Access, Engine, Operation as Direction, Region, RegionDescriptor, Transfer};
+use corelane::{Access, Engine, Operation as Direction, RegionDescriptor, Transfer};
 
 use super::initiator::{EngineInitiator, Handles, Place};
+use super::memory::EngineMemory;
 use super::start_engine;
 use crate::arena::Arena;
 use crate::case::{App, Operation, RunSpec, Sabotage};
@@ -25,16 +26,16 @@ const PASS_LIMIT: Duration = Duration::from_secs(100);
 pub(crate) struct EngineSession {
     handles: Option<Handles>,
     engine: Engine,
-    region: Region,
+    memory: EngineMemory,
     app: App,
 }
 
 impl EngineSession {
-    /// Starts the engine, registers the memory, connects, prepares.
+    /// Starts the engine, registers or allocates the memory, connects, prepares. `own` provides the application's memory.
     pub(crate) fn open(
         spec: &RunSpec,
-        arena: &Arena,
-        core: usize,
+        own: impl FnOnce() -> Result<Arena>,
+        cores: &[usize],
         ip: IpAddr,
         layout: &Layout,
         metadata: &str,
@@ -45,11 +46,9 @@ impl EngineSession {
         let descriptor =
             from_hex(descriptor).context("the server sent a descriptor that is not hexadecimal")?;
         let remote = RegionDescriptor::from_bytes(&descriptor)?;
-        let engine = start_engine("initiator", spec, core, ip)?;
-        // SAFETY: the arena is mapped until the last handle to it is gone; `close` deregisters before that, and the
-        // owner of this session drops it, hence the engine, before the arena. The harness touches blocks only between
-        // passes, when no transfer is in flight.
-        let region = unsafe { engine.register(arena.as_ptr(), arena.len(), Access::LOCAL) }?;
+        let engine = start_engine("initiator", spec, cores, ip)?;
+        let memory = EngineMemory::provide(&engine, spec, layout.arena_bytes, Access::LOCAL, own)?;
+        let region = &memory.region;
         let peer = engine.load_peer(&metadata)?;
         peer.connect(CONNECT_TIMEOUT)?;
         let direction = match spec.case.operation {
@@ -71,7 +70,12 @@ impl EngineSession {
         }
         transfers.push(prepare(&Slot { local: vec![0], remote: vec![0] }, WARM_LEN)?);
         let handles = Handles { engine: engine.clone(), peer, transfers: transfers.into() };
-        Ok(Self { handles: Some(handles), engine, region, app: spec.app })
+        Ok(Self { handles: Some(handles), engine, memory, app: spec.app })
+    }
+
+    /// The memory that is transferred from and into.
+    pub(crate) fn arena(&self) -> &Arena {
+        &self.memory.arena
     }
 
     /// What the target needs to answer notifications.
@@ -116,9 +120,9 @@ impl EngineSession {
     /// Takes the memory back and stops the engine; both must work, they are part of what is tested.
     pub(crate) fn close(&mut self) -> Result<()> {
         self.handles = None;
-        let deregistered = self.engine.deregister(&self.region);
+        let released = self.memory.release(&self.engine);
         self.engine.shutdown().context("stopping the initiator's engine")?;
-        deregistered.context("deregistering the initiator's memory")
+        released.context("on the initiator's side")
     }
 }
 

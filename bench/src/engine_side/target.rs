@@ -8,9 +8,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Access, Engine, Peer, Region};
+use corelane::{Access, Engine, Peer};
 
-use super::start_engine;
+use super::memory::EngineMemory;
+use super::{describe_lanes, start_engine};
 use crate::answering::Ledger;
 use crate::arena::Arena;
 use crate::case::{App, RunSpec, TargetApp};
@@ -28,11 +29,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// An engine whose memory the initiator reads and writes.
 pub(crate) struct EngineTarget {
     engine: Engine,
-    region: Region,
-    arena: Arena,
+    memory: EngineMemory,
     ledger: Ledger,
     application: Option<Application>,
-    core: usize,
+    cores: Vec<usize>,
 }
 
 /// A running application.
@@ -48,26 +48,30 @@ enum Runs {
 }
 
 impl EngineTarget {
-    /// Starts the engine and registers the memory.
+    /// Starts the engine and registers or allocates `len` bytes; `own` provides the application's memory.
     pub(crate) fn start(
         spec: &RunSpec,
-        arena: Arena,
-        core: usize,
+        len: usize,
+        own: impl FnOnce() -> Result<Arena>,
+        cores: &[usize],
         ip: IpAddr,
         ledger: Ledger,
     ) -> Result<Self> {
-        let engine = start_engine("target", spec, core, ip)?;
-        // SAFETY: the arena stays mapped as long as this struct's handle to it, which outlives the engine: `close` or
-        // the drop of the engine, declared before it, come first. The harness touches blocks only between passes.
-        let region = unsafe { engine.register(arena.as_ptr(), arena.len(), Access::READ_WRITE) }?;
-        Ok(Self { engine, region, arena, ledger, application: None, core })
+        let engine = start_engine("target", spec, cores, ip)?;
+        let memory = EngineMemory::provide(&engine, spec, len, Access::READ_WRITE, own)?;
+        Ok(Self { engine, memory, ledger, application: None, cores: cores.to_vec() })
+    }
+
+    /// The memory that is transferred from and into.
+    pub(crate) fn arena(&self) -> &Arena {
+        &self.memory.arena
     }
 
     /// What the initiator needs.
     pub(crate) fn address(&self) -> TargetAddress {
         TargetAddress::Engine {
             metadata: to_hex(&self.engine.metadata()),
-            descriptor: to_hex(&self.region.descriptor().to_bytes()),
+            descriptor: to_hex(&self.memory.region.descriptor().to_bytes()),
         }
     }
 
@@ -80,7 +84,7 @@ impl EngineTarget {
             (true, App::Lane) => "application polling on the lane",
             (true, App::Thread) => "application polling on an unpinned thread",
         };
-        format!("lane on core {}, {application}", self.core)
+        format!("{}, {application}", describe_lanes(&self.cores))
     }
 
     /// Learns who the initiator is, and starts the application if this run needs one.
@@ -93,7 +97,7 @@ impl EngineTarget {
         let answering = Answering {
             engine: self.engine.clone(),
             peer: peer.clone(),
-            arena: self.arena.clone(),
+            arena: self.memory.arena.clone(),
             ledger: self.ledger.clone(),
             stop: Arc::clone(&stop),
         };
@@ -130,10 +134,10 @@ impl EngineTarget {
     /// Ends the application, takes the memory back and stops the engine.
     pub(crate) fn close(&mut self) -> Result<()> {
         let stopped = self.stop_application();
-        let deregistered = self.engine.deregister(&self.region);
+        let released = self.memory.release(&self.engine);
         self.engine.shutdown().context("stopping the target's engine")?;
         stopped?;
-        deregistered.context("deregistering the target's memory")
+        released.context("on the target's side")
     }
 
     fn stop_application(&mut self) -> Result<()> {

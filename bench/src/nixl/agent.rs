@@ -9,7 +9,8 @@ use nixl_sys::{
     RegistrationHandle, ThreadSync, XferDescList, XferOp, XferRequest, XferStatus,
 };
 
-use super::wire::Setup;
+use super::driver::{Driver, Transferred};
+use super::wire::{NixlSystem, Setup};
 use crate::arena::Arena;
 use crate::case::Operation;
 use crate::clock::now_ns;
@@ -66,19 +67,13 @@ pub(crate) struct NixlAgent {
     /// The other side's agent, once introduced, and where its arena begins.
     peer: Option<(String, u64)>,
     notifications: NotificationMap,
-    pub(crate) arena: Arena,
+    arena: Arena,
     _registration: RegistrationHandle,
-}
-
-/// Times of one transfer.
-pub(crate) struct Transferred {
-    pub(crate) posted_ns: u64,
-    pub(crate) completed_ns: u64,
 }
 
 impl NixlAgent {
     /// Creates agent and backend and registers the memory.
-    pub(crate) fn new(setup: &Setup) -> Result<Self> {
+    pub(crate) fn new(system: &NixlSystem, setup: &Setup) -> Result<Self> {
         if nixl_sys::is_stub() {
             bail!(Refusal(
                 "libnixl_capi.so cannot be loaded: name the folder of the NIXL wheel that holds it \
@@ -88,20 +83,20 @@ impl NixlAgent {
         }
         let name = format!("{}-{}", setup.role.name(), std::process::id());
         let config = AgentConfig {
-            enable_prog_thread: setup.prog_thread,
+            enable_prog_thread: system.prog_thread,
             thread_sync: ThreadSync::None,
             ..AgentConfig::default()
         };
         let agent = Agent::new_configured(&name, &config).context("creating a NIXL agent")?;
-        refuse_unknown(&agent, &setup.backend)?;
+        refuse_unknown(&agent, &system.backend)?;
         let parameters = Params::from(
-            setup.parameters.iter().map(|(key, value)| (key.as_str(), value.as_str())),
+            system.parameters.iter().map(|(key, value)| (key.as_str(), value.as_str())),
         )
         .context("a parameter of the backend")?;
-        let Ok(backend) = agent.create_backend(&setup.backend, &parameters) else {
+        let Ok(backend) = agent.create_backend(&system.backend, &parameters) else {
             bail!(Refusal(format!(
                 "NIXL has the plugin {} but could not create its backend: the messages above say why",
-                setup.backend
+                system.backend
             )));
         };
         let mut only_backend = OptArgs::new().context("optional arguments")?;
@@ -121,24 +116,43 @@ impl NixlAgent {
         })
     }
 
-    /// What the other side needs to be introduced.
-    pub(crate) fn metadata(&self) -> Result<Vec<u8>> {
+    fn peer(&self) -> Result<&(String, u64)> {
+        self.peer.as_ref().context("no peer was introduced; this is a bug of corelane-bench")
+    }
+
+    /// Notifications that arrived since the last call, with their senders.
+    #[inline]
+    fn poll_notifications(&mut self) -> Result<Vec<(String, Vec<String>)>> {
+        self.agent
+            .get_notifications(&mut self.notifications, None)
+            .context("polling for notifications")?;
+        if self.notifications.is_empty().context("a list of notifications")? {
+            return Ok(Vec::new());
+        }
+        let taken = self.notifications.take_notifs().context("reading notifications")?;
+        Ok(taken.into_iter().collect())
+    }
+}
+
+impl Driver for NixlAgent {
+    type Prepared = Prepared;
+    type Request = XferRequest;
+
+    fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    fn metadata(&self) -> Result<Vec<u8>> {
         self.agent.get_local_md().context("the agent's metadata")
     }
 
-    /// Introduces the other side.
-    pub(crate) fn meet(&mut self, metadata: &[u8], address: u64) -> Result<()> {
+    fn meet(&mut self, metadata: &[u8], address: u64) -> Result<()> {
         let name = self.agent.load_remote_md(metadata).context("loading the peer's metadata")?;
         self.peer = Some((name, address));
         Ok(())
     }
 
-    fn peer(&self) -> Result<&(String, u64)> {
-        self.peer.as_ref().context("no peer was introduced; this is a bug of corelane-bench")
-    }
-
-    /// Prepares the transfer of blocks of one length between offsets of the two arenas.
-    pub(crate) fn prepare(
+    fn prepare(
         &self,
         operation: Operation,
         (local, remote): (&[u64], &[u64]),
@@ -167,8 +181,7 @@ impl NixlAgent {
         Ok(prepared)
     }
 
-    /// One more request over the same blocks; dropping it releases it.
-    pub(crate) fn request(&self, prepared: &Prepared) -> Result<XferRequest> {
+    fn request(&self, prepared: &Prepared) -> Result<XferRequest> {
         let Prepared { operation, local, remote, .. } = prepared;
         let (peer, _) = self.peer()?;
         self.agent
@@ -176,9 +189,8 @@ impl NixlAgent {
             .context("preparing a transfer")
     }
 
-    /// Posts a prepared transfer and polls without yielding until it is over.
     #[inline]
-    pub(crate) fn transfer(&self, prepared: &Prepared) -> Result<Transferred> {
+    fn transfer(&self, prepared: &Prepared) -> Result<Transferred> {
         let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
         let started = now_ns();
         let unfinished = self.agent.post_xfer_req(request, None).context("posting a transfer")?;
@@ -199,31 +211,16 @@ impl NixlAgent {
             }
         }
         let completed = now_ns();
-        Ok(Transferred { posted_ns: posted - started, completed_ns: completed - started })
+        Ok(Transferred { posted_ns: Some(posted - started), completed_ns: completed - started })
     }
 
-    /// Sends a notification to the other side.
-    pub(crate) fn notify(&self, text: &str) -> Result<()> {
+    fn notify(&mut self, text: &str) -> Result<()> {
         let (peer, _) = self.peer()?;
         self.agent.send_notification(peer, text.as_bytes(), None).context("sending a notification")
     }
 
-    /// Notifications that arrived since the last call, with their senders.
     #[inline]
-    pub(crate) fn poll_notifications(&mut self) -> Result<Vec<(String, Vec<String>)>> {
-        self.agent
-            .get_notifications(&mut self.notifications, None)
-            .context("polling for notifications")?;
-        if self.notifications.is_empty().context("a list of notifications")? {
-            return Ok(Vec::new());
-        }
-        let taken = self.notifications.take_notifs().context("reading notifications")?;
-        Ok(taken.into_iter().collect())
-    }
-
-    /// Waits, polling without yielding, for the answer to a notification: exactly one, and with the same text.
-    #[inline]
-    pub(crate) fn await_answer(&mut self, text: &str) -> Result<()> {
+    fn await_answer(&mut self, text: &str) -> Result<()> {
         let begin = now_ns();
         let mut polls = 0u32;
         loop {
@@ -244,6 +241,16 @@ impl NixlAgent {
                 );
             }
         }
+    }
+
+    #[inline]
+    fn answer(&mut self) -> Result<()> {
+        for (_, texts) in self.poll_notifications()? {
+            for text in texts {
+                self.notify(&text)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::case::{NixlCase, NixlScenario};
+use crate::raw_local::RawKind;
+
 /// A backend of NIXL with what it is configured by.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct BackendSpec {
@@ -52,6 +55,29 @@ impl FromStr for BackendSpec {
 impl fmt::Display for BackendSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.label)
+    }
+}
+
+/// What is measured in a round: a backend of NIXL, or a baseline beside them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Contender {
+    Nixl(BackendSpec),
+    Raw(RawKind),
+}
+
+impl Contender {
+    /// Whether the case is one that it can run: preparing and posting are NIXL's.
+    pub(crate) fn runs(&self, case: &NixlCase) -> bool {
+        matches!(self, Self::Nixl(_)) || case.scenario != NixlScenario::Post
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nixl(spec) => spec.fmt(f),
+            Self::Raw(kind) => kind.fmt(f),
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::agent::{NixlAgent, Prepared};
 use super::case::{NixlCase, NixlScenario};
+use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::side::Parent;
 use super::wire::{Order, Outcome, Reply};
@@ -19,7 +19,7 @@ const MIN_OPERATIONS: u64 = 3;
 const PREPARATIONS: usize = 50;
 
 /// Obeys orders until they end.
-pub(crate) fn run(agent: &mut NixlAgent, parent: &Parent, seed: u64) -> Result<()> {
+pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64) -> Result<()> {
     while let Some(order) = parent.wait()? {
         let Order::Run { case, sequence, duration_ns } = order else {
             bail!("an initiator cannot obey {order:?}");
@@ -56,8 +56,8 @@ impl Until {
     }
 }
 
-fn transfers(
-    agent: &NixlAgent,
+fn transfers<D: Driver>(
+    agent: &D,
     case: &NixlCase,
     sequence: u64,
     duration_ns: u64,
@@ -67,12 +67,12 @@ fn transfers(
     let reads = case.operation == Operation::Read;
     for (index, &offset) in layout.local.iter().enumerate() {
         if reads {
-            agent.arena.poison(offset, case.block_bytes);
+            agent.arena().poison(offset, case.block_bytes);
         } else {
-            agent.arena.fill(offset, case.block_bytes, sequence, index as u64);
+            agent.arena().fill(offset, case.block_bytes, sequence, index as u64);
         }
     }
-    let prepared: Vec<Prepared> = (0..case.slots())
+    let prepared: Vec<D::Prepared> = (0..case.slots())
         .map(|slot| agent.prepare(case.operation, layout.slot(slot, case.blocks), case.block_bytes))
         .collect::<Result<_>>()?;
     let mut outcome = Outcome::default();
@@ -88,7 +88,7 @@ fn transfers(
     if reads {
         // The target's blocks were filled in the order of its own offsets, which is that of the lists.
         for (index, &offset) in layout.local.iter().enumerate() {
-            agent.arena.check(offset, case.block_bytes, sequence, index as u64).map_err(
+            agent.arena().check(offset, case.block_bytes, sequence, index as u64).map_err(
                 |mismatch| anyhow::anyhow!("verification failed: block {index}: {mismatch}"),
             )?;
         }
@@ -96,9 +96,9 @@ fn transfers(
     Ok(outcome)
 }
 
-fn measure_transfers(
-    agent: &NixlAgent,
-    prepared: &[Prepared],
+fn measure_transfers<D: Driver>(
+    agent: &D,
+    prepared: &[D::Prepared],
     duration_ns: u64,
     outcome: &mut Outcome,
 ) -> Result<()> {
@@ -116,7 +116,9 @@ fn measure_transfers(
     while until.goes_on(done) {
         let times = agent.transfer(next(done))?;
         completion.saturating_record(times.completed_ns);
-        post.saturating_record(times.posted_ns);
+        if let Some(posted_ns) = times.posted_ns {
+            post.saturating_record(posted_ns);
+        }
         done += 1;
     }
     outcome.operations = done;
@@ -126,7 +128,11 @@ fn measure_transfers(
 }
 
 /// Times the preparation of a list whose descriptors NIXL has already: what is left is NIXL's and the backend's.
-fn measure_preparing(agent: &NixlAgent, prepared: &Prepared, outcome: &mut Outcome) -> Result<()> {
+fn measure_preparing<D: Driver>(
+    agent: &D,
+    prepared: &D::Prepared,
+    outcome: &mut Outcome,
+) -> Result<()> {
     let mut prepare = histogram();
     for _ in 0..PREPARATIONS {
         let started = now_ns();
@@ -138,8 +144,8 @@ fn measure_preparing(agent: &NixlAgent, prepared: &Prepared, outcome: &mut Outco
     Ok(())
 }
 
-fn ping_pong(
-    agent: &mut NixlAgent,
+fn ping_pong<D: Driver>(
+    agent: &mut D,
     case: &NixlCase,
     sequence: u64,
     duration_ns: u64,
@@ -147,7 +153,7 @@ fn ping_pong(
     let mut number = 0u64;
     let width = case.notification_bytes;
     // Text, because the bindings read notifications as text; the number makes every one distinct.
-    let mut exchange = |agent: &mut NixlAgent| -> Result<u64> {
+    let mut exchange = |agent: &mut D| -> Result<u64> {
         number += 1;
         let text = format!("{:0width$x}", (sequence << 40) | number);
         let started = now_ns();

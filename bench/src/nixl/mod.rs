@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Both sides are fresh processes for every backend in every round: no backend sees what another left behind, and the
-//! environment variables of one reach only its own processes. The crate nixl-sys loads libnixl_capi.so at run time. Its
+//! environment variables of one reach only its own processes. A baseline has two processes of its own likewise, which do
+//! bare copies instead. The crate nixl-sys loads libnixl_capi.so at run time. Its
 //! bindings need libclang to build, so all that touches it sits behind the feature `nixl`.
 
 #[cfg(feature = "nixl")]
@@ -15,11 +16,15 @@ mod agent;
 mod backend;
 mod case;
 #[cfg(feature = "nixl")]
+mod driver;
+#[cfg(feature = "nixl")]
 mod initiator;
 #[cfg(any(feature = "nixl", test))]
 mod layout;
 mod options;
 mod pair;
+#[cfg(feature = "nixl")]
+mod raw;
 mod report;
 mod rounds;
 #[cfg(feature = "nixl")]

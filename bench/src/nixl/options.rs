@@ -7,9 +7,10 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use super::backend::{BackendSpec, parse_parameter};
+use super::backend::{BackendSpec, Contender, parse_parameter};
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
 use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::raw_local::RawKind;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
 
 /// What the target's application does while no notification has to be answered.
@@ -25,12 +26,12 @@ pub(crate) enum NixlTargetApp {
 }
 
 impl NixlTargetApp {
-    /// Whether the application of a target of `backend` sleeps.
-    pub(crate) fn sleeps(self, backend: &BackendSpec) -> bool {
-        match self {
-            Self::Poll => false,
-            Self::Sleep => backend.serves_alone(),
-            Self::SleepAll => true,
+    /// Whether the application of a target of `backend` sleeps. Nobody is needed there for bare copies.
+    pub(crate) fn sleeps(self, backend: &Contender) -> bool {
+        match (self, backend) {
+            (_, Contender::Raw(_)) | (Self::SleepAll, _) => true,
+            (Self::Poll, _) => false,
+            (Self::Sleep, Contender::Nixl(spec)) => spec.serves_alone(),
         }
     }
 }
@@ -112,6 +113,9 @@ pub(crate) struct NixlArgs {
     /// A backend to compare it with; may be given several times
     #[arg(long, value_name = "BACKEND", help_heading = "System")]
     pub(crate) vs: Vec<BackendSpec>,
+    /// Also run these in the same rounds: bare copies between two processes, without NIXL
+    #[arg(long, value_enum, value_delimiter = ',', help_heading = "System")]
+    pub(crate) baseline: Vec<RawKind>,
     /// A parameter of --backend, KEY=VALUE; may be given several times
     #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_parameter, help_heading = "System")]
     pub(crate) parameters: Vec<(String, String)>,
@@ -162,7 +166,7 @@ fn parse_notification(text: &str) -> Result<usize, String> {
 pub(crate) struct NixlPlan {
     pub(crate) cases: Vec<NixlCase>,
     /// The one that ratios are about comes first.
-    pub(crate) backends: Vec<BackendSpec>,
+    pub(crate) backends: Vec<Contender>,
     /// Memory that the largest case needs on either side.
     pub(crate) arena_bytes: usize,
 }
@@ -193,12 +197,15 @@ impl NixlArgs {
                 }
             }
         }
-        let mut backends = vec![self.backend.clone()];
-        for backend in &self.vs {
-            if backends.iter().any(|known| known.label == backend.label) {
-                return Err(format!("{backend} is named twice: there is nothing to compare"));
+        let others = self.vs.iter().cloned().map(Contender::Nixl);
+        let baselines = self.baseline.iter().copied().map(Contender::Raw);
+        let mut backends = vec![Contender::Nixl(self.backend.clone())];
+        for backend in others.chain(baselines) {
+            let label = backend.to_string();
+            if backends.iter().any(|known| known.to_string() == label) {
+                return Err(format!("{label} is named twice: there is nothing to compare"));
             }
-            backends.push(backend.clone());
+            backends.push(backend);
         }
         for (option, folder) in
             [("--nixl-libs", &self.nixl_libs), ("--plugin-dir", &self.plugin_dir)]
@@ -211,8 +218,9 @@ impl NixlArgs {
     }
 
     /// Environment of a backend's processes, on top of ours.
-    pub(crate) fn environment(&self, backend: &BackendSpec) -> Vec<(String, String)> {
+    pub(crate) fn environment(&self, backend: &Contender) -> Vec<(String, String)> {
         let mut environment = Vec::new();
+        let Contender::Nixl(backend) = backend else { return environment };
         let text = |path: &PathBuf| path.to_string_lossy().into_owned();
         if let Some(folder) = &self.nixl_libs {
             let before = std::env::var("LD_LIBRARY_PATH").ok().filter(|path| !path.is_empty());
@@ -253,7 +261,7 @@ mod tests {
         let plan = plan("--vs UCX@UCX_TLS=tcp").expect("a plan");
         let ids: Vec<String> = plan.cases.iter().map(NixlCase::id).collect();
         assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2, "{ids:?}");
-        let labels: Vec<&str> = plan.backends.iter().map(|spec| spec.label.as_str()).collect();
+        let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
         assert_eq!(labels, ["CORELANE", "UCX@UCX_TLS=tcp"]);
         assert_eq!(plan.arena_bytes, 4096 * 4096 * 2);
     }
@@ -272,18 +280,33 @@ mod tests {
     #[test]
     fn variables_of_a_backend_come_last_and_win() {
         let options = parse("--plugin-dir /a --vs UCX@NIXL_PLUGIN_DIR=/b").expect("parses");
-        let environment = options.environment(&options.vs[0]);
+        let environment = options.environment(&Contender::Nixl(options.vs[0].clone()));
         let value = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         assert_eq!(environment, [value("NIXL_PLUGIN_DIR", "/a"), value("NIXL_PLUGIN_DIR", "/b")]);
-        assert_eq!(options.environment(&options.backend), environment[..1]);
+        let ours = Contender::Nixl(options.backend.clone());
+        assert_eq!(options.environment(&ours), environment[..1]);
+        assert_eq!(options.environment(&Contender::Raw(RawKind::RawCma)), []);
     }
 
     #[test]
     fn who_sleeps_depends_on_option_and_backend() {
-        let spec = |text: &str| text.parse::<BackendSpec>().expect("parses");
+        let spec = |text: &str| Contender::Nixl(text.parse().expect("parses"));
         use NixlTargetApp::{Poll, Sleep, SleepAll};
         assert!(!Poll.sleeps(&spec("CORELANE")) && !Sleep.sleeps(&spec("UCX")));
         assert!(Sleep.sleeps(&spec("CORELANE")) && SleepAll.sleeps(&spec("UCX")));
+        assert!(Poll.sleeps(&Contender::Raw(RawKind::RawMemcpy)));
+    }
+
+    #[test]
+    fn baselines_come_last_and_leave_scenario_post_out() {
+        let plan =
+            plan("--vs UCX --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy").expect("a plan");
+        let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
+        assert_eq!(labels, ["CORELANE", "UCX", "UCX@UCX_TLS=tcp", "raw-cma", "raw-memcpy"]);
+        let runs = |backend: usize| {
+            plan.cases.iter().filter(|case| plan.backends[backend].runs(case)).count()
+        };
+        assert_eq!((runs(0), runs(3)), (plan.cases.len(), plan.cases.len() - 2));
     }
 
     #[test]
@@ -291,6 +314,7 @@ mod tests {
         for (options, expected) in [
             ("--vs CORELANE", "named twice"),
             ("--vs UCX --vs UCX", "named twice"),
+            ("--baseline raw-cma --baseline raw-cma", "named twice"),
             ("--sizes 1GiB --max-memory 64MiB", "--max-memory"),
             ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
             ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
@@ -301,6 +325,7 @@ mod tests {
         for options in [
             "--backend @A=1",
             "--param x",
+            "--baseline raw-tcp",
             "--pin 3",
             "--notification 8",
             "--rounds 0",

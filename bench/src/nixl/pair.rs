@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use super::backend::BackendSpec;
+use super::backend::Contender;
 use super::case::NixlCase;
 use super::options::{NixlArgs, NixlPlan};
-use super::wire::{Order, Outcome, Reply, Role, Setup};
+use super::wire::{NixlSystem, Order, Outcome, Reply, Role, Setup, System};
 use crate::process::Helper;
 use crate::session::Failure;
 
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(200);
 pub(crate) struct NixlPair {
     initiator: Helper<Reply>,
     target: Helper<Reply>,
-    /// Version of the NIXL in use.
+    /// Version of the NIXL in use; empty where there is none.
     pub(crate) nixl: String,
     sequence: u64,
 }
@@ -30,19 +30,25 @@ pub(crate) struct NixlPair {
 impl NixlPair {
     /// Starts both sides.
     pub(crate) fn start(
-        backend: &BackendSpec,
+        backend: &Contender,
         options: &NixlArgs,
         plan: &NixlPlan,
     ) -> Result<Self, Failure> {
+        let system = match backend {
+            Contender::Raw(kind) => System::Raw(*kind),
+            Contender::Nixl(spec) => System::Nixl(NixlSystem {
+                backend: spec.name.clone(),
+                parameters: if *spec == options.backend {
+                    options.parameters.clone()
+                } else {
+                    Vec::new()
+                },
+                prog_thread: options.prog_thread,
+            }),
+        };
         let setup = |role: Role| Setup {
             role,
-            backend: backend.name.clone(),
-            parameters: if *backend == options.backend {
-                options.parameters.clone()
-            } else {
-                Vec::new()
-            },
-            prog_thread: options.prog_thread,
+            system: system.clone(),
             core: match role {
                 Role::Initiator => options.pin.initiator,
                 Role::Target => options.pin.target,

@@ -3,11 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
-use super::tally::{NixlTally, Part, Ratios};
+use super::tally::{NixlTally, Part, Ratios, p50_difference};
 use crate::case::Operation;
 use crate::manifest::Host;
 use crate::measure::{Points, points_of};
-use crate::report::{Percentiles, align};
+use crate::raw_local::RawKind;
+use crate::report::{Percentiles, Spread, align, difference};
 use crate::units::microseconds;
 
 /// Version of the layout below: grows when a field changes its meaning or goes away, not when one is added.
@@ -37,6 +38,7 @@ pub(crate) struct NixlOptions {
     pub(crate) nixl: String,
     pub(crate) backend: String,
     pub(crate) vs: Vec<String>,
+    pub(crate) baselines: Vec<RawKind>,
     pub(crate) parameters: Vec<(String, String)>,
     pub(crate) prog_thread: bool,
     pub(crate) target_app: NixlTargetApp,
@@ -73,6 +75,7 @@ pub(crate) struct NixlComparison {
     pub(crate) backend: String,
     pub(crate) vs: String,
     pub(crate) ratios: Ratios,
+    pub(crate) p50_difference_us: Spread,
 }
 
 impl NixlResults {
@@ -84,7 +87,7 @@ impl NixlResults {
         nixl: String,
         environment: Host,
     ) -> Self {
-        let label = |backend: usize| plan.backends[backend].label.clone();
+        let label = |backend: usize| plan.backends[backend].to_string();
         let mut series = Vec::new();
         let mut comparisons = Vec::new();
         for tally in tallies {
@@ -94,7 +97,7 @@ impl NixlResults {
                 let backend = &plan.backends[tally.backend];
                 series.push(NixlSeries {
                     id: id.clone(),
-                    backend: backend.label.clone(),
+                    backend: backend.to_string(),
                     part: part.part,
                     operation: case.operation,
                     blocks: case.blocks,
@@ -112,12 +115,17 @@ impl NixlResults {
                     .filter(|ours| ours.backend == 0 && tally.backend != 0)
                     .find(|ours| ours.case == *case)
                     .and_then(|ours| ours.parts.iter().find(|ours| ours.part == part.part));
-                if let Some(ratios) = ours.and_then(|ours| Ratios::of(&ours.rounds, &part.rounds)) {
+                let compared = ours.and_then(|ours| {
+                    let (ours, theirs) = (&ours.rounds, &part.rounds);
+                    Some((Ratios::of(ours, theirs)?, p50_difference(ours, theirs)?))
+                });
+                if let Some((ratios, p50_difference_us)) = compared {
                     comparisons.push(NixlComparison {
                         id,
                         backend: label(0),
                         vs: label(tally.backend),
                         ratios,
+                        p50_difference_us,
                     });
                 }
             }
@@ -132,7 +140,8 @@ impl NixlResults {
             options: NixlOptions {
                 nixl,
                 backend: label(0),
-                vs: plan.backends[1..].iter().map(|spec| spec.label.clone()).collect(),
+                vs: options.vs.iter().map(ToString::to_string).collect(),
+                baselines: options.baseline.clone(),
                 parameters: options.parameters.clone(),
                 prog_thread: options.prog_thread,
                 target_app: options.target_app,
@@ -189,6 +198,8 @@ impl NixlResults {
                 rows[0].push(format!("{percentile} ratio"));
                 rows[0].push("min..max".to_owned());
             }
+            rows[0].push("p50 diff us".to_owned());
+            rows[0].push("min..max".to_owned());
         }
         let printed = |row: &&NixlSeries| row.part != Part::Post || row.id.starts_with("post/");
         for row in self.series.iter().filter(printed) {
@@ -197,11 +208,13 @@ impl NixlResults {
             cells.extend([p50, p99, p999].map(|us| microseconds((us * 1e3).round() as u64)));
             let comparison =
                 self.comparisons.iter().find(|other| other.id == row.id && other.vs == row.backend);
-            if let Some(NixlComparison { ratios, .. }) = comparison {
+            if let Some(NixlComparison { ratios, p50_difference_us: us, .. }) = comparison {
                 for spread in [ratios.p50, ratios.p99, ratios.p999] {
                     cells.push(format!("{:.2}", spread.median));
                     cells.push(format!("{:.2}..{:.2}", spread.min, spread.max));
                 }
+                cells.push(difference(us.median));
+                cells.push(format!("{}..{}", difference(us.min), difference(us.max)));
             }
             rows.push(cells);
         }
@@ -209,7 +222,8 @@ impl NixlResults {
             String::new()
         } else {
             format!(
-                "\nA ratio is {backend} / that row's backend, the median of the per-round ratios; below 1 {backend} is faster.\n"
+                "\nA ratio is {backend} / that row's backend, the median of the per-round ratios; below 1 {backend} is faster. The \
+                 difference is {backend} - that row's, likewise.\n"
             )
         };
         align(&rows, 2) + &explanation
@@ -258,6 +272,7 @@ mod tests {
         assert!(find("read/64B", "CORELANE")[..end].ends_with(" 6.00"), "{table}");
         let ucx = find("read/64B", "UCX@UCX_TLS=tcp");
         assert!(ucx.contains("0.55") && ucx.contains("0.50..0.60"), "{table}");
+        assert!(ucx.contains("-5.00") && ucx.contains("-6.00..-4.00"), "{table}");
         assert!(find("notify/16B/round-trip", "UCX").contains("0.50..0.50"), "{table}");
         assert!(!table.contains("read/64B/post"), "{table}");
     }
@@ -286,5 +301,6 @@ mod tests {
         assert_eq!(value["series"][0]["part"], "completion");
         assert_eq!(value["comparisons"][0]["vs"], "UCX@UCX_TLS=tcp");
         assert!(value["comparisons"][0]["ratios"]["p99.9"]["median"].is_number());
+        assert!(value["comparisons"][0]["p50_difference_us"]["median"].is_number());
     }
 }

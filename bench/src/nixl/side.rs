@@ -9,7 +9,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::unistd::{dup, dup2_stdout};
 
 use super::agent::{NixlAgent, Refusal, nixl_version};
-use super::wire::{Order, Reply, Role, Setup};
+use super::driver::Driver;
+use super::raw::RawSide;
+use super::wire::{NixlSystem, Order, Reply, Role, Setup, System};
 use super::{initiator, target};
 use crate::control::{read_line, write_line};
 use crate::pinning;
@@ -100,17 +102,28 @@ fn work(parent: &Parent) -> Result<()> {
     let Some(Order::Setup(setup)) = parent.wait()? else {
         bail!("expected to be set up first");
     };
-    let mut agent = NixlAgent::new(&setup)?;
+    match &setup.system {
+        System::Nixl(system) => drive(parent, NixlAgent::new(system, &setup)?, &setup),
+        System::Raw(kind) => drive(parent, RawSide::new(*kind, &setup)?, &setup),
+    }
+}
+
+fn drive(parent: &Parent, mut agent: impl Driver, setup: &Setup) -> Result<()> {
     // After the backend has started its threads: only the application's own thread is placed.
     if let Some(core) = setup.core {
         pinning::pin_current_thread(core)?;
     }
-    let metadata = agent
-        .metadata()
-        .with_context(|| format!("is {} a backend for transfers between agents?", setup.backend))?;
+    let (metadata, nixl) = match &setup.system {
+        System::Raw(_) => (agent.metadata()?, String::new()),
+        System::Nixl(NixlSystem { backend, .. }) => {
+            let metadata = agent.metadata();
+            let question = || format!("is {backend} a backend for transfers between agents?");
+            (metadata.with_context(question)?, nixl_version())
+        }
+    };
     let metadata = to_hex(&metadata);
-    let address = agent.arena.as_ptr() as u64;
-    parent.reply(&Reply::Ready { metadata, address, nixl: nixl_version() })?;
+    let address = agent.arena().as_ptr() as u64;
+    parent.reply(&Reply::Ready { metadata, address, nixl })?;
     match parent.wait()? {
         Some(Order::Meet { metadata, address }) => {
             let metadata = from_hex(&metadata).context("metadata that is no hexadecimal")?;
@@ -120,9 +133,8 @@ fn work(parent: &Parent) -> Result<()> {
         None => return Ok(()),
         Some(other) => bail!("expected to meet the other side, not {other:?}"),
     }
-    let Setup { role, seed, sleeps, .. } = setup;
-    match role {
-        Role::Initiator => initiator::run(&mut agent, parent, seed),
-        Role::Target => target::run(&mut agent, parent, seed, sleeps),
+    match setup.role {
+        Role::Initiator => initiator::run(&mut agent, parent, setup.seed),
+        Role::Target => target::run(&mut agent, parent, setup.seed, setup.sleeps),
     }
 }

@@ -109,6 +109,11 @@ impl Ratios {
     }
 }
 
+/// Median and range of the per-round differences of p50, in microseconds; above 0 the first takes longer.
+pub(crate) fn p50_difference(ours: &[Percentiles], theirs: &[Percentiles]) -> Option<Spread> {
+    Spread::of(ours.iter().zip(theirs).map(|(ours, theirs)| ours.p50 - theirs.p50).collect())
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -167,6 +172,10 @@ pub(crate) mod tests {
         assert!((ratios.p50.median - 0.6).abs() < 0.01, "{ratios:?}");
         assert!((ratios.p50.min - 0.6).abs() < 0.01 && (ratios.p50.max - 4.0).abs() < 0.02);
         assert!((ratios.p999.median - 0.6).abs() < 0.01);
+        let difference = p50_difference(&ours.parts[0].rounds, &theirs.parts[0].rounds);
+        let difference = difference.expect("both have rounds");
+        // -4, 30 and -40 us.
+        assert!((difference.median + 4.0).abs() < 0.1, "{difference:?}");
     }
 
     #[test]

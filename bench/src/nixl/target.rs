@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::agent::NixlAgent;
 use super::case::NixlCase;
+use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::side::Parent;
 use super::wire::{Order, Reply};
@@ -17,15 +17,15 @@ const POLLS_PER_LOOK: u32 = 256;
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Polls and obeys until the orders end.
-pub(crate) fn run(agent: &mut NixlAgent, parent: &Parent, seed: u64, sleeps: bool) -> Result<()> {
+pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, sleeps: bool) -> Result<()> {
     let mut asleep = sleeps;
     loop {
         let order = if asleep {
-            answer(agent)?;
+            agent.answer()?;
             parent.sleep(PAUSE)?
         } else {
             for _ in 0..POLLS_PER_LOOK {
-                answer(agent)?;
+                agent.answer()?;
             }
             parent.poll()?
         };
@@ -43,18 +43,7 @@ pub(crate) fn run(agent: &mut NixlAgent, parent: &Parent, seed: u64, sleeps: boo
     }
 }
 
-/// Sends every notification that has arrived back.
-#[inline]
-fn answer(agent: &mut NixlAgent) -> Result<()> {
-    for (_, texts) in agent.poll_notifications()? {
-        for text in texts {
-            agent.notify(&text)?;
-        }
-    }
-    Ok(())
-}
-
-fn obey(agent: &NixlAgent, parent: &Parent, order: Order, seed: u64) -> Result<()> {
+fn obey(agent: &impl Driver, parent: &Parent, order: Order, seed: u64) -> Result<()> {
     match order {
         Order::Begin { case, sequence } => {
             renew(agent, &case, sequence, seed);
@@ -68,24 +57,24 @@ fn obey(agent: &NixlAgent, parent: &Parent, order: Order, seed: u64) -> Result<(
     }
 }
 
-fn renew(agent: &NixlAgent, case: &NixlCase, sequence: u64, seed: u64) {
+fn renew(agent: &impl Driver, case: &NixlCase, sequence: u64, seed: u64) {
     for (index, &offset) in NixlLayout::new(case, seed).remote.iter().enumerate() {
         match case.operation {
             Operation::Read => {
-                agent.arena.fill(offset, case.block_bytes, sequence, index as u64);
+                agent.arena().fill(offset, case.block_bytes, sequence, index as u64);
             }
-            _ => agent.arena.poison(offset, case.block_bytes),
+            _ => agent.arena().poison(offset, case.block_bytes),
         }
     }
 }
 
-fn verify(agent: &NixlAgent, case: &NixlCase, sequence: u64, seed: u64) -> Result<()> {
+fn verify(agent: &impl Driver, case: &NixlCase, sequence: u64, seed: u64) -> Result<()> {
     if case.operation != Operation::Write {
         return Ok(());
     }
     for (index, &offset) in NixlLayout::new(case, seed).remote.iter().enumerate() {
         agent
-            .arena
+            .arena()
             .check(offset, case.block_bytes, sequence, index as u64)
             .map_err(|mismatch| anyhow!("verification failed: block {index}: {mismatch}"))?;
     }

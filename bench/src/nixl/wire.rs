@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::case::NixlCase;
 use crate::measure::Points;
+use crate::raw_local::RawKind;
 
 /// The two processes of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,13 +23,28 @@ impl Role {
     }
 }
 
+/// What moves the bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum System {
+    Nixl(NixlSystem),
+    /// A baseline, without NIXL.
+    Raw(RawKind),
+}
+
+/// A backend of NIXL.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct NixlSystem {
+    pub(crate) backend: String,
+    pub(crate) parameters: Vec<(String, String)>,
+    pub(crate) prog_thread: bool,
+}
+
 /// All that a process needs to know before it can be introduced to the other.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Setup {
     pub(crate) role: Role,
-    pub(crate) backend: String,
-    pub(crate) parameters: Vec<(String, String)>,
-    pub(crate) prog_thread: bool,
+    pub(crate) system: System,
     /// Core of the application's thread.
     pub(crate) core: Option<usize>,
     /// Target: sleep between polls where no notification has to be answered.
@@ -60,6 +76,7 @@ pub(crate) enum Reply {
     Ready {
         metadata: String,
         address: u64,
+        /// Version of NIXL; empty where there is none.
         nixl: String,
     },
     Met,
@@ -82,7 +99,7 @@ pub(crate) struct Outcome {
     pub(crate) operations: u64,
     /// From just before posting to the moment at which the end was seen; of notifications, to the answer.
     pub(crate) completion: Points,
-    /// The caller's time in postXfer.
+    /// The caller's time in postXfer; empty where posting is all there is.
     pub(crate) post: Points,
     /// The caller's time in createXferReq, of scenario `post`.
     pub(crate) prepare: Points,

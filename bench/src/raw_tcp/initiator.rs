@@ -49,7 +49,11 @@ impl RawInitiator {
             .map(|slot| Place {
                 local: slot.local.first().copied().unwrap_or_default(),
                 remote: slot.remote.first().copied().unwrap_or_default(),
-                len: slot.local.len() * layout.block_bytes,
+                // Gaps included, which blocks of odd sizes have between them.
+                len: match (slot.local.first(), slot.local.last()) {
+                    (Some(first), Some(last)) => (last - first) as usize + layout.block_bytes,
+                    _ => 0,
+                },
             })
             .collect();
         slots.push(Place { local: 0, remote: 0, len: WARM_LEN });

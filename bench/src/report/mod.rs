@@ -13,5 +13,5 @@ pub(crate) use results::{
     Environment, Options, Percentiles, Results, SCHEMA_VERSION, Series, Spread,
 };
 pub(crate) use summary::summary;
-pub(crate) use table::{align, comparison_table, series_table};
+pub(crate) use table::{align, comparison_table, difference, series_table};
 pub(crate) use tally::{Tally, comparisons};

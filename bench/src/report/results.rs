@@ -5,12 +5,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::case::{App, Backend, Operation, Scenario, TargetApp};
+use crate::case::{App, Backend, Memory, Operation, Scenario, TargetApp};
 use crate::manifest::Host;
 use crate::measure::Points;
 
 /// Version of the layout below.
-pub(crate) const SCHEMA_VERSION: u32 = 1;
+pub(crate) const SCHEMA_VERSION: u32 = 2;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,9 +33,13 @@ pub(crate) struct Results {
 /// The options in effect, defaults filled in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Options {
+    /// Names with commas between them.
     pub(crate) transport: String,
+    pub(crate) memory: Memory,
+    /// Of each engine.
+    pub(crate) lanes: usize,
     pub(crate) backend: Backend,
-    pub(crate) baseline: Option<Backend>,
+    pub(crate) baselines: Vec<Backend>,
     pub(crate) rounds: usize,
     /// Of one case on one backend in one round.
     pub(crate) duration_ms: f64,
@@ -139,6 +143,8 @@ pub(crate) struct Round {
     pub(crate) operations: u64,
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
+    #[serde(rename = "p99.9_us")]
+    pub(crate) p999_us: f64,
     pub(crate) operations_per_s: Option<f64>,
 }
 
@@ -153,6 +159,11 @@ pub(crate) struct Comparison {
     pub(crate) p50_ratio: Spread,
     /// Of the per-round ratios p99 / p99.
     pub(crate) p99_ratio: Spread,
+    /// Of the per-round ratios p99.9 / p99.9.
+    #[serde(rename = "p99.9_ratio")]
+    pub(crate) p999_ratio: Spread,
+    /// Of the per-round differences p50 - p50, in microseconds.
+    pub(crate) p50_difference_us: Spread,
     /// Of the per-round ratios of operations per second; above 1 is faster than the baseline.
     pub(crate) rate_ratio: Option<Spread>,
 }
@@ -215,6 +226,7 @@ pub(crate) mod tests {
                 operations: 500,
                 p50_us: p50,
                 p99_us: p50 * 2.0,
+                p999_us: p50 * 3.0,
                 operations_per_s: Some(111_000.0),
             }],
             hgrm: format!("{}.{backend}.hgrm", id.replace('/', "-")),
@@ -233,8 +245,10 @@ pub(crate) mod tests {
             elapsed_s: 12.5,
             options: Options {
                 transport: "tcp".to_owned(),
+                memory: Memory::Registered,
+                lanes: 1,
                 backend: Backend::Corelane,
-                baseline: Some(Backend::RawTcp),
+                baselines: vec![Backend::RawTcp],
                 rounds: 5,
                 duration_ms: 200.0,
                 rate: None,
@@ -257,6 +271,8 @@ pub(crate) mod tests {
                 rounds: 5,
                 p50_ratio: ratio,
                 p99_ratio: ratio,
+                p999_ratio: ratio,
+                p50_difference_us: Spread { median: 0.5, min: -0.1, max: 0.9 },
                 rate_ratio: Some(ratio),
             }],
         }
@@ -273,15 +289,19 @@ pub(crate) mod tests {
     fn the_documented_names_are_in_the_file() {
         let value = serde_json::to_value(results()).expect("encodes");
         assert_eq!(value["schema"], "corelane-bench");
-        assert_eq!(value["schema_version"], 1);
+        assert_eq!(value["schema_version"], 2);
         let row = &value["series"][0];
         for name in ["p50", "p90", "p99", "p99.9", "p99.99", "max"] {
             assert!(row["latency_us"][name].is_number(), "{name}");
         }
         assert_eq!(row["backend"], "corelane");
         assert_eq!(row["histogram_ns"][0][0], 9000);
-        assert_eq!(value["options"]["baseline"], "raw-tcp");
-        assert_eq!(value["comparisons"][0]["p50_ratio"]["median"], 1.05);
+        assert_eq!(value["options"]["baselines"][0], "raw-tcp");
+        assert_eq!(row["rounds"][0]["p99.9_us"], 9.1 * 3.0);
+        let comparison = &value["comparisons"][0];
+        assert_eq!(comparison["p50_ratio"]["median"], 1.05);
+        assert_eq!(comparison["p99.9_ratio"]["median"], 1.05);
+        assert_eq!(comparison["p50_difference_us"]["min"], -0.1);
     }
 
     #[test]

@@ -57,9 +57,11 @@ fn describe(row: &Series, results: &Results) -> String {
     if let Some(rate) = row.gigabytes_per_s.filter(|&rate| rate >= 0.1) {
         text += &format!(", {rate:.2} GB/s");
     }
-    if let Some(comparison) = results.comparisons.iter().find(|comparison| comparison.id == row.id)
-    {
-        text += &format!(" ({:.2} x {})", comparison.p50_ratio.median, comparison.baseline);
+    let compared = results.comparisons.iter().filter(|comparison| comparison.id == row.id);
+    let ratios: Vec<String> =
+        compared.map(|row| format!("{:.2} x {}", row.p50_ratio.median, row.baseline)).collect();
+    if !ratios.is_empty() {
+        text += &format!(" ({})", ratios.join(", "));
     }
     text
 }

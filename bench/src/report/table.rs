@@ -1,6 +1,7 @@
 //! Aligned tables.
 
 use super::results::{Comparison, Percentiles, Series};
+use crate::case::Backend;
 use crate::units::microseconds;
 
 /// One row per series.
@@ -37,31 +38,42 @@ pub(crate) fn series_table(series: &[Series]) -> String {
     align(&rows, 2)
 }
 
-/// One row per series that the baseline has too.
-pub(crate) fn comparison_table(comparisons: &[Comparison]) -> String {
-    let Some(first) = comparisons.first() else { return String::new() };
+/// One row per series that this baseline has too; empty without any.
+pub(crate) fn comparison_table(comparisons: &[Comparison], baseline: Backend) -> String {
+    let compared: Vec<&Comparison> =
+        comparisons.iter().filter(|row| row.baseline == baseline).collect();
+    let Some(first) = compared.first() else { return String::new() };
     let mut rows = vec![vec![
-        format!("{} / {}", first.backend, first.baseline),
+        format!("{} / {baseline}", first.backend),
         "p50 ratio".to_owned(),
         "lowest".to_owned(),
         "highest".to_owned(),
+        "p50 diff us".to_owned(),
         "p99 ratio".to_owned(),
+        "p99.9 ratio".to_owned(),
         "ops/s ratio".to_owned(),
         "rounds".to_owned(),
     ]];
-    for row in comparisons {
+    for row in compared {
         let ratio = |value: f64| format!("{value:.2}");
         rows.push(vec![
             row.id.clone(),
             ratio(row.p50_ratio.median),
             ratio(row.p50_ratio.min),
             ratio(row.p50_ratio.max),
+            difference(row.p50_difference_us.median),
             ratio(row.p99_ratio.median),
+            ratio(row.p999_ratio.median),
             optional(row.rate_ratio.map(|spread| spread.median), ratio),
             row.rounds.to_string(),
         ]);
     }
     align(&rows, 1)
+}
+
+/// A difference of microseconds, with its sign.
+pub(crate) fn difference(us: f64) -> String {
+    if us.abs() < 100.0 { format!("{us:+.2}") } else { format!("{us:+.0}") }
 }
 
 fn optional(value: Option<f64>, format: impl Fn(f64) -> String) -> String {
@@ -110,7 +122,6 @@ pub(crate) fn align(rows: &[Vec<String>], left: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::case::Backend;
     use crate::report::results::tests::{results, series};
 
     #[test]
@@ -135,10 +146,16 @@ mod tests {
 
     #[test]
     fn ratios_have_two_decimals_and_nothing_to_compare_prints_nothing() {
-        let table = comparison_table(&results().comparisons);
+        let table = comparison_table(&results().comparisons, Backend::RawTcp);
         assert!(table.starts_with("corelane / raw-tcp"), "{table}");
         assert!(table.contains("1.05") && table.contains("1.20"), "{table}");
-        assert_eq!(comparison_table(&[]), "");
+        assert!(table.contains("p99.9 ratio") && table.contains(" +0.50 "), "{table}");
+        assert_eq!(comparison_table(&results().comparisons, Backend::RawCma), "");
+    }
+
+    #[test]
+    fn differences_have_a_sign() {
+        assert_eq!([0.456, -3.0, 1234.5].map(difference), ["+0.46", "-3.00", "+1234"]);
     }
 
     #[test]

@@ -49,9 +49,14 @@ impl Measured {
             restore(&mut round, points)?;
         }
         if !round.is_empty() {
-            let Percentiles { p50, p99, .. } = Percentiles::of(&round);
-            let operations = round.len();
-            self.rounds.push(Round { operations, p50_us: p50, p99_us: p99, operations_per_s });
+            let Percentiles { p50, p99, p999, .. } = Percentiles::of(&round);
+            self.rounds.push(Round {
+                operations: round.len(),
+                p50_us: p50,
+                p99_us: p99,
+                p999_us: p999,
+                operations_per_s,
+            });
             restore(&mut self.all, &points_of(&round))?;
         }
         Ok(())
@@ -161,16 +166,22 @@ impl Tally {
     }
 }
 
-/// Every series of `backend` that `baseline` has too: the ratios are taken within a round, where both ran in turn
-/// under the same conditions, and only then summarised.
-pub(crate) fn comparisons(series: &[Series], baseline: Backend) -> Vec<Comparison> {
-    let candidates = series.iter().filter(|row| row.backend != baseline);
+/// Every series of `candidate` that `baseline` has too: ratios are taken within a round, where both ran in turn under
+/// the same conditions, and only then summarised.
+pub(crate) fn comparisons(
+    series: &[Series],
+    candidate: Backend,
+    baseline: Backend,
+) -> Vec<Comparison> {
+    let candidates = series.iter().filter(|row| row.backend == candidate);
     let compare = |row: &Series| {
         let base = series.iter().find(|base| base.backend == baseline && base.id == row.id)?;
-        let ratios = |figure: fn(&Round) -> Option<f64>| {
+        let per_round = |compare: &dyn Fn(&Round, &Round) -> Option<f64>| {
             let pairs = row.rounds.iter().zip(&base.rounds);
-            let ratio = |(ours, theirs)| Some(figure(ours)? / figure(theirs)?);
-            Spread::of(pairs.filter_map(ratio).collect())
+            Spread::of(pairs.filter_map(|(ours, theirs)| compare(ours, theirs)).collect())
+        };
+        let ratios = |figure: fn(&Round) -> Option<f64>| {
+            per_round(&|ours, theirs| Some(figure(ours)? / figure(theirs)?))
         };
         Some(Comparison {
             id: row.id.clone(),
@@ -179,6 +190,8 @@ pub(crate) fn comparisons(series: &[Series], baseline: Backend) -> Vec<Compariso
             rounds: row.rounds.len().min(base.rounds.len()),
             p50_ratio: ratios(|round| Some(round.p50_us))?,
             p99_ratio: ratios(|round| Some(round.p99_us))?,
+            p999_ratio: ratios(|round| Some(round.p999_us))?,
+            p50_difference_us: per_round(&|ours, theirs| Some(ours.p50_us - theirs.p50_us))?,
             rate_ratio: ratios(|round| round.operations_per_s),
         })
     };
@@ -253,10 +266,14 @@ mod tests {
         // The third round was disturbed for both, the second for ours only.
         let ours = tally(Backend::Corelane, &[11_000, 40_000, 110_000]);
         let base = tally(Backend::RawTcp, &[10_000, 10_000, 100_000]);
-        let comparison = comparisons(&[ours, base], Backend::RawTcp).remove(0);
+        let others = tally(Backend::RawCma, &[1_000, 1_000, 1_000]);
+        let series = [ours, others, base];
+        let comparison = comparisons(&series, Backend::Corelane, Backend::RawTcp).remove(0);
         assert!((comparison.p50_ratio.median - 1.1).abs() < 0.01, "{comparison:?}");
         assert!((comparison.p50_ratio.max - 4.0).abs() < 0.01);
-        assert_eq!(comparison.rounds, 3);
+        // 1, 30 and 10 us more.
+        assert!((comparison.p50_difference_us.median - 10.0).abs() < 0.1, "{comparison:?}");
+        assert_eq!((comparison.rounds, comparison.backend), (3, Backend::Corelane));
         // Both did 100 operations in half a second.
         assert_eq!(comparison.rate_ratio.map(|ratio| ratio.median), Some(1.0));
     }

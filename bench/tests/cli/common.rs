@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The backends under test. Everything must hold for both: the baseline is measured by the same harness.
-pub(crate) const BACKENDS: [&str; 2] = ["raw-tcp", "corelane"];
+/// The backends under test. Everything must hold for all: the baselines are measured by the same harness.
+pub(crate) const BACKENDS: [&str; 4] = ["raw-tcp", "raw-cma", "raw-memcpy", "corelane"];
 
 /// A fresh directory and the command that writes its results there.
 pub(crate) struct Bench {

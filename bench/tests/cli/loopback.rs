@@ -1,6 +1,9 @@
 //! `corelane-bench loopback` from the outside: two real processes, every backend.
 
-use crate::common::{BACKENDS, Bench};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use crate::common::{BACKENDS, Bench, command, run};
 
 #[test]
 fn every_scenario_is_measured_and_verified() {
@@ -9,7 +12,7 @@ fn every_scenario_is_measured_and_verified() {
         let (ran, results) =
             bench.results(&format!("loopback --quick --budget 2s --backend {backend}"));
         assert_eq!(results["schema"], "corelane-bench");
-        assert_eq!((&results["schema_version"], &results["complete"]), (&1.into(), &true.into()));
+        assert_eq!((&results["schema_version"], &results["complete"]), (&2.into(), &true.into()));
         let series = results["series"].as_array().expect("series");
         let ids: Vec<&str> = series.iter().map(|row| row["id"].as_str().expect("an id")).collect();
         for id in [
@@ -131,6 +134,122 @@ fn the_baseline_is_compared_round_by_round() {
         "{}",
         ran.stdout
     );
+}
+
+#[test]
+fn several_baselines_run_in_the_same_rounds() {
+    let bench = Bench::new();
+    let (ran, results) = bench.results(
+        "loopback --baseline raw-cma,raw-memcpy --baseline raw-tcp --rounds 2 --duration 30ms --scenario sizes,kv,notify \
+         --sizes 64 --kv 1100x100 --operation read",
+    );
+    let comparisons = results["comparisons"].as_array().expect("comparisons");
+    let ids =
+        ["read/64B", "kv/read/1100x100B", "notify/32B/one-way", "write+notify/4KiB/round-trip"];
+    for baseline in ["raw-cma", "raw-memcpy", "raw-tcp"] {
+        for id in ids {
+            let row = comparisons
+                .iter()
+                .find(|row| row["baseline"] == baseline && row["id"] == id)
+                .unwrap_or_else(|| panic!("no {id} against {baseline}"));
+            assert_eq!((&row["rounds"], &row["backend"]), (&2.into(), &"corelane".into()));
+            assert!(row["p99.9_ratio"]["median"].as_f64() > Some(0.0), "{row}");
+            let (ours, theirs) =
+                (round_p50(&results, id, "corelane"), round_p50(&results, id, baseline));
+            let differences = [ours[0] - theirs[0], ours[1] - theirs[1]];
+            let spread = &row["p50_difference_us"];
+            let at = |name: &str| spread[name].as_f64().expect("a number");
+            assert!((at("min") - differences[0].min(differences[1])).abs() < 1e-6, "{row}");
+            assert!((at("median") - (differences[0] + differences[1]) / 2.0).abs() < 1e-6, "{row}");
+        }
+        assert!(ran.stdout.contains(&format!("corelane / {baseline}")), "{}", ran.stdout);
+    }
+    assert_eq!(results["options"]["baselines"].as_array().map(Vec::len), Some(3));
+    assert!(
+        ran.stdout.contains("p50 diff us") && ran.stdout.contains("x raw-memcpy, "),
+        "{}",
+        ran.stdout
+    );
+}
+
+fn round_p50(results: &serde_json::Value, id: &str, backend: &str) -> Vec<f64> {
+    let series = results["series"].as_array().expect("series");
+    let row = series.iter().find(|row| row["id"] == id && row["backend"] == backend);
+    let rounds = row.expect("a series")["rounds"].as_array().expect("rounds");
+    rounds.iter().map(|round| round["p50_us"].as_f64().expect("a number")).collect()
+}
+
+/// Makes a system call fail in the program and in all processes that it starts.
+fn forbid(command: &mut Command, call: libc::c_long, errno: i32) {
+    let filter = move || {
+        // Program for the kernel: compare the call's number, which comes first, then allow or fail.
+        let step = |code: u32, jt, k| libc::sock_filter { code: code as u16, jt, jf: 0, k };
+        let mut program = [
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, call as u32),
+            step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+            step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+        ];
+        let filter = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
+        // SAFETY: both calls take plain numbers and a program that lives until they return.
+        let refused = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter) != 0
+        };
+        if refused { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec the closure only makes system calls; it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(filter) };
+}
+
+#[test]
+fn a_kernel_that_refuses_to_copy_is_explained_in_one_line() {
+    for (call, option, errno, expected) in [
+        (libc::SYS_process_vm_readv, "read", libc::EPERM, "ptrace_scope"),
+        (libc::SYS_process_vm_writev, "write", libc::EPERM, "leave raw-cma out"),
+        (libc::SYS_process_vm_readv, "read", libc::ENOSYS, "CONFIG_CROSS_MEMORY_ATTACH"),
+    ] {
+        let bench = Bench::new();
+        let options = "--backend raw-cma --scenario sizes --sizes 64 --rounds 1 --duration 20ms";
+        let mut command = command(&format!("loopback {options} --operation {option}"));
+        forbid(command.arg("--out-dir").arg(bench.directory.path()), call, errno);
+        let ran = run(&mut command);
+        assert_eq!(ran.code, 1, "{}", ran.stderr);
+        let reasons: Vec<&str> =
+            ran.stderr.lines().filter(|line| line.starts_with("corelane-bench: ")).collect();
+        assert_eq!(reasons.len(), 1, "{}", ran.stderr);
+        assert!(reasons[0].contains("raw-cma") && reasons[0].contains(expected), "{}", reasons[0]);
+    }
+}
+
+#[test]
+fn engine_memory_is_measured_or_refused_in_one_line() {
+    let bench = Bench::new();
+    let ran = bench
+        .run("loopback --memory engine --scenario sizes --sizes 64 --rounds 1 --duration 20ms");
+    if ran.code != 0 {
+        assert_eq!(ran.code, 1, "{}", ran.stderr);
+        assert!(ran.stderr.contains("this build has no engine memory"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn several_lanes_have_a_core_each() {
+    let allowed = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).expect("a mask");
+    let cores = (0..nix::sched::CpuSet::count())
+        .filter(|&core| allowed.is_set(core).expect("in range"))
+        .count();
+    let bench = Bench::new();
+    let options =
+        "loopback --scenario sizes --sizes 64 --rounds 1 --duration 20ms --operation read";
+    let ran = bench.run(&format!("{options} --lanes {}", cores + 1));
+    assert_eq!((ran.code, ran.stderr.lines().count()), (2, 1), "{}", ran.stderr);
+    assert!(ran.stderr.contains("needs a core for each lane"), "{}", ran.stderr);
+    if cores >= 2 {
+        let (ran, results) = bench.results(&format!("{options} --lanes 2"));
+        assert_eq!(results["options"]["lanes"], 2);
+        assert!(ran.stdout.contains("2 lanes on cores"), "{}", ran.stdout);
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! End-to-end tests of the binary: real processes, real sockets, both backends.
+//! End-to-end tests of the binary: real processes, real sockets, all backends.
 
 mod common;
 mod loopback;

@@ -25,6 +25,8 @@ fn bad_options_are_one_line_and_exit_code_2() {
         ("--backend @UCX_TLS=tcp", "--backend"),
         ("--vs UCX@UCX_TLS", "ENV=VALUE"),
         ("--vs CORELANE", "named twice"),
+        ("--baseline raw-tcp", "--baseline"),
+        ("--baseline raw-cma,raw-cma", "named twice"),
         ("--param lanes", "KEY=VALUE"),
         ("--scenario everything", "everything"),
         ("--sizes 12parsecs", "--sizes"),
@@ -68,6 +70,7 @@ fn help_describes_the_options_and_hides_the_processes() {
     for option in [
         "--backend",
         "--vs",
+        "--baseline",
         "--param",
         "--scenario",
         "--sizes",
