@@ -12,10 +12,10 @@ use smallvec::SmallVec;
 
 use super::lane::{CONNECT_TIMER, LaneDriver};
 use super::links::{Input, Phase, send_whole};
+use crate::config::TransportKind;
 use crate::session::handshake::{HandshakeError, Initiator};
 use crate::session::{ConnectFailure, LinkId};
 use crate::sys;
-use crate::config::TransportKind;
 use crate::transport::addresses::{self, Remote};
 use crate::wire::hello::{LinkKind, Refusal};
 

@@ -367,7 +367,7 @@ impl LaneDriver {
     fn fail_everything(&mut self, error: &Error) {
         self.copies.clear();
         for (_, peer) in &self.peers {
-            peer.core.peer.path.store(None);
+            peer.core.peer.set_path(None);
         }
         let Self { peers, regions, engine, counters, .. } = self;
         let mut env = env(regions, engine, counters, Instant::now());

@@ -176,8 +176,7 @@ impl LaneDriver {
         let (ring, channel) = local::create_channel().map_err(|e| told("a memfd", e))?;
         let nonce = Box::new(sys::random::<16>().map_err(|e| told("random bytes", e))?);
         let lane = self.engine.lane(self.index).map_err(|e| e.to_string())?;
-        let doorbell =
-            lane.doorbell().try_clone_to_owned().map_err(|e| told("the doorbell", e))?;
+        let doorbell = lane.doorbell().try_clone_to_owned().map_err(|e| told("the doorbell", e))?;
         let mut attach = frame(FrameKind::Attach, LAYOUT);
         attach.header.id = nonce.as_ptr() as usize as u64;
         attach.header.key = u128::from_le_bytes(*nonce);
@@ -318,7 +317,9 @@ impl LaneDriver {
             return Err("its doorbell is none".into());
         }
         let pid = local::credentials_pid(link.fd.as_fd()).map_err(|e| e.to_string())?;
-        let own = super::shared::is_of_this_process(peer.core.peer.incarnation);
+        // A child that this process has forked knows of the incarnation, too, and has other memory.
+        let own = pid.is_some_and(local::Pid::is_own)
+            && super::shared::is_of_this_process(peer.core.peer.incarnation);
         let nonce = (header.id, header.key.to_le_bytes());
         let (reach, reason) = local::reach(pid, own, nonce);
         let process = PeerProcess::new(pid, reach.process_memory(), own);
@@ -335,12 +336,7 @@ impl LaneDriver {
     }
 
     /// Answers ATTACH; true: it was taken.
-    fn set_theirs(
-        &mut self,
-        slot: usize,
-        theirs: Result<Theirs, String>,
-        cx: &mut Cx<'_>,
-    ) -> bool {
+    fn set_theirs(&mut self, slot: usize, theirs: Result<Theirs, String>, cx: &mut Cx<'_>) -> bool {
         let Some(peer) = self.peers.get_mut(slot) else { return false };
         let Some(attachment) = peer.local.as_mut() else { return false };
         match theirs {
@@ -371,7 +367,7 @@ impl LaneDriver {
         else {
             return;
         };
-        if peer.core.peer.path.load().is_some() {
+        if peer.core.peer.path().is_some() {
             return;
         }
         let path = path.clone();
@@ -390,7 +386,7 @@ impl LaneDriver {
     ) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         if let (Ok(path), false) = (&outcome, peer.is_leaving()) {
-            peer.core.peer.path.store(Some(path.clone()));
+            peer.core.peer.set_path(Some(path.clone()));
         }
         self.log_local(slot, outcome.as_ref().err().map(String::as_str));
         self.with_core(slot, cx, |core, env| core.local_resolved(outcome, env));
@@ -420,7 +416,7 @@ impl LaneDriver {
         self.drain_ring(slot, usize::MAX, cx);
         self.rings.retain(|known| *known != slot);
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        peer.core.peer.path.store(None);
+        peer.core.peer.set_path(None);
         peer.core.set_ring(None);
         if let Some(attachment) = peer.local.take()
             && let Some(theirs) = &attachment.theirs
@@ -432,7 +428,7 @@ impl LaneDriver {
     /// No further transfer is copied by callers: the session is being left.
     pub(super) fn close_path(&mut self, slot: usize) {
         if let Some(peer) = self.peers.get(slot) {
-            peer.core.peer.path.store(None);
+            peer.core.peer.set_path(None);
         }
     }
 
@@ -446,7 +442,8 @@ impl LaneDriver {
         let count = self.rings.len();
         let mut worked = false;
         for _ in 0..count.min(RINGS_PER_TURN) {
-            self.next_ring = if self.next_ring + 1 < self.rings.len() { self.next_ring + 1 } else { 0 };
+            self.next_ring =
+                if self.next_ring + 1 < self.rings.len() { self.next_ring + 1 } else { 0 };
             let Some(&slot) = self.rings.get(self.next_ring) else { break };
             worked |= self.drain_ring(slot, RING_BATCH, cx);
         }
@@ -467,7 +464,8 @@ impl LaneDriver {
             let popped = theirs.ring.pop().map_err(|error| error.to_string());
             let handled = popped.and_then(|message| {
                 let Some(message) = message else { return Ok(()) };
-                let handled = self.with_core(slot, cx, |core, env| core.on_ring_message(message, env));
+                let handled =
+                    self.with_core(slot, cx, |core, env| core.on_ring_message(message, env));
                 handled.unwrap_or(Ok(())).map_err(|error| error.to_string())
             });
             if let Err(reason) = handled {
@@ -475,8 +473,9 @@ impl LaneDriver {
                 self.rings.retain(|known| *known != slot);
                 if let Some(peer) = self.peers.get_mut(slot) {
                     peer.core.set_ring(None);
-                    peer.core.peer.path.store(None);
-                    if let Some(theirs) = peer.local.take().as_ref().and_then(|a| a.theirs.as_ref()) {
+                    peer.core.peer.set_path(None);
+                    if let Some(theirs) = peer.local.take().as_ref().and_then(|a| a.theirs.as_ref())
+                    {
                         theirs.accessor.process.set_disconnected();
                     }
                 }
@@ -585,8 +584,13 @@ impl LaneDriver {
 
     /// Tells a peer of all memory of this engine that it may map.
     fn share_all(&mut self, slot: usize) {
-        let regions: Vec<Arc<RegionInner>> =
-            self.engine.registry().all().filter(|region| region.memory.is_some()).cloned().collect();
+        let regions: Vec<Arc<RegionInner>> = self
+            .engine
+            .registry()
+            .all()
+            .filter(|region| region.memory.is_some())
+            .cloned()
+            .collect();
         for region in regions {
             self.share(slot, &region);
         }
@@ -625,7 +629,8 @@ impl LaneDriver {
             return;
         }
         for slot in self.rings.clone() {
-            if let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) {
+            if let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut())
+            {
                 let mut unshare = frame(FrameKind::Unshare, 0);
                 unshare.header.key = region.descriptor.key.0;
                 attachment.outgoing.push_back(unshare);

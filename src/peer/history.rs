@@ -3,7 +3,7 @@
 // Bytes and nanoseconds of this world are below 2^52, and none is negative.
 #![allow(clippy::cast_precision_loss, clippy::cast_sign_loss)]
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::plan::Operation;
@@ -15,8 +15,8 @@ const WEIGHT: f64 = 0.125;
 /// Descriptors that are shorter on average make a list scattered: their number costs, too.
 const SCATTERED_BELOW: u64 = 64 << 10;
 
-/// Running means of one size class. The lane that owns the peer writes, and callers' threads now and then:
-/// one may overwrite what another has just measured, and readers may see one mean newer than the other,
+/// Running means of one size class. The lane that owns the peer writes, and callers' threads that copy by
+/// themselves: one may overwrite what another has just measured, and readers may see one mean newer than the other,
 /// which is as good.
 #[derive(Debug, Default)]
 struct Class {
@@ -80,13 +80,12 @@ pub struct Estimate {
 #[derive(Debug)]
 pub(crate) struct History {
     kinds: [[Class; CLASSES]; 4],
-    measured: AtomicBool,
 }
 
 impl Default for History {
     fn default() -> Self {
         let kinds = std::array::from_fn(|_| std::array::from_fn(|_| Class::default()));
-        Self { kinds, measured: AtomicBool::new(false) }
+        Self { kinds }
     }
 }
 
@@ -105,28 +104,7 @@ fn class(bytes: u64) -> usize {
     (2 * log + half).min(CLASSES - 1)
 }
 
-/// Of transfers that callers' threads copy, one in so many is timed: the clock costs 40 ns.
-const SAMPLE_EVERY: u32 = 16;
-
-thread_local! {
-    static UNTIMED: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
-}
-
 impl History {
-    /// Whether this thread should time the next transfer that it copies by itself.
-    #[inline]
-    pub(crate) fn samples_now(&self) -> bool {
-        let left = UNTIMED.get();
-        let now = left == 0 || self.is_empty();
-        UNTIMED.set(if now { SAMPLE_EVERY } else { left - 1 });
-        now
-    }
-
-    /// Whether nothing was ever measured.
-    fn is_empty(&self) -> bool {
-        !self.measured.load(Ordering::Relaxed)
-    }
-
     /// A transfer has ended well. Some tens of instructions and three stores; no lock.
     pub(crate) fn record(
         &self,
@@ -136,7 +114,6 @@ impl History {
         took: Duration,
     ) {
         let nanoseconds = (took.as_nanos() as f64).max(1.0);
-        self.measured.store(true, Ordering::Relaxed);
         self.kinds[kind(operation, bytes, descriptors)][class(bytes)]
             .record(bytes as f64, nanoseconds);
     }

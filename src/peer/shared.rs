@@ -50,8 +50,10 @@ pub(crate) struct PeerShared {
     unreachable: Mutex<Option<Unreachable>>,
     /// The application has been told that it connected by itself.
     announced: AtomicBool,
-    /// The way to the peer's memory, where callers' threads may copy by themselves. Set by the lane.
-    pub(crate) path: ArcSwapOption<LocalPath>,
+    /// The way to the peer's memory, where callers' threads may copy by themselves.
+    path: ArcSwapOption<LocalPath>,
+    /// The application is done with this peer: no `path` any more.
+    closed: AtomicBool,
     pub(crate) history: History,
     max_in_flight: usize,
     max_unacknowledged: usize,
@@ -87,6 +89,7 @@ impl PeerShared {
             unreachable: Mutex::new(None),
             announced: AtomicBool::new(false),
             path: ArcSwapOption::empty(),
+            closed: AtomicBool::new(false),
             history: History::default(),
             max_in_flight: limits.transfers,
             max_unacknowledged: limits.unacknowledged_notifications,
@@ -110,14 +113,36 @@ impl PeerShared {
     pub(crate) fn replace(&self) {
         *lock(&self.metadata) = None;
         self.replaced.store(true, Ordering::Relaxed);
+        self.close();
+    }
+
+    /// The way to the peer's memory, if callers' threads may copy by themselves. One load where there is none.
+    #[inline]
+    pub(crate) fn path(&self) -> arc_swap::Guard<Option<Arc<LocalPath>>> {
+        self.path.load()
+    }
+
+    /// Sets or takes the way away; the lane.
+    pub(crate) fn set_path(&self, path: Option<Arc<LocalPath>>) {
+        self.path.store(path);
+        if self.closed.load(Ordering::SeqCst) {
+            self.path.store(None);
+        }
+    }
+
+    /// Takes the way away for good. What was begun by then goes on.
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.path.store(None);
     }
 
     /// Which way transfers go now.
     pub(crate) fn transport(&self) -> Option<TransportKind> {
-        if self.path.load().as_ref().is_some_and(|path| path.reaches_all()) {
+        if self.path().as_ref().is_some_and(|path| path.reaches_all()) {
             return Some(TransportKind::Local);
         }
-        let settled = self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
+        let settled =
+            self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
         settled.then_some(TransportKind::Tcp)
     }
 
@@ -158,6 +183,7 @@ impl PeerShared {
         let mut unreachable = lock(&self.unreachable);
         self.is_unreachable.store(true, Ordering::Release);
         *unreachable = Some(Unreachable { error: Error::Cancelled, tried: None });
+        self.close();
     }
 
     /// Why the peer takes no notification now: for a while after an attempt to connect has failed.

@@ -238,14 +238,14 @@ impl Transfer {
         let (shared, engine) = (&self.shared, &*self.engine);
         let plan = &*shared.plan;
         // One load where there is no such way.
-        let path = plan.peer.path.load();
+        let path = plan.peer.path();
         let path = path.as_ref().filter(|path| plan.chunks.len() == 1 && path.carries(plan))?;
         let mut held: SmallVec<[_; 2]> = SmallVec::new();
         for region in &plan.regions {
             let Some(copy) = region.begin_copy() else { return None };
             held.push(copy);
         }
-        let began = plan.peer.history.samples_now().then(Instant::now);
+        let began = Instant::now();
         // SAFETY: `held` keeps the plan's own regions registered.
         let outcome = match unsafe { path.copy(plan, 0) } {
             Ok(()) => Ok(()),
@@ -255,12 +255,13 @@ impl Transfer {
         };
         drop(held);
         match &outcome {
-            Ok(()) => engine.inline.completed(plan.operation, plan.bytes),
+            Ok(()) => {
+                engine.inline.completed(plan.operation, plan.bytes);
+                // For estimates; two looks at the clock are 40 ns.
+                let took = began.elapsed();
+                plan.peer.history.record(plan.operation, plan.bytes, plan.descriptors, took);
+            }
             Err(_) => engine.inline.failed(),
-        }
-        if let Some(began) = began {
-            let took = began.elapsed();
-            plan.peer.history.record(plan.operation, plan.bytes, plan.descriptors, took);
         }
         Some(outcome)
     }

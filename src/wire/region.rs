@@ -62,7 +62,8 @@ impl RegionKey {
     /// Tells whether somebody knows the key, without giving it away.
     pub(crate) fn digest(self) -> u128 {
         use sha2::{Digest, Sha256};
-        let hash = Sha256::new_with_prefix(b"corelane region key").chain_update(self.0.to_le_bytes());
+        let hash =
+            Sha256::new_with_prefix(b"corelane region key").chain_update(self.0.to_le_bytes());
         let hash: [u8; 32] = hash.finalize().into();
         let mut short = [0; 16];
         short.copy_from_slice(&hash[..16]);

@@ -225,8 +225,12 @@ impl Buffer {
         assert!(self.equals(0, expected), "{}", self.difference(0, expected));
     }
 
-    /// Takes the pages away, whoever may have them registered; the addresses stay reserved, without access.
+    /// Takes the pages away, whoever may have them registered; the addresses stay reserved: they lead behind the end of
+    /// an empty file, so that not even a debugger finds anything there.
     pub fn unmap(&self) {
+        // SAFETY: the name is a string that ends in NUL.
+        let empty = unsafe { libc::memfd_create(c"empty".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(empty >= 0, "memfd_create");
         // SAFETY: replaces this buffer's own mapping. Later access by the test itself would be a fault, and does not
         // happen: tests drop such buffers untouched.
         let result = unsafe {
@@ -234,12 +238,14 @@ impl Buffer {
                 self.base.cast(),
                 self.len,
                 libc::PROT_NONE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
-                -1,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                empty,
                 0,
             )
         };
         assert_ne!(result, libc::MAP_FAILED, "taking pages away");
+        // SAFETY: made above; the mapping keeps the file.
+        unsafe { libc::close(empty) };
     }
 
     /// Takes the right to write away.

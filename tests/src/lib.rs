@@ -26,7 +26,7 @@ pub use process::{
 pub use proxy::{Passing, Proxy};
 pub use random::Random;
 pub use script::{exchange, run_script};
-pub use settings::{apply, engine_on_a_known_port, local_config};
+pub use settings::{apply, engine_on_a_known_port, local_config, tcp_config};
 pub use slots::{Slots, block_holds, fill_block, watch};
 pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
 

@@ -3,12 +3,19 @@
 use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 
-use corelane::{AssistMode, Engine, EngineConfig, Error, LaneSpec, Spin};
+use corelane::{AssistMode, Engine, EngineConfig, Error, LaneSpec, Spin, TransportKind};
 
 /// The defaults, listening on the loopback address only.
 pub fn local_config() -> EngineConfig {
     let mut config = EngineConfig::default();
     config.listen.addresses = vec![Ipv4Addr::LOCALHOST.into()];
+    config
+}
+
+/// As `local_config`, for engines that do without `local`: what goes over a network, on one host.
+pub fn tcp_config() -> EngineConfig {
+    let mut config = local_config();
+    config.transports = vec![TransportKind::Tcp];
     config
 }
 
@@ -63,6 +70,10 @@ fn set(config: &mut EngineConfig, key: &str, value: &str) -> Option<()> {
             config.listen.ports = port..=port;
         }
         "core" => config.lanes = LaneSpec::Cores(vec![number()?]),
+        "transports" => {
+            let kind = |name: &str| name.parse().ok();
+            config.transports = value.split(',').map(kind).collect::<Option<_>>()?;
+        }
         "unpinned" => config.lanes = LaneSpec::Unpinned { count: number()? },
         "spin" => {
             config.spin = match value {

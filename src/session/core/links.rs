@@ -252,11 +252,7 @@ impl Core {
     /// Opens bulk links when something waits for them.
     pub(super) fn want_bulk(&mut self) {
         let ready = matches!(self.phase, Phase::Up) && self.session_link().is_some();
-        if !ready
-            || self.bulk.is_empty()
-            || self.bulk_over_session
-            || self.is_local_pending()
-        {
+        if !ready || self.bulk.is_empty() || self.bulk_over_session || self.is_local_pending() {
             return;
         }
         if self.own_bulk_links() + self.bulk_connecting == 0 {

@@ -204,8 +204,7 @@ impl Core {
                     self.on_ack(ack, env)?;
                 }
                 let len = payload.len() as u64;
-                let arrival =
-                    Arrival { seq, offset: 0, len, total: len, bound: None, void: false };
+                let arrival = Arrival { seq, offset: 0, len, total: len, bound: None, void: false };
                 self.inbox.check(&arrival)?;
                 self.inbox.arrive(&arrival, payload)?;
                 self.deliver(env);

@@ -76,11 +76,14 @@ fn a_payload_never_looks_like_a_message() {
     let (mut producer, mut consumer) = pair();
     // Words of every position that could come next, in every slot of the payload.
     for lap in 0..3u64 {
-        let payload: Vec<u8> =
-            (0..MAX_RING_PAYLOAD as u64 / 8).flat_map(|i| (lap * SLOTS + i).to_le_bytes()).collect();
+        let payload: Vec<u8> = (0..MAX_RING_PAYLOAD as u64 / 8)
+            .flat_map(|i| (lap * SLOTS + i).to_le_bytes())
+            .collect();
         for seq in 0..SLOTS {
             producer.push(&notify(seq, &payload)).unwrap();
-            assert!(matches!(consumer.pop().unwrap(), Some(Message::Notify { seq: s, .. }) if s == seq));
+            assert!(
+                matches!(consumer.pop().unwrap(), Some(Message::Notify { seq: s, .. }) if s == seq)
+            );
             assert_eq!(consumer.pop().unwrap(), None);
         }
     }

@@ -19,6 +19,16 @@ fn moved(n: libc::ssize_t) -> io::Result<usize> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pid(pub(crate) libc::pid_t);
 
+impl Pid {
+    pub(crate) fn own() -> Self {
+        Self(std::process::id().cast_signed())
+    }
+
+    pub(crate) fn is_own(self) -> bool {
+        self == Self::own()
+    }
+}
+
 /// Copies from `remote`, ranges of the other process, to `local`. May stop early.
 ///
 /// # Safety

@@ -130,7 +130,8 @@ mod tests {
         let mut source: Vec<u8> = (0..1 << 20).map(|i| (i * 13 + i / 251) as u8).collect();
         for (from, to, len) in [(0, 0, 1 << 19), (1, 7, 100_001), (15, 64, 4096), (3, 3, 4097)] {
             let mut target = vec![0u8; 1 << 20];
-            let (f, t) = (segments(&mut source, &[(from, len)]), segments(&mut target, &[(to, len)]));
+            let (f, t) =
+                (segments(&mut source, &[(from, len)]), segments(&mut target, &[(to, len)]));
             // SAFETY: both vectors are live, and the ranges inside them.
             unsafe { copy_lists(&t, &f, true) };
             assert_eq!(target[to..to + len], source[from..from + len]);

@@ -21,11 +21,7 @@ pub(crate) struct PeerProcess {
 }
 
 impl PeerProcess {
-    pub(crate) fn new(
-        pid: Option<Pid>,
-        memory: Option<Arc<ProcessMemory>>,
-        own: bool,
-    ) -> Self {
+    pub(crate) fn new(pid: Option<Pid>, memory: Option<Arc<ProcessMemory>>, own: bool) -> Self {
         let pidfd = pid.and_then(|pid| cma::open_pidfd(pid).ok());
         Self { pidfd, memory, own, disconnected: AtomicBool::new(false) }
     }

@@ -52,7 +52,11 @@ impl Reach {
 
 /// Finds a way to the process at the other end of a Unix socket, which says that `value` lies at `addr`
 /// there. The text says what is missing.
-pub(crate) fn reach(pid: Option<Pid>, own: bool, nonce: (u64, [u8; 16])) -> (Reach, Option<String>) {
+pub(crate) fn reach(
+    pid: Option<Pid>,
+    own: bool,
+    nonce: (u64, [u8; 16]),
+) -> (Reach, Option<String>) {
     let Some(pid) = pid else {
         let reason = "its process is not visible here: another PID namespace";
         return (Reach::MappedOnly, Some(reason.into()));
@@ -72,7 +76,9 @@ pub(crate) fn reach(pid: Option<Pid>, own: bool, nonce: (u64, [u8; 16])) -> (Rea
                     " (another user, another user namespace, or kernel.yama.ptrace_scope: set it to 0, \
                      or give the option ptracer=any on both sides)"
                 }
-                Some(libc::ENOSYS) => " (this kernel, or a seccomp filter, has no process_vm_readv)",
+                Some(libc::ENOSYS) => {
+                    " (this kernel, or a seccomp filter, has no process_vm_readv)"
+                }
                 _ => "",
             };
             return (Reach::MappedOnly, Some(format!("process_vm_readv: {error}{hint}")));
@@ -220,7 +226,11 @@ impl LocalPath {
     ///
     /// # Safety
     /// As for `copy`.
-    pub(crate) unsafe fn copy_patiently(&self, plan: &PlanInner, chunk: usize) -> Result<(), Error> {
+    pub(crate) unsafe fn copy_patiently(
+        &self,
+        plan: &PlanInner,
+        chunk: usize,
+    ) -> Result<(), Error> {
         for _ in 0..COPY_TRIES {
             // SAFETY: the caller's promise.
             match unsafe { self.copy(plan, chunk) } {
@@ -480,7 +490,7 @@ impl Call<'_> {
     }
 
     fn blame(&self, operation: Operation, done: usize) -> Error {
-        let own = Pid(std::process::id().cast_signed());
+        let own = Pid::own();
         let remote = || first_unreadable(self.pid, self.remote, done);
         let local = || first_unreadable(own, self.local, done);
         let theirs = self.path.refused(ServeStatus::Fault);
