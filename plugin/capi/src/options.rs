@@ -118,6 +118,9 @@ options! {
     "inline_bytes" = "64K",
         "transfers of at most so many bytes are started by the thread that posts them; 0: never",
         |s, v| { s.config.inline_bytes = bytes(v)?; Ok(()) };
+    "inline_copy_bytes" = "1M",
+        "transfers on one host of at most so many bytes are copied by the thread that posts them; 0: never",
+        |s, v| { s.config.inline_copy_bytes = bytes(v)?; Ok(()) };
     "liveness_ms" = "3000",
         "milliseconds of silence after which a peer is dead, at least 50; the smaller of both sides counts",
         |s, v| { s.config.liveness = milliseconds(v, 50)?; Ok(()) };
@@ -247,7 +250,7 @@ fn transports(text: &str) -> Result<Vec<TransportKind>, String> {
     for name in text.split(',').map(str::trim) {
         match name {
             // Known, so that one setting serves all versions; not in this one.
-            "local" | "rdma" => {}
+            "rdma" => {}
             _ => match name.parse::<TransportKind>() {
                 Ok(kind) if kinds.contains(&kind) => return Err(format!("{name} is named twice")),
                 Ok(kind) => kinds.push(kind),
