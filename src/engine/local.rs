@@ -499,16 +499,21 @@ impl LaneDriver {
         let (mut moved, mut asleep) = (false, false);
         let mut env = super::lane::env(regions, engine, counters, now);
         let filled = loop {
-            let (Ok(has_room), Ok(is_empty)) =
-                (attachment.ring.has_room(), attachment.ring.is_empty())
-            else {
-                break Err(local::Broken);
+            let has_room = match attachment.ring.has_room() {
+                Ok(has_room) => has_room,
+                Err(broken) => break Err(broken),
             };
-            peer.core.set_ring(Some(RingState { has_room, is_empty }));
-            if !has_room {
-                break Ok(());
-            }
-            let Some(message) = peer.core.next_ring_message(&mut env) else { break Ok(()) };
+            peer.core.set_ring(Some(RingState { has_room, is_empty: false }));
+            let message = if has_room { peer.core.next_ring_message(&mut env) } else { None };
+            let Some(message) = message else {
+                // Only what may have to take the other way makes it worth a look at the peer's cache line.
+                if !peer.core.has_unsent() {
+                    break Ok(());
+                }
+                break attachment.ring.is_empty().map(|is_empty| {
+                    peer.core.set_ring(Some(RingState { has_room, is_empty }));
+                });
+            };
             let message = match &message {
                 RingMessage::Notify { seq, ack, payload } => {
                     RingMessage::Notify { seq: *seq, ack: *ack, payload: &payload[..] }

@@ -191,8 +191,14 @@ impl Transfer {
             shared.slot.abort(before);
             return Err(error);
         }
-        let lane = self.engine.lane(peer.lane)?;
-        if let Err(refused) = lane.submit(Message::Post(shared.clone())) {
+        let message = Message::Post(shared.clone());
+        let small = shared.plan.bytes <= self.engine.config.inline_bytes as u64;
+        let submitted = if small {
+            self.engine.hand_over(peer.lane, message)
+        } else {
+            self.engine.lane(peer.lane)?.submit(message)
+        };
+        if let Err(refused) = submitted {
             drop(refused);
             if let Some(payload) = shared.take_notification() {
                 peer.release(1, payload.len());
@@ -200,9 +206,6 @@ impl Transfer {
             peer.leave();
             shared.slot.abort(before);
             return Err(self.engine.dead());
-        }
-        if shared.plan.bytes <= self.engine.config.inline_bytes as u64 {
-            self.engine.drive(peer.lane);
         }
         Ok(())
     }
@@ -222,14 +225,9 @@ impl Transfer {
         let (shared, peer) = (&self.shared, &self.shared.plan.peer);
         if let Some(payload) = shared.take_notification() {
             let len = payload.len();
-            let sent = outcome.is_ok()
-                && self.engine.lane(peer.lane).is_ok_and(|lane| {
-                    let message = Message::Notify(Box::new((peer.clone(), payload)));
-                    lane.submit(message).is_ok()
-                });
-            if sent {
-                self.engine.drive(peer.lane);
-            } else {
+            let message = || Message::Notify(Box::new((peer.clone(), payload)));
+            let sent = outcome.is_ok() && self.engine.hand_over(peer.lane, message()).is_ok();
+            if !sent {
                 peer.release(1, len);
             }
         }

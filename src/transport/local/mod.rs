@@ -27,7 +27,7 @@ mod shm;
 mod table;
 
 pub(crate) use channel::{
-    Broken, Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, Uses, create as create_channel,
+    Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, Uses, create as create_channel,
     open as open_channel,
 };
 pub(crate) use cma::{Pid, allow_any_tracer, credentials_pid};
