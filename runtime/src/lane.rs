@@ -225,6 +225,8 @@ impl<D: Driver> Lane<D> {
     /// if it sleeps.
     pub fn wake(&self) {
         if self.shared.mode.load(Ordering::Relaxed) & (DEDICATED | ENDED) == 0 {
+            // Or it would stand by for this thread, which is gone. Others that drive say so again with their next turn.
+            self.shared.drive.last_turn_ns.store(0, Ordering::Relaxed);
             self.shared.wakeup.call_attention();
         }
     }
