@@ -115,6 +115,8 @@ struct Theirs {
     doorbell: OwnedFd,
     accessor: Arc<Accessor>,
     path: Arc<LocalPath>,
+    /// It runs as the user that we run as.
+    same_user: bool,
     /// Why its memory cannot be reached as a whole.
     reason: Option<String>,
 }
@@ -280,7 +282,7 @@ impl LaneDriver {
                 };
                 // A limit like that on regions, for what a peer can make us map.
                 if theirs.path.mapped_regions() < self.engine.config.limits.regions {
-                    take_share(&theirs.path, &header, &fds)?;
+                    take_share(theirs, &header, &fds)?;
                 }
             }
             FrameKind::Unshare => {
@@ -316,7 +318,8 @@ impl LaneDriver {
         if !sys::is_eventfd(doorbell.as_fd()) {
             return Err("its doorbell is none".into());
         }
-        let pid = local::credentials_pid(link.fd.as_fd()).map_err(|e| e.to_string())?;
+        let local::PeerCredentials { pid, same_user } =
+            local::PeerCredentials::of(link.fd.as_fd()).map_err(|e| e.to_string())?;
         // A child that this process has forked knows of the incarnation, too, and has other memory.
         let own = pid.is_some_and(local::Pid::is_own)
             && super::shared::is_of_this_process(peer.core.peer.incarnation);
@@ -332,7 +335,7 @@ impl LaneDriver {
             nonce,
             strict_writes: self.engine.config.strict_writes,
         }));
-        Ok(Theirs { ring, doorbell, accessor, path, reason })
+        Ok(Theirs { ring, doorbell, accessor, path, same_user, reason })
     }
 
     /// Answers ATTACH; true: it was taken.
@@ -707,15 +710,15 @@ impl LaneDriver {
     }
 }
 
-fn take_share(path: &LocalPath, header: &Header, fds: &sys::Fds) -> Result<(), String> {
+fn take_share(theirs: &Theirs, header: &Header, fds: &sys::Fds) -> Result<(), String> {
     let [fd] = &fds[..] else { return Err("SHARE without its descriptor".into()) };
     let writable = header.status & u16::from(Access::REMOTE_WRITE.bits()) != 0;
     let len = usize::try_from(header.id).map_err(|_| "SHARE of more than fits".to_owned())?;
     let most = len.saturating_add(4 << 20);
-    match Mapping::received(fd.as_fd(), len.max(1)..=most, writable) {
+    match Mapping::received(fd.as_fd(), len.max(1)..=most, writable, theirs.same_user) {
         Ok(map) => {
             let memory = PeerMemory { map, base: header.addr, len: header.id };
-            path.map(RegionKey(header.key), memory);
+            theirs.path.map(RegionKey(header.key), memory);
         }
         // It is reached as other memory is.
         Err(reason) => tracing::debug!(reason, "memory of a peer's engine is not mapped"),
