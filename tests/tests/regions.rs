@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use corelane::{Access, Engine, Error, LocalSegment, Operation, Peer, RegionDescriptor};
 use corelane_tests::{
     Buffer, DescriptorField, Target, end_of, forge_descriptor, kind, local_config, outcome, target,
-    to_hex,
+    tcp_config, to_hex,
 };
 
 const LEN: usize = 4 << 20;
@@ -410,7 +410,7 @@ fn deregistering_memory_that_a_peer_uses_waits_and_then_refuses_it() {
     for command in ["hammer-reads", "hammer-writes"] {
         for len in SIZES {
             let mut far = target!("far", len as usize);
-            let engine = Engine::new("owner", local_config()).unwrap();
+            let engine = Engine::new("owner", tcp_config()).unwrap();
             far.process.load(&engine.metadata());
             let memory = Buffer::new(len as usize);
             let region = memory.register(&engine, Access::READ_WRITE);

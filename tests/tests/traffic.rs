@@ -5,7 +5,7 @@ use std::time::Duration;
 use corelane::{Access, Engine, Error, Operation, Region, Status, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Target, collect, end_of, eventually, kind, local_config, outcome, peer_process,
-    target, to_hex,
+    target, tcp_config, to_hex,
 };
 
 const LEN: usize = 64 << 20;
@@ -243,7 +243,7 @@ fn what_would_stop_a_lane_is_an_error_on_it() {
 #[test]
 fn a_task_on_a_lane_that_posts_too_many_transfers_is_told_so() {
     let far = target!("far", 4096, "read-write", "liveness_ms=60000");
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.limits.transfers = 4;
     config.liveness = BOUND;
     let engine = Engine::new("near", config).unwrap();
