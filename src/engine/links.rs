@@ -253,9 +253,9 @@ impl LaneDriver {
         worked
     }
 
-    /// A link cannot be sent to any more. The peer may have said why before it closed its end: a goodbye that is
-    /// not read looks like a lost link.
-    fn receive_last(&mut self, id: LinkId, cx: &mut Cx<'_>) {
+    /// A link may be at its end. The peer may have said why before it closed it: a goodbye that is not read looks
+    /// like a lost link.
+    pub(super) fn receive_last(&mut self, id: LinkId, cx: &mut Cx<'_>) {
         const TURNS: usize = 64;
         for _ in 0..TURNS {
             if !self.on_open(id, Readiness::Hot, cx) {

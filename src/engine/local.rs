@@ -695,12 +695,28 @@ impl LaneDriver {
     pub(super) fn copied(&mut self, transfer: &Arc<TransferShared>, cx: &mut Cx<'_>) {
         let home = transfer.plan.peer.lane;
         if home == self.index {
-            if let Some(slot) = self.slot_of(&transfer.plan.peer) {
-                self.with_core(slot, cx, |core, env| core.copied(transfer, env));
+            let Some(slot) = self.slot_of(&transfer.plan.peer) else { return };
+            if transfer.copy.error().is_some_and(|error| error.is_disconnect()) {
+                self.look_for_end(slot, cx);
             }
+            self.with_core(slot, cx, |core, env| core.copied(transfer, env));
         } else if let Ok(lane) = self.engine.lane(home) {
             // A lane that is gone has ended the transfer itself.
             let _ = lane.submit(Message::Copied(transfer.clone()));
+        }
+    }
+
+    /// The peer's memory is out of reach: whoever is told of that finds the connection in the same state.
+    fn look_for_end(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let attachment = |driver: &Self| {
+            let attachment = driver.peers.get(slot)?.local.as_ref()?;
+            Some((attachment.link, attachment.theirs.as_ref()?.accessor.clone()))
+        };
+        let Some((link, accessor)) = attachment(self) else { return };
+        // A goodbye, or the end of the stream, may be there and not read yet.
+        self.receive_last(link, cx);
+        if attachment(self).is_some() && accessor.process.is_gone() {
+            self.close_link(link, "its process has ended", cx);
         }
     }
 

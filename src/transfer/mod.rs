@@ -257,6 +257,8 @@ impl Transfer {
                 Ok(()) => {}
                 // Other threads take all the places: the lane, which has patience, begins anew.
                 Err(CopyError::Busy) => return None,
+                // Whether the peer has said goodbye, the lane finds out before it tells anybody.
+                Err(CopyError::Failed(error)) if error.is_disconnect() => return None,
                 Err(CopyError::Failed(error)) => {
                     outcome = Err(error);
                     break;

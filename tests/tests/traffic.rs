@@ -68,7 +68,7 @@ fn small_transfers_complete_while_a_bulk_transfer_is_in_flight() {
 
 #[test]
 fn a_peer_that_is_stuck_holds_up_nobody_else_on_its_lane() {
-    let settings = "liveness_ms=60000";
+    let settings = "liveness_ms=60000 transports=tcp";
     let [stuck, healthy] =
         ["stuck", "healthy"].map(|name| target!(name, LEN / 4, "read-write", settings));
     let near = Near::new(LEN);
@@ -110,7 +110,8 @@ fn an_initiator_that_is_killed_lets_go_of_the_targets_memory() {
     let healthy = target!("healthy", 4096);
     for round in 0..6 {
         let mut victim = peer_process!();
-        victim.engine(&format!("victim-{round}"), "");
+        // Its requests are counted here.
+        victim.engine(&format!("victim-{round}"), "transports=tcp");
         victim.load(&near.engine.metadata());
         for (i, command) in
             ["hammer-reads", "hammer-writes"].into_iter().cycle().take(4).enumerate()
