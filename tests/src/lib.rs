@@ -26,9 +26,30 @@ pub use process::{
 pub use proxy::{Passing, Proxy};
 pub use random::Random;
 pub use script::{exchange, run_script};
-pub use settings::{apply, engine_on_a_known_port, local_config, tcp_config};
+pub use settings::{
+    Configuration, apply, engine_on_a_known_port, local_config, needs_the_peer, tcp_config,
+};
 pub use slots::{Slots, block_holds, fill_block, watch};
 pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
+
+/// Makes tests of functions that take a [`Configuration`], `local::NAME` and `tcp::NAME`: of what each transport promises.
+#[macro_export]
+macro_rules! over_each_transport {
+    ($($test:ident),+ $(,)?) => {
+        $crate::over_each_transport!(@over local, local_config, $($test)+);
+        $crate::over_each_transport!(@over tcp, tcp_config, $($test)+);
+    };
+    (@over $transport:ident, $config:ident, $($test:ident)+) => {
+        mod $transport {
+            $(
+                #[test]
+                fn $test() {
+                    super::$test($crate::$config);
+                }
+            )+
+        }
+    };
+}
 
 /// Starts the second process of a test.
 #[macro_export]

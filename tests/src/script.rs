@@ -161,6 +161,8 @@ impl Script {
                 Ok(String::new())
             }
             "shutdown" => self.engine()?.shutdown().map_err(told).map(|()| String::new()),
+            "completed" => Ok(self.engine()?.stats().totals.completed.to_string()),
+            "failed" => Ok(self.engine()?.stats().totals.failed.to_string()),
             "served" => Ok(self.engine()?.stats().totals.requests_served.to_string()),
             "refused" => Ok(self.engine()?.stats().totals.requests_refused.to_string()),
             "received" => Ok(self.engine()?.stats().notifications_received.to_string()),

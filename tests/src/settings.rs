@@ -19,6 +19,14 @@ pub fn tcp_config() -> EngineConfig {
     config
 }
 
+/// How an engine of a test begins: `local_config` or `tcp_config`.
+pub type Configuration = fn() -> EngineConfig;
+
+/// Whether a peer that stands still holds transfers up: not where this side copies by itself.
+pub fn needs_the_peer(config: &EngineConfig) -> bool {
+    !config.transports.contains(&TransportKind::Local)
+}
+
 /// An engine whose port is known: one that was free a moment ago.
 pub fn engine_on_a_known_port(name: &str, mut config: EngineConfig) -> (Engine, u16) {
     for _ in 0..100 {

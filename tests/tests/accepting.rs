@@ -6,14 +6,24 @@ use std::time::Duration;
 
 use corelane::{Access, Engine, Error, Operation, Peer};
 use corelane_tests::{
-    BOUND, Buffer, PeerProcess, collect, end_of, eventually, kind, local_config, peer_process,
+    BOUND, Buffer, Configuration, PeerProcess, collect, end_of, eventually, kind, local_config,
+    over_each_transport, peer_process,
 };
+
+over_each_transport!(
+    a_process_that_connects_is_returned_once_and_can_be_read_from,
+    processes_are_returned_in_the_order_in_which_they_came,
+    who_leaves_before_being_accepted_is_not_waited_for,
+    waiting_ends_with_a_peer_with_stop_and_with_the_engine,
+    a_closed_door_keeps_strangers_out_and_friends_in,
+    a_closed_door_does_not_close_the_way_out,
+);
 
 const LEN: usize = 1 << 20;
 const SOON: Duration = Duration::from_millis(50);
 
-fn engine(name: &str) -> Engine {
-    Engine::new(name, local_config()).unwrap()
+fn engine(name: &str, config: Configuration) -> Engine {
+    Engine::new(name, config()).unwrap()
 }
 
 /// A second process with an engine and a region of pattern 1, which knows `engine`; and its region's descriptor.
@@ -50,9 +60,8 @@ fn read(engine: &Engine, peer: &Peer, from: &corelane::RegionDescriptor) -> Resu
     engine.deregister(&region)
 }
 
-#[test]
-fn a_process_that_connects_is_returned_once_and_can_be_read_from() {
-    let target = engine("target");
+fn a_process_that_connects_is_returned_once_and_can_be_read_from(config: Configuration) {
+    let target = engine("target", config);
     assert_kind(target.accept(Duration::ZERO), "Timeout");
     assert_kind(target.accept(SOON), "Timeout");
     let (mut process, region) = process_that_knows(&target, "stranger");
@@ -78,9 +87,8 @@ fn a_process_that_connects_is_returned_once_and_can_be_read_from() {
     assert!(read(&target, &peer, &region).is_err(), "the handle of the first one");
 }
 
-#[test]
-fn processes_are_returned_in_the_order_in_which_they_came() {
-    let target = engine("target");
+fn processes_are_returned_in_the_order_in_which_they_came(config: Configuration) {
+    let target = engine("target", config);
     let mut processes: Vec<_> = (0..4)
         .map(|i| {
             let (mut process, region) = process_that_knows(&target, &format!("number-{i}"));
@@ -99,9 +107,8 @@ fn processes_are_returned_in_the_order_in_which_they_came() {
     assert_kind(target.accept(SOON), "Timeout");
 }
 
-#[test]
-fn who_leaves_before_being_accepted_is_not_waited_for() {
-    let target = engine("target");
+fn who_leaves_before_being_accepted_is_not_waited_for(config: Configuration) {
+    let target = engine("target", config);
     for _ in 0..3 {
         let (mut process, _) = process_that_knows(&target, "short");
         process.ask("notify target 6279");
@@ -122,10 +129,9 @@ fn who_leaves_before_being_accepted_is_not_waited_for() {
     read(&target, &peer, &region).unwrap();
 }
 
-#[test]
-fn waiting_ends_with_a_peer_with_stop_and_with_the_engine() {
+fn waiting_ends_with_a_peer_with_stop_and_with_the_engine(config: Configuration) {
     for end in ["peer", "stop", "shutdown"] {
-        let target = engine("target");
+        let target = engine("target", config);
         let (mut process, _) = process_that_knows(&target, "stranger");
         std::thread::scope(|scope| {
             let waiters = [BOUND, Duration::MAX].map(|timeout| {
@@ -166,9 +172,8 @@ fn waiting_ends_with_a_peer_with_stop_and_with_the_engine() {
     }
 }
 
-#[test]
-fn a_closed_door_keeps_strangers_out_and_friends_in() {
-    let target = engine("target");
+fn a_closed_door_keeps_strangers_out_and_friends_in(config: Configuration) {
+    let target = engine("target", config);
     let (mut known, known_region) = process_that_knows(&target, "known");
     known.ask("notify target 6b");
     assert_eq!(collect(&target, 1)[0].payload, b"k");
@@ -214,9 +219,8 @@ fn a_closed_door_keeps_strangers_out_and_friends_in() {
     assert!(names.contains(&"stranger".to_owned()), "{names:?}");
 }
 
-#[test]
-fn a_closed_door_does_not_close_the_way_out() {
-    let engine = engine("inside");
+fn a_closed_door_does_not_close_the_way_out(config: Configuration) {
+    let engine = engine("inside", config);
     engine.stop_accepting().unwrap();
     let mut far = peer_process!();
     let metadata = far.engine("far", "");
@@ -233,7 +237,7 @@ fn a_closed_door_does_not_close_the_way_out() {
 
 #[test]
 fn a_region_is_found_by_any_range_inside_it() {
-    let engine = engine("near");
+    let engine = engine("near", local_config);
     let memory = Buffer::new(LEN);
     let base = memory.address(0);
     assert!(engine.region_at(base, 1).is_none());
@@ -281,7 +285,7 @@ fn a_region_is_found_by_any_range_inside_it() {
 
 #[test]
 fn metadata_is_loaded_under_its_own_name_only() {
-    let engine = engine("near");
+    let engine = engine("near", local_config);
     let mut far = peer_process!();
     let metadata = far.engine("far", "");
     let region = far.region("r", LEN, "read-write");

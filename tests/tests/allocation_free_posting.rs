@@ -3,7 +3,7 @@
 
 use corelane::{Access, AssistMode, Engine, Operation};
 use corelane_tests::{
-    Buffer, CountingAllocator, assert_allocation_free, end_of, local_config, target,
+    Buffer, CountingAllocator, assert_allocation_free, end_of, local_config, target, tcp_config,
 };
 
 #[global_allocator]
@@ -14,9 +14,11 @@ fn posting_and_completing_a_prepared_transfer_allocates_nothing() {
     let counted = ALLOCATIONS.count();
     drop(std::hint::black_box(vec![1u8; 100]));
     assert!(ALLOCATIONS.count() > counted, "the allocator does not count");
-    for assist in [AssistMode::Auto, AssistMode::Always, AssistMode::Never] {
-        let mut config = local_config();
+    let modes = [AssistMode::Auto, AssistMode::Always, AssistMode::Never];
+    let each = modes.into_iter().flat_map(|mode| [(mode, local_config()), (mode, tcp_config())]);
+    for (assist, mut config) in each {
         config.assist = assist;
+        let transports = config.transports.clone();
         let far = target!("far", 64 << 10);
         let engine = Engine::new("near", config).unwrap();
         let near = Buffer::new(64 << 10);
@@ -36,7 +38,8 @@ fn posting_and_completing_a_prepared_transfer_allocates_nothing() {
                 }
             };
             run(500);
-            let what = format!("20 transfers of {count} x {len} B, assist {assist:?}");
+            let what =
+                format!("20 transfers of {count} x {len} B, assist {assist:?}, {transports:?}");
             let tolerated = if assist == AssistMode::Auto { 50 } else { 0 };
             assert_allocation_free(&what, tolerated, || ALLOCATIONS.count(), || run(10));
             near.assert_pattern(1, 0, len as usize, 0);

@@ -7,9 +7,12 @@ use std::time::Duration;
 
 use corelane::{Access, Engine, EngineConfig, Error, LaneSpec, Operation, Peer};
 use corelane_tests::{
-    BOUND, Buffer, Passing, Proxy, Random, allowed_cores, collect, end_of, engine_on_a_known_port,
-    forge_metadata, forge_secret, kind, listening_ports, local_config, peer_process, tcp_config,
+    BOUND, Buffer, Configuration, Passing, Proxy, Random, allowed_cores, collect, end_of,
+    engine_on_a_known_port, forge_metadata, forge_secret, kind, listening_ports, local_config,
+    over_each_transport, peer_process, tcp_config,
 };
+
+over_each_transport!(a_wrong_secret_opens_nothing);
 
 #[track_caller]
 fn assert_error(result: Result<impl std::fmt::Debug, Error>, variants: &[&str], words: &[&str]) {
@@ -124,11 +127,10 @@ fn forged_metadata_with_a_good_checksum_never_panics() {
     owner.assert_serves(&engine);
 }
 
-#[test]
-fn a_wrong_secret_opens_nothing() {
-    let owner = Owner::new("owner", local_config());
+fn a_wrong_secret_opens_nothing(config: Configuration) {
+    let owner = Owner::new("owner", config());
     let forged = forge_secret(&owner.engine.metadata());
-    let engine = Engine::new("engine", local_config()).unwrap();
+    let engine = Engine::new("engine", config()).unwrap();
     let peer = engine.load_peer(&forged).unwrap();
     assert_error(peer.connect(BOUND), &["Connect"], &["owner"]);
     assert_error(owner.read_by(&engine, &peer), &["Connect"], &["owner"]);
@@ -139,7 +141,7 @@ fn a_wrong_secret_opens_nothing() {
     assert!(owner.engine.notifications().unwrap().is_empty());
     assert_eq!(owner.engine.stats().notifications_received, 0);
     assert!(owner.engine.stats().totals.links_refused > 0);
-    owner.assert_serves(&Engine::new("honest", local_config()).unwrap());
+    owner.assert_serves(&Engine::new("honest", config()).unwrap());
     // The right metadata under the same name is accepted afterwards.
     owner.assert_serves(&engine);
 }
@@ -153,7 +155,7 @@ fn the_metadata_of_an_engine_that_is_gone_does_not_open_its_successor() {
     let mut config = local_config();
     config.listen.ports = port..=port;
     let second = Owner::new("owner", config);
-    let engine = Engine::new("engine", local_config()).unwrap();
+    let engine = Engine::new("engine", tcp_config()).unwrap();
     let peer = engine.load_peer(&old).unwrap();
     assert_error(peer.connect(BOUND), &["Connect"], &["owner"]);
     let descriptor = second.region.descriptor();
@@ -260,7 +262,7 @@ fn a_port_in_use_is_named_and_the_next_of_a_range_is_taken() {
     config.listen.ports = port..=port.saturating_add(50).max(port);
     let second = Owner::new("second", config);
     assert_eq!(listening_ports(far.id()), [port]);
-    second.assert_serves(&Engine::new("engine", local_config()).unwrap());
+    second.assert_serves(&Engine::new("engine", tcp_config()).unwrap());
 }
 
 #[test]

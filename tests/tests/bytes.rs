@@ -3,7 +3,24 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use corelane::{Access, Engine, LocalBlocks, Operation, RemoteBlocks};
-use corelane_tests::{Buffer, POISON, Random, end_of, local_config, pattern, target};
+use corelane_tests::{
+    Buffer, Configuration, POISON, Random, end_of, over_each_transport, pattern, target,
+};
+
+over_each_transport!(
+    a_read_fetches_exactly_the_bytes_asked_for,
+    a_write_stores_exactly_the_bytes_asked_for,
+    short_vectors_of_a_small_transfer_land_where_they_belong,
+    long_vectors_of_a_bulk_transfer_land_where_they_belong,
+    a_few_large_ranges_land_where_they_belong,
+    ten_thousand_descriptors_land_where_they_belong,
+    strided_blocks_land_where_they_belong_both_ways,
+    transfers_of_no_bytes_complete_and_move_nothing,
+    one_source_range_can_be_read_to_many_places,
+    overlapping_destinations_stay_inside_their_ranges,
+    one_gibibyte_arrives_in_one_transfer,
+    two_processes_read_from_and_write_to_each_other_at_the_same_time,
+);
 
 /// Around the borders of pages, of the latency class and of chunks; none a multiple of a word but some.
 const LENGTHS: [usize; 18] = [
@@ -11,10 +28,9 @@ const LENGTHS: [usize; 18] = [
     1_048_579, 4_194_305, 16_777_216,
 ];
 
-#[test]
-fn a_read_fetches_exactly_the_bytes_asked_for() {
+fn a_read_fetches_exactly_the_bytes_asked_for(config: Configuration) {
     let far = target!("target", 17 << 20);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(17 << 20);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -37,10 +53,9 @@ fn a_read_fetches_exactly_the_bytes_asked_for() {
     }
 }
 
-#[test]
-fn a_write_stores_exactly_the_bytes_asked_for() {
+fn a_write_stores_exactly_the_bytes_asked_for(config: Configuration) {
     let mut far = target!("target", 17 << 20);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::with_pattern(2, 17 << 20);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -83,7 +98,7 @@ fn lengths(random: &mut Random, count: usize, largest: usize) -> Vec<usize> {
 }
 
 /// Reads, then writes, `count` ranges of up to `largest` bytes, scattered over both sides.
-fn vector_both_ways(count: usize, largest: usize) {
+fn vector_both_ways(config: Configuration, count: usize, largest: usize) {
     let mut random = Random::new(count as u64);
     let lengths = lengths(&mut random, count, largest);
     let space = count * largest;
@@ -91,7 +106,7 @@ fn vector_both_ways(count: usize, largest: usize) {
         (scattered(&mut random, &lengths, space), scattered(&mut random, &lengths, space));
 
     let mut far = target!("target", space);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(space);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -129,30 +144,25 @@ fn vector_both_ways(count: usize, largest: usize) {
     assert!(wrong.is_none(), "byte {wrong:?} of the target is wrong");
 }
 
-#[test]
-fn short_vectors_of_a_small_transfer_land_where_they_belong() {
-    vector_both_ways(37, 999);
+fn short_vectors_of_a_small_transfer_land_where_they_belong(config: Configuration) {
+    vector_both_ways(config, 37, 999);
 }
 
-#[test]
-fn long_vectors_of_a_bulk_transfer_land_where_they_belong() {
-    vector_both_ways(1500, 3001);
+fn long_vectors_of_a_bulk_transfer_land_where_they_belong(config: Configuration) {
+    vector_both_ways(config, 1500, 3001);
 }
 
-#[test]
-fn a_few_large_ranges_land_where_they_belong() {
-    vector_both_ways(5, 1_000_003);
+fn a_few_large_ranges_land_where_they_belong(config: Configuration) {
+    vector_both_ways(config, 5, 1_000_003);
 }
 
-#[test]
-fn ten_thousand_descriptors_land_where_they_belong() {
-    vector_both_ways(10_000, 401);
+fn ten_thousand_descriptors_land_where_they_belong(config: Configuration) {
+    vector_both_ways(config, 10_000, 401);
 }
 
-#[test]
-fn strided_blocks_land_where_they_belong_both_ways() {
+fn strided_blocks_land_where_they_belong_both_ways(config: Configuration) {
     let mut far = target!("target", 4 << 20);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(4 << 20);
     let _region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -206,10 +216,9 @@ fn strided_blocks_land_where_they_belong_both_ways() {
     }
 }
 
-#[test]
-fn transfers_of_no_bytes_complete_and_move_nothing() {
+fn transfers_of_no_bytes_complete_and_move_nothing(config: Configuration) {
     let mut far = target!("target", 4096);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(4096);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -227,10 +236,9 @@ fn transfers_of_no_bytes_complete_and_move_nothing() {
     far.assert_pattern(1, 0, 4096, 0);
 }
 
-#[test]
-fn one_source_range_can_be_read_to_many_places() {
+fn one_source_range_can_be_read_to_many_places(config: Configuration) {
     let far = target!("target", 300_000);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(3_000_000);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -248,10 +256,9 @@ fn one_source_range_can_be_read_to_many_places() {
     }
 }
 
-#[test]
-fn overlapping_destinations_stay_inside_their_ranges() {
+fn overlapping_destinations_stay_inside_their_ranges(config: Configuration) {
     let mut far = target!("target", 1 << 20);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(1 << 20);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -282,11 +289,10 @@ fn overlapping_destinations_stay_inside_their_ranges() {
     }
 }
 
-#[test]
-fn one_gibibyte_arrives_in_one_transfer() {
+fn one_gibibyte_arrives_in_one_transfer(config: Configuration) {
     const LEN: usize = 1 << 30;
     let far = target!("target", LEN, "read", "");
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(LEN);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -303,11 +309,10 @@ fn one_gibibyte_arrives_in_one_transfer() {
     assert!(engine.stats().totals.bytes_read >= LEN as u64);
 }
 
-#[test]
-fn two_processes_read_from_and_write_to_each_other_at_the_same_time() {
+fn two_processes_read_from_and_write_to_each_other_at_the_same_time(config: Configuration) {
     const LEN: usize = 3_000_001;
     let mut far = target!("far", LEN);
-    let engine = Engine::new("near", local_config()).unwrap();
+    let engine = Engine::new("near", config()).unwrap();
     let (shared, fetched) = (Buffer::with_pattern(7, LEN), Buffer::new(LEN));
     let region = shared.register(&engine, Access::READ_WRITE);
     let fetched_region = fetched.register(&engine, Access::LOCAL);

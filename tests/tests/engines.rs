@@ -8,9 +8,20 @@ use corelane::{
     Access, AssistMode, Engine, EngineConfig, LaneSpec, Operation, Region, Spin, Transfer,
 };
 use corelane_tests::{
-    Buffer, Target, allowed_cores, collect, end_of, eventually, local_config, outcome, pin_process,
-    target, to_hex,
+    Buffer, Configuration, Target, allowed_cores, collect, end_of, eventually, outcome,
+    over_each_transport, pin_process, target, to_hex,
 };
+
+over_each_transport!(
+    two_engines_in_one_process_never_see_each_others_notifications,
+    an_engine_transfers_with_itself_and_notifies_itself,
+    ten_peers_share_one_lane,
+    engines_and_processes_that_share_one_core_all_complete,
+    lanes_pinned_to_one_core_all_complete,
+    lanes_that_never_park_and_take_no_help_complete_on_one_core,
+    transfers_complete_beside_threads_that_burn_the_core,
+    several_lanes_of_one_engine_share_its_peers_and_its_notifications,
+);
 
 struct Side {
     memory: Buffer,
@@ -35,9 +46,8 @@ impl Side {
     }
 }
 
-#[test]
-fn two_engines_in_one_process_never_see_each_others_notifications() {
-    let (a, b) = (Side::new("a", 1, 4096, local_config()), Side::new("b", 2, 4096, local_config()));
+fn two_engines_in_one_process_never_see_each_others_notifications(config: Configuration) {
+    let (a, b) = (Side::new("a", 1, 4096, config()), Side::new("b", 2, 4096, config()));
     let mut far = target!("far", 4096);
     for side in [&a, &b] {
         far.process.load(&side.engine.metadata());
@@ -70,10 +80,9 @@ fn two_engines_in_one_process_never_see_each_others_notifications() {
     }
 }
 
-#[test]
-fn an_engine_transfers_with_itself_and_notifies_itself() {
+fn an_engine_transfers_with_itself_and_notifies_itself(config: Configuration) {
     const LEN: usize = 3 << 20;
-    let side = Side::new("narcissus", 1, 2 * LEN, local_config());
+    let side = Side::new("narcissus", 1, 2 * LEN, config());
     for (round, len) in [100, LEN, 4096, LEN].into_iter().enumerate() {
         side.memory.poison(LEN, LEN);
         end_of(&side.fetch(&side, LEN, len)).unwrap();
@@ -97,10 +106,9 @@ fn an_engine_transfers_with_itself_and_notifies_itself() {
     side.engine.shutdown().unwrap();
 }
 
-#[test]
-fn ten_peers_share_one_lane() {
+fn ten_peers_share_one_lane(config: Configuration) {
     const LEN: usize = 300_000;
-    let hub = Side::new("hub", 100, 10 * LEN, local_config());
+    let hub = Side::new("hub", 100, 10 * LEN, config());
     let descriptor = to_hex(&hub.region.descriptor().to_bytes());
     let mut peers: Vec<Target> = (0..10).map(|i| target!(&format!("peer-{i}"), LEN)).collect();
     for (i, far) in peers.iter_mut().enumerate() {
@@ -216,24 +224,21 @@ fn crowd_on_one_core(rounds: usize, config: impl Fn(usize) -> (EngineConfig, Str
     }
 }
 
-#[test]
-fn engines_and_processes_that_share_one_core_all_complete() {
-    crowd_on_one_core(30, |_| (local_config(), String::new()));
+fn engines_and_processes_that_share_one_core_all_complete(config: Configuration) {
+    crowd_on_one_core(30, |_| (config(), String::new()));
 }
 
-#[test]
-fn lanes_pinned_to_one_core_all_complete() {
+fn lanes_pinned_to_one_core_all_complete(config: Configuration) {
     crowd_on_one_core(30, |core| {
-        let mut config = local_config();
+        let mut config = config();
         config.lanes = LaneSpec::Cores(vec![core]);
         (config, format!("core={core}"))
     });
 }
 
-#[test]
-fn lanes_that_never_park_and_take_no_help_complete_on_one_core() {
+fn lanes_that_never_park_and_take_no_help_complete_on_one_core(config: Configuration) {
     crowd_on_one_core(2, |core| {
-        let mut config = local_config();
+        let mut config = config();
         config.lanes = LaneSpec::Cores(vec![core]);
         config.spin = Spin::Forever;
         config.assist = AssistMode::Never;
@@ -241,8 +246,7 @@ fn lanes_that_never_park_and_take_no_help_complete_on_one_core() {
     });
 }
 
-#[test]
-fn transfers_complete_beside_threads_that_burn_the_core() {
+fn transfers_complete_beside_threads_that_burn_the_core(config: Configuration) {
     let stop = AtomicBool::new(false);
     pin_process(allowed_cores()[0]);
     std::thread::scope(|scope| {
@@ -254,7 +258,7 @@ fn transfers_complete_beside_threads_that_burn_the_core() {
             });
         }
         let far = target!("far", 1 << 20);
-        let near = Side::new("near", 7, 1 << 20, local_config());
+        let near = Side::new("near", 7, 1 << 20, config());
         let peer = near.engine.load_peer(&far.metadata).unwrap();
         for len in [64, 1 << 20] {
             let local = [near.region.segment(0, len)];
@@ -271,9 +275,8 @@ fn transfers_complete_beside_threads_that_burn_the_core() {
     });
 }
 
-#[test]
-fn several_lanes_of_one_engine_share_its_peers_and_its_notifications() {
-    let mut config = local_config();
+fn several_lanes_of_one_engine_share_its_peers_and_its_notifications(config: Configuration) {
+    let mut config = config();
     config.lanes = LaneSpec::Unpinned { count: 3 };
     let hub = Side::new("hub", 9, 1 << 20, config);
     let mut peers: Vec<Target> = (0..6).map(|i| target!(&format!("peer-{i}"), 1 << 20)).collect();

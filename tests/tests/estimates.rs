@@ -12,9 +12,17 @@ use corelane::{
     RegionDescriptor, RemoteBlocks,
 };
 use corelane_tests::{
-    BOUND, Buffer, Passing, Proxy, end_of, engine_on_a_known_port, eventually, kind, local_config,
-    outcome, target, tcp_config,
+    BOUND, Buffer, Configuration, Passing, Proxy, end_of, engine_on_a_known_port, eventually, kind,
+    local_config, outcome, over_each_transport, target, tcp_config,
 };
+
+over_each_transport!(
+    an_estimate_is_within_a_factor_of_two_of_what_was_measured,
+    a_size_that_was_never_moved_is_estimated_from_its_neighbours,
+    more_scattered_is_not_estimated_as_cheaper_by_far,
+    a_peer_that_has_restarted_has_no_history,
+    transfers_of_any_inline_size_move_the_same_bytes,
+);
 
 const LEN: usize = 16 << 20;
 const BLOCK: u64 = 4096;
@@ -58,9 +66,9 @@ impl Near {
     }
 }
 
-/// The usual configuration, changed.
-fn config(change: impl FnOnce(&mut EngineConfig)) -> EngineConfig {
-    let mut config = local_config();
+/// A configuration, changed.
+fn changed(config: Configuration, change: impl FnOnce(&mut EngineConfig)) -> EngineConfig {
+    let mut config = config();
     change(&mut config);
     config
 }
@@ -135,11 +143,10 @@ fn nothing_is_estimated_before_a_transfer_has_ended_well() {
 }
 
 /// Machines are noisy, and a mean is not a median: a round may be off, all of them may not.
-#[test]
-fn an_estimate_is_within_a_factor_of_two_of_what_was_measured() {
+fn an_estimate_is_within_a_factor_of_two_of_what_was_measured(config: Configuration) {
     const ROUNDS: usize = 6;
     let far = target!("far", LEN);
-    let near = Near::new(local_config());
+    let near = Near::new(config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     for shape in SHAPES {
         let plan = near.plan(&peer, &far.region, shape);
@@ -162,11 +169,10 @@ fn an_estimate_is_within_a_factor_of_two_of_what_was_measured() {
     }
 }
 
-#[test]
-fn a_size_that_was_never_moved_is_estimated_from_its_neighbours() {
+fn a_size_that_was_never_moved_is_estimated_from_its_neighbours(config: Configuration) {
     const ROUNDS: usize = 6;
     let far = target!("far", LEN);
-    let near = Near::new(local_config());
+    let near = Near::new(config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     let [small, between, large] =
         [1 << 20, 4 << 20, 8 << 20].map(|bytes| near.plan(&peer, &far.region, read(bytes)));
@@ -182,11 +188,10 @@ fn a_size_that_was_never_moved_is_estimated_from_its_neighbours() {
     assert!(right, "1, 4 and 8 MiB: {seen:?}");
 }
 
-#[test]
-fn more_scattered_is_not_estimated_as_cheaper_by_far() {
+fn more_scattered_is_not_estimated_as_cheaper_by_far(config: Configuration) {
     const ROUNDS: usize = 6;
     let far = target!("far", LEN);
-    let near = Near::new(local_config());
+    let near = Near::new(config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     let whole = near.plan(&peer, &far.region, read(4 << 20));
     let scattered = near.plan(&peer, &far.region, Shape { scattered: true, ..read(4 << 20) });
@@ -205,10 +210,9 @@ fn more_scattered_is_not_estimated_as_cheaper_by_far() {
     assert!(right, "one range, 1024 blocks: {seen:?}");
 }
 
-#[test]
-fn a_peer_that_has_restarted_has_no_history() {
+fn a_peer_that_has_restarted_has_no_history(config: Configuration) {
     let first = target!("phoenix", LEN);
-    let near = Near::new(local_config());
+    let near = Near::new(config());
     let peer = near.engine.load_peer(&first.metadata).unwrap();
     let old = near.plan(&peer, &first.region, read(1 << 20));
     measure(&old, 5);
@@ -230,12 +234,11 @@ fn a_peer_that_has_restarted_has_no_history() {
     assert_eq!(again.estimate(), None);
 }
 
-#[test]
-fn transfers_of_any_inline_size_move_the_same_bytes() {
+fn transfers_of_any_inline_size_move_the_same_bytes(config: Configuration) {
     let mut far = target!("far", LEN);
     for inline_bytes in [0, 1, 4096, 64 << 10, LEN, usize::MAX] {
         for assist in [AssistMode::Auto, AssistMode::Always, AssistMode::Never] {
-            let near = Near::new(config(|c| {
+            let near = Near::new(changed(config, |c| {
                 c.inline_bytes = inline_bytes;
                 c.assist = assist;
             }));
@@ -292,7 +295,7 @@ fn connecting_again_is_given_up_after_its_own_timeout() {
     let (proxy, port, far) = behind_a_proxy(tcp_config());
     let memory = Buffer::with_pattern(1, LEN);
     let region = memory.register(&far, Access::REMOTE_READ);
-    let near = Near::new(config(|c| {
+    let near = Near::new(changed(tcp_config, |c| {
         c.connect_timeout = FOR_EVER;
         c.reconnect_timeout = Duration::from_millis(200);
         c.operation_timeout = FOR_EVER;
@@ -316,7 +319,7 @@ fn connecting_for_the_first_time_has_the_other_timeout() {
     let (proxy, port, far) = behind_a_proxy(tcp_config());
     let mute = Mute::new();
     proxy.aim(mute.port);
-    let near = Near::new(config(|c| {
+    let near = Near::new(changed(tcp_config, |c| {
         c.connect_timeout = Duration::from_millis(200);
         c.reconnect_timeout = FOR_EVER;
         c.operation_timeout = FOR_EVER;
@@ -329,10 +332,10 @@ fn connecting_for_the_first_time_has_the_other_timeout() {
 
 #[test]
 fn a_link_that_was_cut_is_made_again() {
-    let (proxy, _, far) = behind_a_proxy(local_config());
+    let (proxy, _, far) = behind_a_proxy(tcp_config());
     let memory = Buffer::with_pattern(1, LEN);
     let region = memory.register(&far, Access::REMOTE_READ);
-    let near = Near::new(config(|c| {
+    let near = Near::new(changed(tcp_config, |c| {
         c.reconnect_timeout = BOUND;
     }));
     let peer = near.engine.load_peer(&far.metadata()).unwrap();
@@ -347,13 +350,13 @@ fn a_link_that_was_cut_is_made_again() {
 
 #[test]
 fn a_timeout_of_zero_is_refused() {
-    let refused = config(|c| {
+    let refused = changed(local_config, |c| {
         c.reconnect_timeout = Duration::ZERO;
     });
     let error = Engine::new("near", refused).unwrap_err();
     assert_eq!(kind(&error), "Config");
     assert!(error.to_string().contains("reconnect_timeout"), "{error}");
-    let refused = config(|c| {
+    let refused = changed(local_config, |c| {
         c.reconnect_timeout = Duration::MAX;
     });
     assert_eq!(kind(&Engine::new("near", refused).unwrap_err()), "Config");

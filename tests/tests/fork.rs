@@ -5,7 +5,11 @@
 use std::time::Duration;
 
 use corelane::{Access, Engine, Error, Operation, Status};
-use corelane_tests::{BOUND, Buffer, collect, end_of, kind, local_config, target, to_hex};
+use corelane_tests::{
+    BOUND, Buffer, Configuration, collect, end_of, kind, over_each_transport, target, to_hex,
+};
+
+over_each_transport!(a_forked_childs_engine_answers_with_errors_and_leaves_the_parents_alone,);
 
 /// Runs `child` in a forked process and waits for it. Its answer is 0 when all is well.
 fn in_forked_child(child: impl FnOnce() -> i32) -> i32 {
@@ -35,11 +39,10 @@ fn in_forked_child(child: impl FnOnce() -> i32) -> i32 {
     libc::WEXITSTATUS(status)
 }
 
-#[test]
-fn a_forked_childs_engine_answers_with_errors_and_leaves_the_parents_alone() {
+fn a_forked_childs_engine_answers_with_errors_and_leaves_the_parents_alone(config: Configuration) {
     const LEN: usize = 1 << 20;
     let mut far = target!("far", LEN);
-    let engine = Engine::new("near", local_config()).unwrap();
+    let engine = Engine::new("near", config()).unwrap();
     far.process.load(&engine.metadata());
     let memory = Buffer::new(LEN);
     let region = memory.register(&engine, Access::LOCAL);
@@ -111,7 +114,7 @@ fn a_forked_childs_engine_answers_with_errors_and_leaves_the_parents_alone() {
 
     // A child can have an engine of its own.
     let code = in_forked_child(|| {
-        let Ok(own) = Engine::new("child", local_config()) else { return 1 };
+        let Ok(own) = Engine::new("child", config()) else { return 1 };
         let Ok(to_far) = own.load_peer(&far.metadata) else { return 2 };
         if to_far.connect(BOUND).is_err() {
             return 3;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use corelane::{Access, Engine, Operation, Peer, Region, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Passing, Proxy, Random, Target, end_of, engine_on_a_known_port, eventually,
-    listening_ports, local_config, open_files, outcome, target, tcp_config,
+    listening_ports, open_files, outcome, target, tcp_config,
 };
 
 const LEN: usize = 1 << 20;
@@ -23,7 +23,7 @@ struct Near {
 
 impl Near {
     fn new(name: &str) -> Self {
-        let engine = Engine::new(name, local_config()).unwrap();
+        let engine = Engine::new(name, tcp_config()).unwrap();
         let memory = Buffer::new(LEN);
         let region = memory.register(&engine, Access::LOCAL);
         Self { memory, region, engine }

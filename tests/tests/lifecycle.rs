@@ -5,7 +5,7 @@
 use corelane::{Access, Engine, Operation};
 use corelane_tests::{
     Buffer, collect, end_of, eventually, local_config, mappings, open_files, resident_bytes,
-    target, threads,
+    target, tcp_config, threads,
 };
 
 #[test]
@@ -15,7 +15,8 @@ fn a_hundred_engines_one_after_another_leak_no_file_thread_or_memory() {
     let memory = Buffer::new(LEN);
     let mut before = None;
     for round in 0..110 {
-        let engine = Engine::new("near", local_config()).unwrap();
+        let config = if round % 4 < 2 { local_config() } else { tcp_config() };
+        let engine = Engine::new("near", config).unwrap();
         let region = memory.register(&engine, Access::LOCAL);
         let peer = engine.load_peer(&far.metadata).unwrap();
         for len in [10, LEN as u64] {

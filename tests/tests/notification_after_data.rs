@@ -7,8 +7,18 @@ use std::time::Instant;
 
 use corelane::{Access, Engine, Error, Operation, Plan, Status};
 use corelane_tests::{
-    BOUND, Buffer, Slots, fill_block, local_config, outcome, target, to_hex, watch,
+    BOUND, Buffer, Configuration, Slots, fill_block, outcome, over_each_transport, target, to_hex,
+    watch,
 };
+
+over_each_transport!(
+    a_hundred_thousand_small_writes_arrive_before_their_notifications,
+    writes_of_many_pages_arrive_before_their_notifications,
+    bulk_writes_over_several_streams_arrive_before_their_notifications,
+    small_reads_have_arrived_before_the_peer_is_notified,
+    bulk_reads_have_arrived_before_the_peer_is_notified,
+    a_transfer_that_fails_sends_no_notification,
+);
 
 /// Posts blocks `0..count` through as many transfers as there are plans. `fill` writes a block's source just before; a
 /// slot is used again when `released` has named it. `check` runs while there is nothing to do.
@@ -55,9 +65,9 @@ fn post_blocks(
 }
 
 /// Writes from this process; the other one looks at each block when its notification comes.
-fn writes(block: usize, slots: usize, count: u64) {
+fn writes(config: Configuration, block: usize, slots: usize, count: u64) {
     let mut far = target!("target", block * slots);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     far.process.load(&engine.metadata());
     let near = Buffer::new(block * slots);
     let region = near.register(&engine, Access::LOCAL);
@@ -92,25 +102,22 @@ fn writes(block: usize, slots: usize, count: u64) {
     far.process.answer().expect("every notification after its data");
 }
 
-#[test]
-fn a_hundred_thousand_small_writes_arrive_before_their_notifications() {
-    writes(256, 64, 100_000);
+fn a_hundred_thousand_small_writes_arrive_before_their_notifications(config: Configuration) {
+    writes(config, 256, 64, 100_000);
 }
 
-#[test]
-fn writes_of_many_pages_arrive_before_their_notifications() {
-    writes(60_000, 16, 3000);
+fn writes_of_many_pages_arrive_before_their_notifications(config: Configuration) {
+    writes(config, 60_000, 16, 3000);
 }
 
-#[test]
-fn bulk_writes_over_several_streams_arrive_before_their_notifications() {
-    writes(1 << 20, 8, 500);
+fn bulk_writes_over_several_streams_arrive_before_their_notifications(config: Configuration) {
+    writes(config, 1 << 20, 8, 500);
 }
 
 /// Reads between two engines of this process: the peer's notification comes after the data is in this side's memory.
-fn reads(block: usize, slots: usize, count: u64) {
-    let initiator = Engine::new("initiator", local_config()).unwrap();
-    let target = Engine::new("target", local_config()).unwrap();
+fn reads(config: Configuration, block: usize, slots: usize, count: u64) {
+    let initiator = Engine::new("initiator", config()).unwrap();
+    let target = Engine::new("target", config()).unwrap();
     let (source, fetched) = (Buffer::new(block * slots), Buffer::new(block * slots));
     let source_region = source.register(&target, Access::REMOTE_READ);
     let region = fetched.register(&initiator, Access::LOCAL);
@@ -149,20 +156,17 @@ fn reads(block: usize, slots: usize, count: u64) {
     });
 }
 
-#[test]
-fn small_reads_have_arrived_before_the_peer_is_notified() {
-    reads(256, 64, 20_000);
+fn small_reads_have_arrived_before_the_peer_is_notified(config: Configuration) {
+    reads(config, 256, 64, 20_000);
 }
 
-#[test]
-fn bulk_reads_have_arrived_before_the_peer_is_notified() {
-    reads(1 << 20, 8, 300);
+fn bulk_reads_have_arrived_before_the_peer_is_notified(config: Configuration) {
+    reads(config, 1 << 20, 8, 300);
 }
 
-#[test]
-fn a_transfer_that_fails_sends_no_notification() {
+fn a_transfer_that_fails_sends_no_notification(config: Configuration) {
     let mut far = target!("target", 4096);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(2 << 20);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();

@@ -4,26 +4,42 @@
 
 use corelane::{Access, Engine, Error, MAX_NOTIFICATION_BYTES, Notification, Operation, Status};
 use corelane_tests::{
-    Buffer, collect, end_of, eventually, exchange, kind, local_config, outcome, pattern,
-    peer_process, target, to_hex,
+    Buffer, Configuration, collect, end_of, eventually, exchange, kind, outcome,
+    over_each_transport, pattern, peer_process, target, to_hex,
 };
 
-fn engines(names: [&str; 2]) -> [Engine; 2] {
-    names.map(|name| Engine::new(name, local_config()).unwrap())
+over_each_transport!(
+    an_empty_notification_arrives_with_its_senders_name,
+    notifications_of_all_sizes_arrive_whole_and_in_order,
+    the_largest_notification_can_be_bound_to_a_transfer,
+    a_notification_that_is_too_large_is_refused_before_anything_moves,
+    notifications_of_each_thread_arrive_in_its_order,
+    fifty_thousand_notifications_wait_for_a_receiver_that_does_not_poll,
+    a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing,
+    the_bound_on_pending_bytes_stops_the_sender_too,
+    a_bound_notification_that_finds_no_room_moves_no_data,
+    reads_and_liveness_go_on_while_notifications_are_stopped,
+    both_sides_can_notify_at_the_same_time,
+    a_disconnect_flushes_the_notifications_before_it,
+    a_shutdown_flushes_the_notifications_before_it,
+    a_notification_that_was_taken_counts_as_acknowledged_by_the_goodbye,
+    a_disconnect_from_a_stopped_receiver_says_how_many_are_dropped,
+);
+
+fn engines(config: Configuration, names: [&str; 2]) -> [Engine; 2] {
+    names.map(|name| Engine::new(name, config()).unwrap())
 }
 
-#[test]
-fn an_empty_notification_arrives_with_its_senders_name() {
+fn an_empty_notification_arrives_with_its_senders_name(config: Configuration) {
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "");
-    let engine = Engine::new("sender", local_config()).unwrap();
+    let engine = Engine::new("sender", config()).unwrap();
     engine.load_peer(&metadata).unwrap().notify(b"").unwrap();
     assert_eq!(far.ask("take 1"), "sender:");
 }
 
-#[test]
-fn notifications_of_all_sizes_arrive_whole_and_in_order() {
-    let [sender, receiver] = engines(["sender", "receiver"]);
+fn notifications_of_all_sizes_arrive_whole_and_in_order(config: Configuration) {
+    let [sender, receiver] = engines(config, ["sender", "receiver"]);
     let peer = sender.load_peer(&receiver.metadata()).unwrap();
     let sizes =
         [0, 1, 63, 4096, 65_535, 65_536, 65_537, 262_145, 1 << 20, MAX_NOTIFICATION_BYTES, 3];
@@ -37,10 +53,9 @@ fn notifications_of_all_sizes_arrive_whole_and_in_order() {
     }
 }
 
-#[test]
-fn the_largest_notification_can_be_bound_to_a_transfer() {
+fn the_largest_notification_can_be_bound_to_a_transfer(config: Configuration) {
     let mut far = target!("target", 4096);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::with_pattern(2, 4096);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -61,10 +76,9 @@ fn the_largest_notification_can_be_bound_to_a_transfer() {
     far.assert_pattern(2, 0, 4096, 0);
 }
 
-#[test]
-fn a_notification_that_is_too_large_is_refused_before_anything_moves() {
+fn a_notification_that_is_too_large_is_refused_before_anything_moves(config: Configuration) {
     let mut far = target!("target", 4096);
-    let engine = Engine::new("initiator", local_config()).unwrap();
+    let engine = Engine::new("initiator", config()).unwrap();
     let near = Buffer::new(4096);
     let region = near.register(&engine, Access::LOCAL);
     let peer = engine.load_peer(&far.metadata).unwrap();
@@ -86,11 +100,10 @@ fn a_notification_that_is_too_large_is_refused_before_anything_moves() {
     assert_eq!(far.process.number("received"), 1);
 }
 
-#[test]
-fn notifications_of_each_thread_arrive_in_its_order() {
+fn notifications_of_each_thread_arrive_in_its_order(config: Configuration) {
     const THREADS: u64 = 6;
     const EACH: u64 = 3000;
-    let [sender, receiver] = engines(["sender", "receiver"]);
+    let [sender, receiver] = engines(config, ["sender", "receiver"]);
     let peer = sender.load_peer(&receiver.metadata()).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -117,12 +130,11 @@ fn notifications_of_each_thread_arrive_in_its_order() {
     assert!(receiver.notifications().unwrap().is_empty());
 }
 
-#[test]
-fn fifty_thousand_notifications_wait_for_a_receiver_that_does_not_poll() {
+fn fifty_thousand_notifications_wait_for_a_receiver_that_does_not_poll(config: Configuration) {
     const COUNT: usize = 50_000;
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "");
-    let engine = Engine::new("sender", local_config()).unwrap();
+    let engine = Engine::new("sender", config()).unwrap();
     let peer = engine.load_peer(&metadata).unwrap();
     for number in 0..COUNT as u64 {
         peer.notify(&number.to_le_bytes()).unwrap();
@@ -132,11 +144,10 @@ fn fifty_thousand_notifications_wait_for_a_receiver_that_does_not_poll() {
     assert_eq!(far.number("received"), COUNT as u64);
 }
 
-#[test]
-fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing() {
+fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing(config: Configuration) {
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "pending=300");
-    let mut config = local_config();
+    let mut config = config();
     config.limits.unacknowledged_notifications = 500;
     let engine = Engine::new("sender", config).unwrap();
     let peer = engine.load_peer(&metadata).unwrap();
@@ -165,11 +176,10 @@ fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing() {
     assert_eq!(far.number("received"), 50_000);
 }
 
-#[test]
-fn the_bound_on_pending_bytes_stops_the_sender_too() {
+fn the_bound_on_pending_bytes_stops_the_sender_too(config: Configuration) {
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "pending_bytes=100000");
-    let mut config = local_config();
+    let mut config = config();
     config.limits.unacknowledged_bytes = 200_000;
     let engine = Engine::new("sender", config).unwrap();
     let peer = engine.load_peer(&metadata).unwrap();
@@ -189,10 +199,9 @@ fn the_bound_on_pending_bytes_stops_the_sender_too() {
     assert_eq!(far.ask("take 1"), "sender:6f6e");
 }
 
-#[test]
-fn a_bound_notification_that_finds_no_room_moves_no_data() {
+fn a_bound_notification_that_finds_no_room_moves_no_data(config: Configuration) {
     let mut far = target!("target", 4096, "read-write", "pending=1");
-    let mut config = local_config();
+    let mut config = config();
     config.limits.unacknowledged_notifications = 2;
     let engine = Engine::new("initiator", config).unwrap();
     let near = Buffer::with_pattern(2, 4096);
@@ -227,10 +236,9 @@ fn a_bound_notification_that_finds_no_room_moves_no_data() {
     assert_eq!(far.process.ask("take 1"), "initiator:626f756e64");
 }
 
-#[test]
-fn reads_and_liveness_go_on_while_notifications_are_stopped() {
+fn reads_and_liveness_go_on_while_notifications_are_stopped(config: Configuration) {
     let mut far = target!("target", 4096, "read-write", "pending=4 liveness_ms=400");
-    let mut config = local_config();
+    let mut config = config();
     config.liveness = std::time::Duration::from_millis(400);
     let engine = Engine::new("initiator", config).unwrap();
     let near = Buffer::new(4096);
@@ -254,12 +262,11 @@ fn reads_and_liveness_go_on_while_notifications_are_stopped() {
     far.process.ask("take-flood 20");
 }
 
-#[test]
-fn both_sides_can_notify_at_the_same_time() {
+fn both_sides_can_notify_at_the_same_time(config: Configuration) {
     const COUNT: usize = 20_000;
     let mut far = peer_process!();
     let metadata = far.engine("far", "pending=200 unacknowledged=500");
-    let mut config = local_config();
+    let mut config = config();
     config.limits.pending_notifications = 200;
     config.limits.unacknowledged_notifications = 500;
     let engine = Engine::new("near", config).unwrap();
@@ -270,11 +277,10 @@ fn both_sides_can_notify_at_the_same_time() {
     far.answer().expect("all, once, in order");
 }
 
-#[test]
-fn a_disconnect_flushes_the_notifications_before_it() {
+fn a_disconnect_flushes_the_notifications_before_it(config: Configuration) {
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "");
-    let engine = Engine::new("sender", local_config()).unwrap();
+    let engine = Engine::new("sender", config()).unwrap();
     let peer = engine.load_peer(&metadata).unwrap();
     for round in 0..20 {
         for number in 0..100u64 {
@@ -286,12 +292,11 @@ fn a_disconnect_flushes_the_notifications_before_it() {
     assert_eq!(engine.stats().totals.notifications_dropped, 0);
 }
 
-#[test]
-fn a_shutdown_flushes_the_notifications_before_it() {
+fn a_shutdown_flushes_the_notifications_before_it(config: Configuration) {
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "");
     for _ in 0..10 {
-        let engine = Engine::new("sender", local_config()).unwrap();
+        let engine = Engine::new("sender", config()).unwrap();
         let peer = engine.load_peer(&metadata).unwrap();
         for number in 0..100u64 {
             peer.notify(&number.to_le_bytes()).unwrap();
@@ -302,9 +307,8 @@ fn a_shutdown_flushes_the_notifications_before_it() {
     assert_eq!(far.number("received"), 1000);
 }
 
-#[test]
-fn a_notification_that_was_taken_counts_as_acknowledged_by_the_goodbye() {
-    let [sender, receiver] = engines(["sender", "receiver"]);
+fn a_notification_that_was_taken_counts_as_acknowledged_by_the_goodbye(config: Configuration) {
+    let [sender, receiver] = engines(config, ["sender", "receiver"]);
     let peer = sender.load_peer(&receiver.metadata()).unwrap();
     let back = receiver.load_peer(&sender.metadata()).unwrap();
     for _ in 0..50 {
@@ -319,11 +323,10 @@ fn a_notification_that_was_taken_counts_as_acknowledged_by_the_goodbye() {
     assert_eq!(receiver.stats().notifications_received, 50);
 }
 
-#[test]
-fn a_disconnect_from_a_stopped_receiver_says_how_many_are_dropped() {
+fn a_disconnect_from_a_stopped_receiver_says_how_many_are_dropped(config: Configuration) {
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "pending=10");
-    let mut config = local_config();
+    let mut config = config();
     config.linger = std::time::Duration::from_millis(100);
     let engine = Engine::new("sender", config).unwrap();
     let peer = engine.load_peer(&metadata).unwrap();

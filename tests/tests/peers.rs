@@ -6,9 +6,24 @@ use std::sync::Barrier;
 
 use corelane::{Access, Engine, Error, Operation, Plan, Transfer};
 use corelane_tests::{
-    BOUND, Buffer, Target, collect, end_of, eventually, from_hex, kind, listening_ports,
-    local_config, outcome, peer_process, target, to_hex,
+    BOUND, Buffer, Configuration, Target, collect, end_of, eventually, from_hex, kind,
+    listening_ports, needs_the_peer, outcome, over_each_transport, peer_process, target, to_hex,
 };
+
+over_each_transport!(
+    every_transfer_to_a_killed_peer_ends_in_an_error_and_others_are_served,
+    a_peer_that_is_killed_does_not_disturb_transfers_with_others,
+    a_peer_restarted_under_its_name_needs_new_metadata_and_gets_it,
+    an_engine_made_again_in_one_process_is_another_incarnation,
+    a_target_serves_an_initiator_whose_metadata_it_never_loaded,
+    both_sides_may_connect_at_the_same_time,
+    a_plan_can_be_posted_after_a_disconnect,
+    a_disconnect_ends_the_transfers_in_flight_on_both_sides,
+    an_unloaded_peer_is_forgotten,
+    who_claims_a_loaded_name_without_its_secret_is_refused,
+    two_initiators_with_one_name_are_never_mixed,
+    a_peer_that_left_is_reported_to_who_posts_next,
+);
 
 const LEN: usize = 8 << 20;
 
@@ -19,8 +34,8 @@ struct Near {
 }
 
 impl Near {
-    fn new() -> Self {
-        let engine = Engine::new("near", local_config()).unwrap();
+    fn new(config: Configuration) -> Self {
+        let engine = Engine::new("near", config()).unwrap();
         let memory = Buffer::new(LEN);
         let region = memory.register(&engine, Access::READ_WRITE);
         Self { memory, region, engine }
@@ -43,9 +58,8 @@ impl Near {
     }
 }
 
-#[test]
-fn every_transfer_to_a_killed_peer_ends_in_an_error_and_others_are_served() {
-    let near = Near::new();
+fn every_transfer_to_a_killed_peer_ends_in_an_error_and_others_are_served(config: Configuration) {
+    let near = Near::new(config);
     let healthy = target!("healthy", LEN);
     near.assert_served_by(&healthy);
     for round in 0..4 {
@@ -73,17 +87,18 @@ fn every_transfer_to_a_killed_peer_ends_in_an_error_and_others_are_served() {
                 failed += 1;
             }
         }
-        assert!(failed > 0 || round % 2 == 1, "all were faster than the kill");
-        // Later ones as well.
+        let answers = round % 2 == 1 || !needs_the_peer(&config());
+        assert!(failed > 0 || answers, "a frozen process has answered");
+        // Later ones as well, once it is really gone.
+        drop(far);
         let error = end_of(&transfers[0]).unwrap_err();
         assert!(error.is_disconnect(), "{error}");
         near.assert_served_by(&healthy);
     }
 }
 
-#[test]
-fn a_peer_that_is_killed_does_not_disturb_transfers_with_others() {
-    let near = Near::new();
+fn a_peer_that_is_killed_does_not_disturb_transfers_with_others(config: Configuration) {
+    let near = Near::new(config);
     let healthy = target!("healthy", LEN);
     let transfer = near.plan(&healthy, Operation::Read, LEN).transfer();
     for round in 0..5 {
@@ -100,9 +115,8 @@ fn a_peer_that_is_killed_does_not_disturb_transfers_with_others() {
     near.assert_served_by(&healthy);
 }
 
-#[test]
-fn a_peer_restarted_under_its_name_needs_new_metadata_and_gets_it() {
-    let near = Near::new();
+fn a_peer_restarted_under_its_name_needs_new_metadata_and_gets_it(config: Configuration) {
+    let near = Near::new(config);
     let first = target!("phoenix", LEN);
     let port = listening_ports(first.process.id())[0];
     near.assert_served_by(&first);
@@ -146,11 +160,10 @@ fn a_peer_restarted_under_its_name_needs_new_metadata_and_gets_it() {
     near.engine.peer("phoenix").unwrap().connect(BOUND).unwrap();
 }
 
-#[test]
-fn an_engine_made_again_in_one_process_is_another_incarnation() {
-    let near = Near::new();
+fn an_engine_made_again_in_one_process_is_another_incarnation(config: Configuration) {
+    let near = Near::new(config);
     for round in 0..20 {
-        let engine = Engine::new("again", local_config()).unwrap();
+        let engine = Engine::new("again", config()).unwrap();
         let memory = Buffer::with_pattern(round, 4096);
         let region = memory.register(&engine, Access::REMOTE_READ);
         let peer = near.engine.load_peer(&engine.metadata()).unwrap();
@@ -165,9 +178,8 @@ fn an_engine_made_again_in_one_process_is_another_incarnation() {
     }
 }
 
-#[test]
-fn a_target_serves_an_initiator_whose_metadata_it_never_loaded() {
-    let near = Near::new();
+fn a_target_serves_an_initiator_whose_metadata_it_never_loaded(config: Configuration) {
+    let near = Near::new(config);
     near.memory.fill(4, 0, LEN, 0);
     let mut far = peer_process!();
     far.engine("stranger", "");
@@ -187,9 +199,8 @@ fn a_target_serves_an_initiator_whose_metadata_it_never_loaded() {
     assert!(near.engine.peer("stranger").is_none(), "it was never loaded");
 }
 
-#[test]
-fn both_sides_may_connect_at_the_same_time() {
-    let engines = ["left", "right"].map(|name| Engine::new(name, local_config()).unwrap());
+fn both_sides_may_connect_at_the_same_time(config: Configuration) {
+    let engines = ["left", "right"].map(|name| Engine::new(name, config()).unwrap());
     let buffers = [1, 2].map(|seed| Buffer::with_pattern(seed, 4096));
     let fetched = [0, 1].map(|_| Buffer::new(4096));
     let regions: Vec<_> =
@@ -232,9 +243,8 @@ fn both_sides_may_connect_at_the_same_time() {
     });
 }
 
-#[test]
-fn a_plan_can_be_posted_after_a_disconnect() {
-    let near = Near::new();
+fn a_plan_can_be_posted_after_a_disconnect(config: Configuration) {
+    let near = Near::new(config);
     let mut far = target!("far", LEN);
     far.process.load(&near.engine.metadata());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
@@ -256,9 +266,8 @@ fn a_plan_can_be_posted_after_a_disconnect() {
     }
 }
 
-#[test]
-fn a_disconnect_ends_the_transfers_in_flight_on_both_sides() {
-    let near = Near::new();
+fn a_disconnect_ends_the_transfers_in_flight_on_both_sides(config: Configuration) {
+    let near = Near::new(config);
     let mut far = target!("far", LEN);
     far.process.load(&near.engine.metadata());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
@@ -289,9 +298,8 @@ fn a_disconnect_ends_the_transfers_in_flight_on_both_sides() {
     }
 }
 
-#[test]
-fn an_unloaded_peer_is_forgotten() {
-    let near = Near::new();
+fn an_unloaded_peer_is_forgotten(config: Configuration) {
+    let near = Near::new(config);
     let far = target!("far", LEN);
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     assert_eq!(near.engine.load_peer(&far.metadata).unwrap().name(), "far");
@@ -306,9 +314,8 @@ fn an_unloaded_peer_is_forgotten() {
     near.assert_served_by(&far);
 }
 
-#[test]
-fn who_claims_a_loaded_name_without_its_secret_is_refused() {
-    let near = Near::new();
+fn who_claims_a_loaded_name_without_its_secret_is_refused(config: Configuration) {
+    let near = Near::new(config);
     near.memory.fill(4, 0, LEN, 0);
     let descriptor = to_hex(&near.region.descriptor().to_bytes());
     let [mut alice, mut mallory] = [0, 1].map(|_| peer_process!());
@@ -333,9 +340,8 @@ fn who_claims_a_loaded_name_without_its_secret_is_refused() {
     near.memory.assert_pattern(4, 0, LEN, 0);
 }
 
-#[test]
-fn two_initiators_with_one_name_are_never_mixed() {
-    let near = Near::new();
+fn two_initiators_with_one_name_are_never_mixed(config: Configuration) {
+    let near = Near::new(config);
     near.memory.fill(4, 0, LEN, 0);
     let descriptor = to_hex(&near.region.descriptor().to_bytes());
     let mut twins = [0, 1].map(|_| {
@@ -363,9 +369,8 @@ fn two_initiators_with_one_name_are_never_mixed() {
     assert_eq!(collect(&near.engine, 1)[0].payload, [1]);
 }
 
-#[test]
-fn a_peer_that_left_is_reported_to_who_posts_next() {
-    let near = Near::new();
+fn a_peer_that_left_is_reported_to_who_posts_next(config: Configuration) {
+    let near = Near::new(config);
     let mut far = target!("far", LEN);
     let transfer = near.plan(&far, Operation::Read, 100).transfer();
     end_of(&transfer).unwrap();

@@ -9,9 +9,23 @@ use std::time::Duration;
 
 use corelane::{Access, Engine, EngineConfig, LocalEngine, Operation, Peer, Plan, Region, Status};
 use corelane_tests::{
-    BOUND, Buffer, Passing, Proxy, Target, end_of, eventually, fill_block, kind, local_config,
-    outcome, target, tcp_config,
+    BOUND, Buffer, Configuration, Passing, Proxy, Target, end_of, eventually, fill_block, kind,
+    local_config, needs_the_peer, outcome, over_each_transport, target, tcp_config,
 };
+
+over_each_transport!(
+    a_transfer_can_be_posted_thousands_of_times,
+    a_finished_transfer_answers_the_same_however_often_it_is_asked,
+    more_transfers_than_the_limit_wait_for_their_turn_and_all_complete,
+    thousands_of_transfers_can_be_in_flight,
+    many_threads_can_post_at_once,
+    a_cancelled_read_writes_nothing_after_its_end,
+    a_cancelled_write_reads_nothing_after_its_end,
+    dropping_a_transfer_in_flight_cancels_it,
+    cancelling_what_is_not_in_flight_changes_nothing,
+    code_on_a_lane_awaits_its_transfers,
+    an_executor_elsewhere_is_woken_by_the_end_of_a_transfer,
+);
 
 /// An engine with memory, and a second process.
 struct Pair {
@@ -40,9 +54,8 @@ impl Pair {
     }
 }
 
-#[test]
-fn a_transfer_can_be_posted_thousands_of_times() {
-    let mut pair = Pair::new(4096, tcp_config(), "");
+fn a_transfer_can_be_posted_thousands_of_times(config: Configuration) {
+    let mut pair = Pair::new(4096, config(), "");
     let (read, write) = (
         pair.plan(Operation::Read, 0, 4096).transfer(),
         pair.plan(Operation::Write, 0, 4096).transfer(),
@@ -54,14 +67,15 @@ fn a_transfer_can_be_posted_thousands_of_times() {
         end_of(&read).unwrap();
         assert!(corelane_tests::block_holds(&pair.near, 0, 4096, round), "round {round}");
     }
-    assert_eq!(pair.far.process.number("served"), 20_000);
+    // Over `local` the peer has no part in it.
+    let served = if needs_the_peer(&config()) { 20_000 } else { 0 };
+    assert_eq!(pair.far.process.number("served"), served);
     let totals = pair.engine.stats().totals;
     assert_eq!((totals.posted, totals.completed, totals.failed), (20_000, 20_000, 0));
 }
 
-#[test]
-fn a_finished_transfer_answers_the_same_however_often_it_is_asked() {
-    let pair = Pair::new(4096, local_config(), "");
+fn a_finished_transfer_answers_the_same_however_often_it_is_asked(config: Configuration) {
+    let pair = Pair::new(4096, config(), "");
     let transfer = pair.plan(Operation::Read, 0, 4096).transfer();
     assert!(matches!(transfer.status(), Status::Idle));
     end_of(&transfer).unwrap();
@@ -77,9 +91,8 @@ fn a_finished_transfer_answers_the_same_however_often_it_is_asked() {
     }
 }
 
-#[test]
-fn more_transfers_than_the_limit_wait_for_their_turn_and_all_complete() {
-    let mut config = local_config();
+fn more_transfers_than_the_limit_wait_for_their_turn_and_all_complete(config: Configuration) {
+    let mut config = config();
     config.limits.transfers = 8;
     let pair = Pair::new(1 << 20, config, "");
     for len in [1024, 256 << 10] {
@@ -98,9 +111,8 @@ fn more_transfers_than_the_limit_wait_for_their_turn_and_all_complete() {
     }
 }
 
-#[test]
-fn thousands_of_transfers_can_be_in_flight() {
-    let pair = Pair::new(4096 * 1000, local_config(), "");
+fn thousands_of_transfers_can_be_in_flight(config: Configuration) {
+    let pair = Pair::new(4096 * 1000, config(), "");
     let transfers: Vec<_> =
         (0..4000).map(|i| pair.plan(Operation::Read, i * 1000, 1000).transfer()).collect();
     for _ in 0..3 {
@@ -116,9 +128,8 @@ fn thousands_of_transfers_can_be_in_flight() {
     }
 }
 
-#[test]
-fn many_threads_can_post_at_once() {
-    let mut config = local_config();
+fn many_threads_can_post_at_once(config: Configuration) {
+    let mut config = config();
     config.limits.transfers = 6;
     let pair = Pair::new(1 << 20, config, "");
     std::thread::scope(|scope| {
@@ -215,7 +226,7 @@ fn a_transfer_that_waits_for_its_connection_can_be_cancelled() {
     let memory = Buffer::new(4096);
     let remote = memory.register(&owner, Access::READ_WRITE);
 
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.connect_timeout = BOUND;
     let engine = Engine::new("initiator", config).unwrap();
     let near = Buffer::new(4096);
@@ -235,9 +246,9 @@ fn a_transfer_that_waits_for_its_connection_can_be_cancelled() {
 }
 
 /// Cancels bulk transfers after they have begun; `after` is called at their end.
-fn cancel_in_the_middle(operation: Operation, after: impl Fn(&mut Pair)) {
+fn cancel_in_the_middle(config: Configuration, operation: Operation, after: impl Fn(&mut Pair)) {
     const LEN: usize = 32 << 20;
-    let mut pair = Pair::new(LEN, local_config(), "");
+    let mut pair = Pair::new(LEN, config(), "");
     let mut cancelled = 0;
     for round in 0..12 {
         let transfer = pair.plan(operation, 0, LEN).transfer();
@@ -274,9 +285,8 @@ fn cancel_in_the_middle(operation: Operation, after: impl Fn(&mut Pair)) {
     }
 }
 
-#[test]
-fn a_cancelled_read_writes_nothing_after_its_end() {
-    cancel_in_the_middle(Operation::Read, |pair| {
+fn a_cancelled_read_writes_nothing_after_its_end(config: Configuration) {
+    cancel_in_the_middle(config, Operation::Read, |pair| {
         pair.near.poison(0, 32 << 20);
         // What was under way comes through the same streams, before these.
         for _ in 0..20 {
@@ -287,9 +297,8 @@ fn a_cancelled_read_writes_nothing_after_its_end() {
     });
 }
 
-#[test]
-fn a_cancelled_write_reads_nothing_after_its_end() {
-    cancel_in_the_middle(Operation::Write, |pair| {
+fn a_cancelled_write_reads_nothing_after_its_end(config: Configuration) {
+    cancel_in_the_middle(config, Operation::Write, |pair| {
         // Whatever leaves from now on is pattern 8; the target has poison or pattern 3, never that.
         pair.near.fill(8, 0, 32 << 20, 0);
         for _ in 0..20 {
@@ -308,9 +317,8 @@ fn a_cancelled_write_reads_nothing_after_its_end() {
     });
 }
 
-#[test]
-fn dropping_a_transfer_in_flight_cancels_it() {
-    let pair = Pair::new(16 << 20, local_config(), "");
+fn dropping_a_transfer_in_flight_cancels_it(config: Configuration) {
+    let pair = Pair::new(16 << 20, config(), "");
     for _ in 0..20 {
         let transfer = pair.plan(Operation::Read, 0, 16 << 20).transfer();
         transfer.post().unwrap();
@@ -337,9 +345,8 @@ fn dropping_a_transfer_in_flight_cancels_it() {
     assert_eq!(in_flight, 0);
 }
 
-#[test]
-fn cancelling_what_is_not_in_flight_changes_nothing() {
-    let pair = Pair::new(4096, local_config(), "");
+fn cancelling_what_is_not_in_flight_changes_nothing(config: Configuration) {
+    let pair = Pair::new(4096, config(), "");
     let transfer = pair.plan(Operation::Read, 0, 4096).transfer();
     transfer.cancel();
     assert!(matches!(transfer.status(), Status::Idle));
@@ -373,9 +380,8 @@ fn streams_that_were_closed_because_they_were_idle_open_again() {
     assert!(closed > 0, "no stream was ever closed");
 }
 
-#[test]
-fn code_on_a_lane_awaits_its_transfers() {
-    let pair = Pair::new(2 << 20, local_config(), "");
+fn code_on_a_lane_awaits_its_transfers(config: Configuration) {
+    let pair = Pair::new(2 << 20, config(), "");
     let tasks: Vec<_> = (0..10)
         .map(|task| {
             let (offset, len) =
@@ -411,9 +417,8 @@ impl Wake for Unpark {
     }
 }
 
-#[test]
-fn an_executor_elsewhere_is_woken_by_the_end_of_a_transfer() {
-    let pair = Pair::new(1 << 20, local_config(), "");
+fn an_executor_elsewhere_is_woken_by_the_end_of_a_transfer(config: Configuration) {
+    let pair = Pair::new(1 << 20, config(), "");
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     for (round, len) in [64, 1 << 20].into_iter().cycle().take(300).enumerate() {
         let transfer = pair.plan(Operation::Read, 0, len).transfer();

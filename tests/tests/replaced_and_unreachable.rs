@@ -6,8 +6,16 @@ use std::time::{Duration, Instant};
 
 use corelane::{Access, DescriptorPair, Engine, Error, LocalSegment, Operation, Region};
 use corelane_tests::{
-    Buffer, Target, end_of, eventually, kind, local_config, peer_process, target, tcp_config,
+    Buffer, Configuration, Target, end_of, eventually, kind, local_config, over_each_transport,
+    peer_process, target, tcp_config,
 };
+
+over_each_transport!(
+    a_transfer_that_waits_for_a_connection_past_its_timeout_says_that_there_is_none,
+    unloading_a_silent_peer_need_not_wait_for_its_acknowledgements,
+    an_engine_whose_name_was_given_to_another_is_heard_no_more,
+    taking_notifications_ends_although_more_arrive,
+);
 
 const LEN: usize = 1 << 20;
 /// Nothing here takes so long unless it waits for the wrong thing.
@@ -19,9 +27,10 @@ fn plan(engine: &Engine, far: &Target, region: &Region) -> corelane::Plan {
     engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap()
 }
 
-#[test]
-fn a_transfer_that_waits_for_a_connection_past_its_timeout_says_that_there_is_none() {
-    let mut config = local_config();
+fn a_transfer_that_waits_for_a_connection_past_its_timeout_says_that_there_is_none(
+    config: Configuration,
+) {
+    let mut config = config();
     config.operation_timeout = Duration::from_millis(300);
     config.connect_timeout = FAR_TOO_LONG;
     let engine = Engine::new("near", config).unwrap();
@@ -60,9 +69,8 @@ fn the_attempt_after_a_lost_link_has_its_own_time() {
     far.process.thaw();
 }
 
-#[test]
-fn unloading_a_silent_peer_need_not_wait_for_its_acknowledgements() {
-    let mut config = local_config();
+fn unloading_a_silent_peer_need_not_wait_for_its_acknowledgements(config: Configuration) {
+    let mut config = config();
     config.linger = FAR_TOO_LONG * 2;
     config.liveness = FAR_TOO_LONG * 2;
     let engine = Engine::new("near", config).unwrap();
@@ -82,11 +90,10 @@ fn unloading_a_silent_peer_need_not_wait_for_its_acknowledgements() {
     eventually("what was said before is heard", || far.number("received") == 1);
 }
 
-#[test]
-fn an_engine_whose_name_was_given_to_another_is_heard_no_more() {
-    let near = Engine::new("near", local_config()).unwrap();
+fn an_engine_whose_name_was_given_to_another_is_heard_no_more(config: Configuration) {
+    let near = Engine::new("near", config()).unwrap();
     let (first, second) =
-        (Engine::new("far", local_config()).unwrap(), Engine::new("far", local_config()).unwrap());
+        (Engine::new("far", config()).unwrap(), Engine::new("far", config()).unwrap());
     let memory = Buffer::new(LEN);
     let region = memory.register(&first, Access::READ_WRITE);
     let own = Buffer::new(LEN);
@@ -115,9 +122,8 @@ fn an_engine_whose_name_was_given_to_another_is_heard_no_more() {
     assert!(heard.iter().all(|one| one.payload == b"from the second"), "{heard:?}");
 }
 
-#[test]
-fn taking_notifications_ends_although_more_arrive() {
-    let engine = Engine::new("near", local_config()).unwrap();
+fn taking_notifications_ends_although_more_arrive(config: Configuration) {
+    let engine = Engine::new("near", config()).unwrap();
     let myself = engine.load_peer(&engine.metadata()).unwrap();
     (0..10).for_each(|_| myself.notify(b"one").unwrap());
     eventually("ten are there", || engine.stats().pending_notifications == 10);

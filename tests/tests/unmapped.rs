@@ -3,7 +3,14 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use corelane::{Access, Engine, Error, Operation, Peer};
-use corelane_tests::{Buffer, end_of, kind, local_config, target, tcp_config};
+use corelane_tests::{
+    Buffer, Configuration, end_of, kind, over_each_transport, target, tcp_config,
+};
+
+over_each_transport!(
+    memory_that_the_initiator_has_unmapped_is_its_own_error,
+    memory_that_its_owner_has_unmapped_is_refused_to_peers_and_the_owner_lives,
+);
 
 const LEN: usize = 4 << 20;
 const SIZES: [u64; 3] = [100, 64 << 10, LEN as u64];
@@ -18,10 +25,9 @@ fn run(
     end_of(&engine.prepare(operation, peer, &[local], &[remote])?.transfer())
 }
 
-#[test]
-fn memory_that_the_initiator_has_unmapped_is_its_own_error() {
+fn memory_that_the_initiator_has_unmapped_is_its_own_error(config: Configuration) {
     let mut far = target!("far", LEN);
-    let engine = Engine::new("near", local_config()).unwrap();
+    let engine = Engine::new("near", config()).unwrap();
     let peer = engine.load_peer(&far.metadata).unwrap();
     let good = Buffer::new(LEN);
     let good_region = good.register(&engine, Access::LOCAL);
@@ -45,10 +51,11 @@ fn memory_that_the_initiator_has_unmapped_is_its_own_error() {
     far.assert_pattern(1, 0, LEN, 0);
 }
 
-#[test]
-fn memory_that_its_owner_has_unmapped_is_refused_to_peers_and_the_owner_lives() {
+fn memory_that_its_owner_has_unmapped_is_refused_to_peers_and_the_owner_lives(
+    config: Configuration,
+) {
     let mut far = target!("far", LEN);
-    let engine = Engine::new("near", local_config()).unwrap();
+    let engine = Engine::new("near", config()).unwrap();
     let peer = engine.load_peer(&far.metadata).unwrap();
     let near = Buffer::new(LEN);
     let region = near.register(&engine, Access::LOCAL);

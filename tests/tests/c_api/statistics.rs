@@ -7,31 +7,36 @@ const PEER: usize = size_of::<corelane_peer_stats>();
 
 #[test]
 fn counters_count() {
-    let pair = Pair::new(1 << 20);
-    let near = &pair.near;
-    let (read, write) = (near.prepare(CORELANE_READ, 1000), near.prepare(CORELANE_WRITE, 500));
-    for _ in 0..10 {
-        assert_eq!(run(read), CORELANE_OK);
-        assert_eq!(run(write), CORELANE_OK);
+    // What this side copies by itself, the peer does not see.
+    for (transports, served) in [("tcp", true), ("local", false)] {
+        let pair = Pair::with(1 << 20, &[("transports", transports)]);
+        let near = &pair.near;
+        let (read, write) = (near.prepare(CORELANE_READ, 1000), near.prepare(CORELANE_WRITE, 500));
+        for _ in 0..10 {
+            assert_eq!(run(read), CORELANE_OK);
+            assert_eq!(run(write), CORELANE_OK);
+        }
+        send(near.conn, b"0123456789");
+        corelane_tests::eventually("the notification is there", || {
+            pair.far.stats().pending_notifications == 1
+        });
+        let (here, there) = (near.engine.stats(), pair.far.stats());
+        assert_eq!((here.posted, here.completed, here.failed), (20, 20, 0));
+        assert_eq!((here.bytes_read, here.bytes_written), (10_000, 5_000));
+        let expected = if served { (10_000, 5_000, 20) } else { (0, 0, 0) };
+        let bytes = (there.bytes_served_read, there.bytes_served_write);
+        assert_eq!((bytes.0, bytes.1, there.requests_served), expected);
+        assert_eq!(there.requests_refused, 0);
+        assert_eq!((here.notifications_sent, there.notifications_received), (1, 1));
+        assert_eq!(there.pending_notification_bytes, 10);
+        assert_eq!((here.regions, here.peers, here.connected_peers, here.lanes), (1, 1, 1, 1));
+        assert_eq!((there.regions, there.peers, there.connected_peers), (1, 1, 1));
+        assert!(here.links_up >= 1 && here.send_calls > 0 && there.receive_calls > 0);
+        assert_eq!(pair.far.collect(1).len(), 1);
+        assert_eq!(pair.far.stats().pending_notifications, 0);
+        ok(c!(corelane_disconnect(near.conn, std::ptr::null_mut())));
+        assert_eq!(near.engine.stats().connected_peers, 0);
     }
-    send(near.conn, b"0123456789");
-    corelane_tests::eventually("the notification is there", || {
-        pair.far.stats().pending_notifications == 1
-    });
-    let (here, there) = (near.engine.stats(), pair.far.stats());
-    assert_eq!((here.posted, here.completed, here.failed), (20, 20, 0));
-    assert_eq!((here.bytes_read, here.bytes_written), (10_000, 5_000));
-    assert_eq!((there.bytes_served_read, there.bytes_served_write), (10_000, 5_000));
-    assert_eq!((there.requests_served, there.requests_refused), (20, 0));
-    assert_eq!((here.notifications_sent, there.notifications_received), (1, 1));
-    assert_eq!(there.pending_notification_bytes, 10);
-    assert_eq!((here.regions, here.peers, here.connected_peers, here.lanes), (1, 1, 1, 1));
-    assert_eq!((there.regions, there.peers, there.connected_peers), (1, 1, 1));
-    assert!(here.links_up >= 1 && here.send_calls > 0 && there.receive_calls > 0);
-    assert_eq!(pair.far.collect(1).len(), 1);
-    assert_eq!(pair.far.stats().pending_notifications, 0);
-    ok(c!(corelane_disconnect(near.conn, std::ptr::null_mut())));
-    assert_eq!(near.engine.stats().connected_peers, 0);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::remote::{LEN, Remote};
 
 #[test]
 fn the_life_of_a_transfer() {
-    let mut remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let mut remote = Remote::new("far", "liveness_ms=60000", &[TCP, ("liveness_ms", "60000")]);
     let near = &remote.near;
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
     for _ in 0..3 {
@@ -61,7 +61,7 @@ fn the_life_of_a_transfer() {
 
 #[test]
 fn a_cancelled_transfer_says_so_and_can_be_posted_again() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::new("far", "liveness_ms=60000", &[TCP, ("liveness_ms", "60000")]);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     for operation in [CORELANE_READ, CORELANE_WRITE] {
@@ -87,7 +87,7 @@ fn a_cancelled_transfer_says_so_and_can_be_posted_again() {
 
 #[test]
 fn a_transfer_released_in_flight_is_busy_until_its_memory_is_quiet() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::new("far", "liveness_ms=60000", &[TCP, ("liveness_ms", "60000")]);
     let near = &remote.near;
     for round in 0..20 {
         ok(corelane_connect(near.conn, BOUND_MS));
@@ -308,7 +308,7 @@ fn ranges_outside_registered_memory_are_refused() {
 
 #[test]
 fn all_who_wait_for_a_transfer_see_its_end() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::new("far", "liveness_ms=60000", &[TCP, ("liveness_ms", "60000")]);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
@@ -358,23 +358,25 @@ fn an_estimate_needs_a_history() {
 #[test]
 fn a_peer_process_of_the_c_api_serves_rust_and_the_other_way_round() {
     // What the other tests of this file do one way, in the other direction: here is the target.
-    let engine = Engine::new("c-target");
-    let memory = Buffer::with_pattern(6, LEN);
-    let region = engine.register(&memory, 3);
-    let mut far = peer_process!();
-    far.engine("rust-initiator", "");
-    far.region("own", LEN, "local");
-    far.load(&engine.metadata());
-    let descriptor = corelane_tests::to_hex(&descriptor_of(region));
-    far.ask(&format!("read c-target own 0 {descriptor} 0 {LEN} 68656c6c6f"));
-    far.ask(&format!("check own 6 0 {LEN} 0"));
-    assert_eq!(engine.collect(1), [("rust-initiator".to_owned(), b"hello".to_vec())]);
-    let stats = engine.stats();
-    assert_eq!((stats.bytes_served_read, stats.requests_refused), (LEN as u64, 0));
-    ok(corelane_mr_destroy(region));
-    let error = far.try_ask(&format!("read c-target own 0 {descriptor} 0 64")).unwrap_err();
-    assert!(error.starts_with("Permission"), "{error}");
-    assert_eq!(engine.stats().requests_refused, 1);
+    for (transports, bytes_served, refused) in [("tcp", LEN as u64, 1), ("local", 0, 0)] {
+        let engine = Engine::with("c-target", &[("transports", transports)]);
+        let memory = Buffer::with_pattern(6, LEN);
+        let region = engine.register(&memory, 3);
+        let mut far = peer_process!();
+        far.engine("rust-initiator", "");
+        far.region("own", LEN, "local");
+        far.load(&engine.metadata());
+        let descriptor = corelane_tests::to_hex(&descriptor_of(region));
+        far.ask(&format!("read c-target own 0 {descriptor} 0 {LEN} 68656c6c6f"));
+        far.ask(&format!("check own 6 0 {LEN} 0"));
+        assert_eq!(engine.collect(1), [("rust-initiator".to_owned(), b"hello".to_vec())]);
+        let stats = engine.stats();
+        assert_eq!((stats.bytes_served_read, stats.requests_refused), (bytes_served, 0));
+        ok(corelane_mr_destroy(region));
+        let error = far.try_ask(&format!("read c-target own 0 {descriptor} 0 64")).unwrap_err();
+        assert!(error.starts_with("Permission"), "{error}");
+        assert_eq!(engine.stats().requests_refused, refused);
+    }
 }
 
 #[test]
