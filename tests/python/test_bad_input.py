@@ -10,7 +10,7 @@ from nixl import _bindings
 
 from harness.peers import take_notifications
 from harness.remote import TESTS_DIRECTORY
-from harness.sides import BACKEND, assert_bytes, at
+from harness.sides import BACKEND, TCP, assert_bytes, at
 
 PAGE = 4096
 
@@ -82,7 +82,7 @@ def test_indices_outside_of_a_prepared_list(pair):
 def test_a_transfer_posted_while_it_runs(make_side, make_peer):
     length = 32 << 20
     peer = make_peer("prefill", length, seed=3)
-    side = make_side("decode", length)
+    side = make_side("decode", length, options=TCP)
     side.agent.add_remote_agent(peer.metadata)
     side.run("READ", [(0, 1)], peer.base, [(0, 1)], peer.name)
     peer.remote.stop()

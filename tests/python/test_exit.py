@@ -10,7 +10,7 @@ import time
 import pytest
 
 from harness.peers import take_notifications
-from harness.sides import Side, assert_bytes
+from harness.sides import TCP, Side, assert_bytes
 
 MIB = 1 << 20
 
@@ -42,7 +42,7 @@ def test_with_transfers_in_flight(make_process, make_peer):
 def test_with_transfers_to_a_stopped_peer(make_process, make_peer):
     peer = make_peer("prefill", 64 * MIB, seed=3)
     process = make_process()
-    process.call(hold_agents, peer.metadata, peer.name, peer.base)
+    process.call(hold_agents, peer.metadata, peer.name, peer.base, TCP)
     peer.remote.stop()
     process.call(hold_more_transfers, peer.name, peer.base)
     assert process.end(60) == 0
@@ -94,9 +94,9 @@ def hold_lonely_agent(state) -> None:
     state.side = Side("lonely")
 
 
-def hold_agents(state, metadata: bytes, name: str, base: int) -> None:
+def hold_agents(state, metadata: bytes, name: str, base: int, options: dict[str, str] | None = None) -> None:
     """Two agents that know a peer, one another and themselves, and have used it all."""
-    state.side, state.second = Side("decode", 64 * MIB), Side("second", MIB)
+    state.side, state.second = Side("decode", 64 * MIB, options=options), Side("second", MIB)
     state.side.agent.add_remote_agent(metadata)
     state.side.agent.add_remote_agent(state.second.metadata())
     state.second.agent.add_remote_agent(metadata)

@@ -10,7 +10,7 @@ import pytest
 from nixl import _bindings
 
 from harness.peers import Peer, close_side, take_notifications
-from harness.sides import BACKEND, Side, assert_bytes, pattern
+from harness.sides import BACKEND, TCP, Side, assert_bytes, pattern
 from harness.waiting import wait_until
 
 MIB = 1 << 20
@@ -69,7 +69,7 @@ def stays_quiet(side: Side) -> None:
 @pytest.mark.versions
 @pytest.mark.parametrize("operation", ["READ", "WRITE"])
 def test_a_killed_peer_fails_its_transfers_and_comes_back(make_side, make_peer, make_process, operation):
-    side = make_side("decode", LENGTH)
+    side = make_side("decode", LENGTH, options=TCP)
     name = ""
     for life in range(3):
         peer = make_peer("prefill", LENGTH, seed=life) if life == 0 else Peer(make_process())
@@ -94,7 +94,7 @@ def test_a_killed_peer_fails_its_transfers_and_comes_back(make_side, make_peer, 
 def test_many_transfers_in_flight_all_fail(make_side, make_peer):
     count, block = 200, 32_768
     peer = make_peer("prefill", count * block, seed=1)
-    side = make_side("decode", count * block)
+    side = make_side("decode", count * block, options=TCP)
     side.agent.add_remote_agent(peer.metadata)
     reads_all(side, peer)
     peer.remote.stop()
@@ -159,7 +159,7 @@ def test_notifications_to_a_killed_peer_become_errors(make_side, make_peer):
 def test_a_stopped_peer_is_given_up_and_taken_back(make_side, make_peer):
     """It keeps its sockets open and says nothing: only the liveness timeout can tell."""
     peer = make_peer("prefill", LENGTH, seed=2)
-    side = make_side("decode", LENGTH, options=SOON)
+    side = make_side("decode", LENGTH, options=SOON | TCP)
     side.agent.add_remote_agent(peer.metadata)
     reads_all(side, peer)
     peer.remote.stop()
@@ -180,7 +180,7 @@ def test_a_stopped_peer_is_given_up_and_taken_back(make_side, make_peer):
 @pytest.mark.parametrize("life", ["peer alive", "peer stopped"])
 def test_a_transfer_released_in_flight(make_side, make_peer, life):
     peer = make_peer("prefill", 4 * LENGTH, seed=3)
-    side = make_side("decode", 4 * LENGTH, options=SOON)
+    side = make_side("decode", 4 * LENGTH, options=SOON | TCP if life == "peer stopped" else SOON)
     side.agent.add_remote_agent(peer.metadata)
     reads_all(side, peer)
     if life == "peer stopped":
@@ -227,8 +227,9 @@ def test_a_peer_removed_with_transfers_in_flight(make_side, make_peer):
 def test_an_agent_ended_with_transfers_in_flight(make_side, make_peer, life):
     """The handles were dropped, not released: the end of the agent waits until its memory is quiet."""
     peer = make_peer("prefill", 4 * LENGTH, seed=10)
+    options = SOON | TCP if life == "peer stopped" else SOON
     for turn in range(2):
-        side = Side(f"ends-{turn}-{peer.name}", 4 * LENGTH, options=SOON)
+        side = Side(f"ends-{turn}-{peer.name}", 4 * LENGTH, options=options)
         side.agent.add_remote_agent(peer.metadata)
         reads_all(side, peer)
         if life == "peer stopped":
@@ -309,7 +310,7 @@ def test_an_agent_that_ends_in_order_is_gone_for_its_peers(make_side, make_peer)
 
 def test_one_broken_peer_never_disturbs_another(make_side, make_peer):
     good, bad = make_peer("good", MIB, seed=8), make_peer("bad", LENGTH, seed=9)
-    side = make_side("decode", LENGTH, options=SOON)
+    side = make_side("decode", LENGTH, options=SOON | TCP)
     side.agent.add_remote_agent(good.metadata)
     side.agent.add_remote_agent(bad.metadata)
     reads_all(side, bad)

@@ -135,6 +135,16 @@ impl PeerProcess {
         self.ask(command).parse().expect("a number")
     }
 
+    /// Waits until it has stopped, or ended: `state` of waitid. It stays to be waited for.
+    fn wait_for(&self, state: i32) {
+        // SAFETY: an all-zero value is valid, and overwritten by the kernel.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let options = state | libc::WNOWAIT;
+        // SAFETY: our own child; `info` is ours to write to.
+        let result = unsafe { libc::waitid(libc::P_PID, self.id(), &raw mut info, options) };
+        assert_eq!(result, 0, "waiting for the process");
+    }
+
     fn signal(&self, signal: i32) {
         // SAFETY: a signal to our own child, which has not been waited for.
         let result = unsafe { libc::kill(self.child.id() as i32, signal) };
@@ -144,12 +154,7 @@ impl PeerProcess {
     /// Stops it from running (SIGSTOP), and waits until all its threads have stopped.
     pub fn freeze(&self) {
         self.signal(libc::SIGSTOP);
-        // SAFETY: an all-zero value is valid, and overwritten by the kernel.
-        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        let options = libc::WSTOPPED | libc::WNOWAIT;
-        // SAFETY: our own child; `info` is ours to write to.
-        let result = unsafe { libc::waitid(libc::P_PID, self.id(), &raw mut info, options) };
-        assert_eq!(result, 0, "waiting for the process to stop");
+        self.wait_for(libc::WSTOPPED);
     }
 
     /// Lets it run again (SIGCONT).
@@ -160,6 +165,12 @@ impl PeerProcess {
     /// Kills it (SIGKILL), without waiting for its end.
     pub fn kill(&self) {
         self.signal(libc::SIGKILL);
+    }
+
+    /// Kills it, and waits for its end: its memory is out of reach, too.
+    pub fn end(&self) {
+        self.kill();
+        self.wait_for(libc::WEXITED);
     }
 }
 

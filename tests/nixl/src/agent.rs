@@ -29,6 +29,10 @@ impl Default for Settings {
     }
 }
 
+/// The parameter of a backend that moves bytes with the help of its peers, and not by itself: one that stands still is
+/// waited for.
+pub const TCP: (&str, &str) = ("transports", "tcp");
+
 /// Settings with parameters of the backend.
 pub fn params(list: &[(&str, &str)]) -> Settings {
     let params = list.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();

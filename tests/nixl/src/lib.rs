@@ -20,7 +20,7 @@ mod status;
 mod target;
 mod wait;
 
-pub use agent::{Agent, Settings, params};
+pub use agent::{Agent, Settings, TCP, params};
 pub use couple::Couple;
 pub use environment::{backend, plugin_file, require_nixl, shared_core, wheel_plugin};
 pub use layouts::{Handle, MetaDescriptor, Metadata, descriptor};

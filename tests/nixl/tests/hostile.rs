@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use corelane_nixl_tests::{
-    Agent, Notify, Operation, Settings, Status, Target, assert_quiet, collect, params,
+    Agent, Notify, Operation, Settings, Status, TCP, Target, assert_quiet, collect, params,
     peer_process, range, target,
 };
 use corelane_tests::{BOUND, Buffer, PeerProcess, Random, to_hex};
@@ -202,32 +202,37 @@ fn assert_quiet_memory(memory: &Buffer) {
 
 #[test]
 fn a_target_takes_its_memory_back_while_it_is_written() {
-    let (agent, memory, mut writer) = hammered(&Settings::default());
-    agent.deregister(&memory).unwrap();
-    assert_quiet_memory(&memory);
-    let answer = writer.process.try_ask("stop-hammers").unwrap_err();
-    assert!(answer.contains("NOT_ALLOWED"), "{answer}");
+    for settings in [Settings::default(), params(&[TCP])] {
+        let (agent, memory, mut writer) = hammered(&settings);
+        agent.deregister(&memory).unwrap();
+        assert_quiet_memory(&memory);
+        let answer = writer.process.try_ask("stop-hammers").unwrap_err();
+        assert!(answer.contains("NOT_ALLOWED"), "{answer}");
+    }
 }
 
 #[test]
 fn a_target_takes_its_memory_back_from_an_initiator_that_died() {
-    let (agent, memory, writer) = hammered(&Settings::default());
-    writer.process.kill();
-    agent.deregister(&memory).unwrap();
-    assert_quiet_memory(&memory);
-    // And serves the next one.
-    agent.register(&memory);
-    let mut writer = target!("writer", memory.len());
-    writer.load(&agent);
-    let (at, len) = (memory.address(0), memory.len());
-    writer.process.ask(&format!("write target r 0 {at} {len} 01"));
-    memory.assert_pattern(1, 0, len, 0);
-    assert_eq!(collect(&agent, 1)[0].payload, [1]);
+    for settings in [Settings::default(), params(&[TCP])] {
+        let (agent, memory, writer) = hammered(&settings);
+        writer.process.kill();
+        agent.deregister(&memory).unwrap();
+        assert_quiet_memory(&memory);
+        // And serves the next one.
+        agent.register(&memory);
+        let mut writer = target!("writer", memory.len());
+        writer.load(&agent);
+        let (at, len) = (memory.address(0), memory.len());
+        writer.process.ask(&format!("write target r 0 {at} {len} 01"));
+        memory.assert_pattern(1, 0, len, 0);
+        assert_eq!(collect(&agent, 1)[0].payload, [1]);
+    }
 }
 
 #[test]
 fn a_target_takes_its_memory_back_from_an_initiator_that_is_stopped() {
-    let settings = params(&[("liveness_ms", "1000"), ("deregister_timeout_ms", "20000")]);
+    // Over `local` it writes by itself, and what it has begun before it was stopped nobody can take from it.
+    let settings = params(&[TCP, ("liveness_ms", "1000"), ("deregister_timeout_ms", "20000")]);
     let (agent, memory, mut writer) = hammered(&settings);
     writer.process.freeze();
     agent.deregister(&memory).unwrap();
@@ -240,12 +245,14 @@ fn a_target_takes_its_memory_back_from_an_initiator_that_is_stopped() {
 
 #[test]
 fn a_target_ends_while_it_is_written() {
-    let (agent, memory, mut writer) = hammered(&Settings::default());
-    drop(agent);
-    assert_quiet_memory(&memory);
-    let answer = writer.process.try_ask("stop-hammers").unwrap_err();
-    let words = ["REMOTE_DISCONNECT", "NOT_ALLOWED"];
-    assert!(words.iter().any(|word| answer.contains(word)), "{answer}");
+    for settings in [Settings::default(), params(&[TCP])] {
+        let (agent, memory, mut writer) = hammered(&settings);
+        drop(agent);
+        assert_quiet_memory(&memory);
+        let answer = writer.process.try_ask("stop-hammers").unwrap_err();
+        let words = ["REMOTE_DISCONNECT", "NOT_ALLOWED"];
+        assert!(words.iter().any(|word| answer.contains(word)), "{answer}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 20] = [
+const OPTIONS: [&str; 21] = [
     "lanes",
     "spin_us",
     "assist",
@@ -22,6 +22,7 @@ const OPTIONS: [&str; 20] = [
     "chunk_bytes",
     "latency_bytes",
     "inline_bytes",
+    "inline_copy_bytes",
     "liveness_ms",
     "operation_timeout_ms",
     "connect_timeout_ms",
@@ -268,18 +269,26 @@ fn the_environment_sets_options_and_a_parameter_wins() {
 fn one_line_says_how_the_engine_runs_and_one_says_how_it_is_connected() {
     let mut far = Process::start(&[]);
     assert!(far.does("agent far log_level=off listen=127.0.0.1"));
+    let address = far.answer("region r 64");
     let metadata = far.answer("metadata");
-    let mut process = Process::start(&[]);
-    assert!(process.does("agent a log_level=info"));
-    assert!(process.does(&format!("load {metadata}")));
-    assert!(process.does("connect far"));
-    let log = process.log();
-    let ours: Vec<&str> = log.lines().filter(|line| line.contains(" corelane ")).collect();
-    let says = |words: &[&str]| {
-        ours.iter().filter(|line| words.iter().all(|word| line.contains(word))).count()
-    };
-    assert!(says(&["lane", "core", "tcp"]) >= 1, "no line on lanes, cores, transports: {log}");
-    assert!(says(&["far", "tcp"]) >= 1, "no line on the connection: {log}");
+    for transport in ["local", "tcp"] {
+        let mut process = Process::start(&[]);
+        assert!(process.does(&format!("agent a log_level=info transports={transport}")));
+        assert!(process.does(&format!("load {metadata}")));
+        assert!(process.does("region r 64"));
+        // By then it is known which way the bytes go.
+        assert!(process.does(&format!("read far r 0 {address} 64")));
+        let log = process.log();
+        let ours: Vec<&str> = log.lines().filter(|line| line.contains(" corelane ")).collect();
+        let says = |words: &[&str]| {
+            ours.iter().filter(|line| words.iter().all(|word| line.contains(word))).count()
+        };
+        assert!(
+            says(&["lane", "core", transport]) >= 1,
+            "no line on lanes, cores, transports: {log}"
+        );
+        assert!(says(&["far", transport]) >= 1, "no line on the connection: {log}");
+    }
 }
 
 #[test]

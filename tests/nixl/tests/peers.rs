@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 
 use corelane_nixl_tests::{
-    Agent, Notify, Operation, Request, Settings, Status, Target, assert_quiet, collect, params,
-    peer_process, range, target,
+    Agent, Notify, Operation, Request, Settings, Status, TCP, Target, assert_quiet, collect,
+    params, peer_process, range, target,
 };
 use corelane_tests::{BOUND, Buffer, open_files, to_hex};
 
@@ -76,21 +76,23 @@ fn a_peer_killed_between_prepare_and_post() {
 
 #[test]
 fn a_connected_peer_killed_between_two_posts() {
-    let mut far = target!("target", LEN);
-    let (agent, near) = initiator(&mut far, &Settings::default());
-    let request = whole(&agent, &near, &far, Operation::Read);
-    request.run().unwrap();
-    far.process.kill();
-    assert_eq!(request.run(), Err(Status::REMOTE_DISCONNECT));
-    forget(&agent, "target", &request);
-    works_again(&agent, &near, "target");
+    for settings in [Settings::default(), params(&[TCP])] {
+        let mut far = target!("target", LEN);
+        let (agent, near) = initiator(&mut far, &settings);
+        let request = whole(&agent, &near, &far, Operation::Read);
+        request.run().unwrap();
+        far.process.end();
+        assert_eq!(request.run(), Err(Status::REMOTE_DISCONNECT));
+        forget(&agent, "target", &request);
+        works_again(&agent, &near, "target");
+    }
 }
 
 #[test]
 fn a_peer_killed_after_post() {
     for operation in [Operation::Read, Operation::Write] {
         let mut far = target!("target", LEN);
-        let (agent, near) = initiator(&mut far, &params(&[("liveness_ms", "60000")]));
+        let (agent, near) = initiator(&mut far, &params(&[TCP, ("liveness_ms", "60000")]));
         let request = whole(&agent, &near, &far, operation);
         request.run_with(Notify::None).unwrap();
         near.fill(4, 0, LEN, 0);
@@ -113,7 +115,7 @@ fn a_peer_killed_after_post() {
 #[test]
 fn a_peer_killed_under_many_transfers_ends_all_of_them() {
     let mut far = target!("target", LEN);
-    let (agent, near) = initiator(&mut far, &Settings::default());
+    let (agent, near) = initiator(&mut far, &params(&[TCP]));
     let requests: Vec<_> = (0..64)
         .map(|i| {
             let (at, len) = (i * (LEN / 64), LEN / 64);
@@ -142,7 +144,7 @@ fn a_peer_killed_under_many_transfers_ends_all_of_them() {
 #[test]
 fn a_peer_stopped_past_the_liveness_timeout() {
     let mut far = target!("target", LEN);
-    let (agent, near) = initiator(&mut far, &params(&[("liveness_ms", "300")]));
+    let (agent, near) = initiator(&mut far, &params(&[TCP, ("liveness_ms", "300")]));
     let request = whole(&agent, &near, &far, Operation::Read);
     request.run().unwrap();
     far.process.freeze();
@@ -162,7 +164,7 @@ fn a_peer_stopped_past_the_liveness_timeout() {
 #[test]
 fn a_peer_stopped_for_a_moment_is_waited_for() {
     let mut far = target!("target", LEN);
-    let (agent, near) = initiator(&mut far, &params(&[("liveness_ms", "20000")]));
+    let (agent, near) = initiator(&mut far, &params(&[TCP, ("liveness_ms", "20000")]));
     let request = whole(&agent, &near, &far, Operation::Read);
     request.run().unwrap();
     near.poison(0, LEN);
@@ -343,6 +345,7 @@ fn forgetting_a_peer_ends_what_is_in_flight_with_it() {
     let (agent, near) = initiator(
         &mut far,
         &params(&[
+            TCP,
             ("liveness_ms", "60000"),
             ("operation_timeout_ms", "2000"),
             ("linger_ms", "100"),
@@ -397,7 +400,7 @@ fn a_peer_forgotten_and_loaded_again_a_hundred_times() {
 #[test]
 fn one_dead_peer_does_not_disturb_another() {
     let (mut good, mut bad) = (target!("good", LEN), target!("bad", LEN));
-    let (agent, near) = initiator(&mut good, &Settings::default());
+    let (agent, near) = initiator(&mut good, &params(&[TCP]));
     bad.introduce_to(&agent);
     let doomed = whole(&agent, &near, &bad, Operation::Read);
     doomed.run().unwrap();

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use corelane_nixl_tests::{
-    Agent, Notify, Operation, Request, Settings, Status, assert_quiet, collect, params, range,
+    Agent, Notify, Operation, Request, Settings, Status, TCP, assert_quiet, collect, params, range,
     target,
 };
 use corelane_tests::{Buffer, Random};
@@ -99,7 +99,7 @@ fn many_requests_at_once() {
 #[test]
 fn posting_while_in_flight_is_refused_and_harmless() {
     let far = target!("target", 32 << 20);
-    let settings = params(&[("liveness_ms", "60000")]);
+    let settings = params(&[TCP, ("liveness_ms", "60000")]);
     let (agent, near) = (Agent::with("initiator", &settings), Buffer::new(32 << 20));
     agent.register(&near);
     let mut far = far;
@@ -170,7 +170,7 @@ fn after_a_release_in_flight_the_memory_is_quiet() {
 fn a_release_while_the_peer_is_stopped_is_bounded_and_leaves_the_memory_quiet() {
     let len = 32 << 20;
     let mut far = target!("target", len);
-    let settings = params(&[("liveness_ms", "60000"), ("operation_timeout_ms", "1000")]);
+    let settings = params(&[TCP, ("liveness_ms", "60000"), ("operation_timeout_ms", "1000")]);
     let (agent, near) = (Agent::with("initiator", &settings), Buffer::new(len));
     agent.register(&near);
     far.introduce_to(&agent);
@@ -190,7 +190,7 @@ fn a_release_while_the_peer_is_stopped_is_bounded_and_leaves_the_memory_quiet() 
 #[test]
 fn a_release_in_flight_sends_no_notification_afterwards() {
     let mut far = target!("target", 32 << 20);
-    let settings = params(&[("liveness_ms", "60000"), ("operation_timeout_ms", "1000")]);
+    let settings = params(&[TCP, ("liveness_ms", "60000"), ("operation_timeout_ms", "1000")]);
     let (agent, near) = (Agent::with("initiator", &settings), Buffer::new(32 << 20));
     agent.register(&near);
     far.introduce_to(&agent);
@@ -249,7 +249,7 @@ fn memory_is_quiet_once_it_is_deregistered() {
 fn with_a_stuck_read(end: impl FnOnce(Agent, &Buffer, &str)) {
     let len = 32 << 20;
     let mut far = target!("target", len);
-    let settings = params(&[("liveness_ms", "60000"), ("operation_timeout_ms", "1000")]);
+    let settings = params(&[TCP, ("liveness_ms", "60000"), ("operation_timeout_ms", "1000")]);
     let (agent, near) = (Agent::with("initiator", &settings), Buffer::new(len));
     agent.register(&near);
     far.introduce_to(&agent);

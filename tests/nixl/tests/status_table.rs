@@ -6,7 +6,8 @@
 use std::net::{Ipv4Addr, TcpListener};
 
 use corelane_nixl_tests::{
-    Engine, Handle, MetaDescriptor, Metadata, Operation, Status, descriptor, peer_process, range,
+    Engine, Handle, MetaDescriptor, Metadata, Operation, Status, TCP, descriptor, peer_process,
+    range,
 };
 use corelane_tests::{Buffer, PeerProcess, forge_secret, from_hex};
 
@@ -114,21 +115,23 @@ fn free_port() -> u16 {
 
 #[test]
 fn a_dead_peer() {
-    let setup = Setup::new(&[], "");
-    setup.assert_works();
-    let handle = setup.prepare().unwrap();
-    setup.process.kill();
-    assert_eq!(setup.end(handle), Status::REMOTE_DISCONNECT);
-    // Whoever asks for more gets the same.
-    assert_eq!(setup.transfer(), Status::REMOTE_DISCONNECT);
-    assert_eq!(setup.a.connect("b"), Status::REMOTE_DISCONNECT);
-    setup.a.release_for_good(handle);
-    setup.assert_works_with_another();
+    for transports in ["local", "tcp"] {
+        let setup = Setup::new(&[("transports", transports)], "");
+        setup.assert_works();
+        let handle = setup.prepare().unwrap();
+        setup.process.end();
+        assert_eq!(setup.end(handle), Status::REMOTE_DISCONNECT);
+        // Whoever asks for more gets the same.
+        assert_eq!(setup.transfer(), Status::REMOTE_DISCONNECT);
+        assert_eq!(setup.a.connect("b"), Status::REMOTE_DISCONNECT);
+        setup.a.release_for_good(handle);
+        setup.assert_works_with_another();
+    }
 }
 
 #[test]
 fn a_peer_that_dies_in_the_middle() {
-    let setup = Setup::new(&[("liveness_ms", "60000")], "");
+    let setup = Setup::new(&[TCP, ("liveness_ms", "60000")], "");
     setup.assert_works();
     let handle = setup.prepare().unwrap();
     setup.process.freeze();
@@ -142,10 +145,7 @@ fn a_peer_that_dies_in_the_middle() {
 #[test]
 fn a_peer_that_refuses_connections() {
     let setup = Setup::new(&[], "");
-    setup.process.kill();
-    corelane_tests::eventually("its port is closed", || {
-        corelane_tests::open_files(setup.process.id()) == 0
-    });
+    setup.process.end();
     assert_eq!(setup.a.connect("b"), Status::REMOTE_DISCONNECT);
     assert_eq!(setup.transfer(), Status::REMOTE_DISCONNECT);
     setup.assert_works_with_another();
@@ -154,7 +154,7 @@ fn a_peer_that_refuses_connections() {
 #[test]
 fn a_peer_out_of_reach() {
     // An address that is for documentation.
-    let setup = Setup::new(&[("connect_timeout_ms", "500")], "advertise=198.51.100.1:9");
+    let setup = Setup::new(&[TCP, ("connect_timeout_ms", "500")], "advertise=198.51.100.1:9");
     assert_eq!(setup.transfer(), Status::REMOTE_DISCONNECT);
     assert_eq!(setup.a.connect("b"), Status::REMOTE_DISCONNECT);
     setup.assert_works_with_another();
@@ -162,7 +162,7 @@ fn a_peer_out_of_reach() {
 
 #[test]
 fn a_silent_peer() {
-    let setup = Setup::new(&[("liveness_ms", "300")], "");
+    let setup = Setup::new(&[TCP, ("liveness_ms", "300")], "");
     setup.assert_works();
     let handle = setup.prepare().unwrap();
     setup.process.freeze();
@@ -184,7 +184,7 @@ fn a_peer_that_was_silent_before_anybody_connected() {
 fn a_restarted_peer() {
     let port = free_port();
     let theirs = format!("listen=127.0.0.1 port_range={port}");
-    let mut setup = Setup::new(&[], &theirs);
+    let mut setup = Setup::new(&[TCP], &theirs);
     setup.assert_works();
     let handle = setup.prepare().unwrap();
     setup.process = peer_process!();
@@ -233,7 +233,7 @@ fn a_peer_that_refuses_the_secret() {
 
 #[test]
 fn an_operation_that_takes_too_long_while_the_peer_lives() {
-    let setup = Setup::new(&[("liveness_ms", "60000"), ("operation_timeout_ms", "700")], "");
+    let setup = Setup::new(&[TCP, ("liveness_ms", "60000"), ("operation_timeout_ms", "700")], "");
     setup.assert_works();
     let handle = setup.prepare().unwrap();
     setup.process.freeze();
@@ -358,7 +358,8 @@ fn a_stale_key() {
 
 #[test]
 fn our_own_disconnect() {
-    let params = [("liveness_ms", "60000"), ("operation_timeout_ms", "2000"), ("linger_ms", "50")];
+    let params =
+        [TCP, ("liveness_ms", "60000"), ("operation_timeout_ms", "2000"), ("linger_ms", "50")];
     let setup = Setup::new(&params, "");
     setup.assert_works();
     let handle = setup.prepare().unwrap();
@@ -377,7 +378,7 @@ fn our_own_disconnect() {
 
 #[test]
 fn our_own_release() {
-    let params = [("liveness_ms", "60000"), ("operation_timeout_ms", "2000")];
+    let params = [TCP, ("liveness_ms", "60000"), ("operation_timeout_ms", "2000")];
     let setup = Setup::new(&params, "");
     setup.assert_works();
     let handle = setup.prepare().unwrap();

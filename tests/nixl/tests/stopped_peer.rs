@@ -8,9 +8,11 @@ use corelane_nixl_tests::{
 use corelane_tests::{Buffer, to_hex};
 
 const LEN: usize = 32 << 20;
+const BOTH: [&str; 2] = ["local", "tcp"];
 
-fn patient() -> Settings {
+fn patient(transports: &str) -> Settings {
     params(&[
+        ("transports", transports),
         ("liveness_ms", "600000"),
         ("operation_timeout_ms", "600000"),
         ("connect_timeout_ms", "600000"),
@@ -19,35 +21,37 @@ fn patient() -> Settings {
 
 #[test]
 fn loading_preparing_posting_and_asking() {
-    let mut far = target!("target", LEN);
-    let metadata = far.metadata();
-    far.process.freeze();
-    let (agent, near) = (Agent::with("initiator", &patient()), Buffer::new(LEN));
-    agent.register(&near);
-    assert_eq!(agent.load(&metadata).as_deref(), Ok("target"));
-    let lists = ([range(&near, 0, LEN)], [far.range(0, LEN)]);
-    let request = agent.prepare(Operation::Read, &lists.0, "target", &lists.1).unwrap();
-    assert_eq!(request.post(Notify::With(b"bound")), Status::IN_PROGRESS);
-    agent.notify("target", b"free").unwrap();
-    for _ in 0..1000 {
-        assert_eq!(request.status(), Status::IN_PROGRESS);
-        assert!(agent.notifications().is_empty());
+    for transports in BOTH {
+        let mut far = target!("target", LEN);
+        let metadata = far.metadata();
+        far.process.freeze();
+        let (agent, near) = (Agent::with("initiator", &patient(transports)), Buffer::new(LEN));
+        agent.register(&near);
+        assert_eq!(agent.load(&metadata).as_deref(), Ok("target"));
+        let lists = ([range(&near, 0, LEN)], [far.range(0, LEN)]);
+        let request = agent.prepare(Operation::Read, &lists.0, "target", &lists.1).unwrap();
+        assert_eq!(request.post(Notify::With(b"bound")), Status::IN_PROGRESS);
+        agent.notify("target", b"free").unwrap();
+        for _ in 0..1000 {
+            assert_eq!(request.status(), Status::IN_PROGRESS);
+            assert!(agent.notifications().is_empty());
+        }
+        far.process.thaw();
+        request.wait().unwrap();
+        near.assert_pattern(1, 0, LEN, 0);
+        let answer = far.process.ask("take 2");
+        for payload in [b"bound".as_slice(), b"free"] {
+            assert!(answer.contains(&format!("initiator:{}", to_hex(payload))), "{answer}");
+        }
+        far.process.ask("quiet");
     }
-    far.process.thaw();
-    request.wait().unwrap();
-    near.assert_pattern(1, 0, LEN, 0);
-    let answer = far.process.ask("take 2");
-    for payload in [b"bound".as_slice(), b"free"] {
-        assert!(answer.contains(&format!("initiator:{}", to_hex(payload))), "{answer}");
-    }
-    far.process.ask("quiet");
 }
 
 #[test]
 fn notifying_before_and_after_there_is_a_connection() {
-    for connected in [false, true] {
+    for (connected, transports) in [false, true].into_iter().flat_map(|c| BOTH.map(|t| (c, t))) {
         let mut far = target!("target", 64);
-        let agent = Agent::with("initiator", &patient());
+        let agent = Agent::with("initiator", &patient(transports));
         far.introduce_to(&agent);
         if connected {
             agent.connect("target").unwrap();
@@ -67,7 +71,7 @@ fn notifying_before_and_after_there_is_a_connection() {
 #[test]
 fn the_first_release_returns_at_once_and_the_second_waits_for_quiet_memory() {
     let mut far = target!("target", LEN);
-    let (agent, near) = (Agent::with("initiator", &patient()), Buffer::new(LEN));
+    let (agent, near) = (Agent::with("initiator", &patient("tcp")), Buffer::new(LEN));
     agent.register(&near);
     far.introduce_to(&agent);
     let lists = ([range(&near, 0, LEN)], [far.range(0, LEN)]);
@@ -94,7 +98,7 @@ fn the_first_release_returns_at_once_and_the_second_waits_for_quiet_memory() {
 #[test]
 fn other_peers_and_the_agent_itself() {
     let (mut stopped, mut good) = (target!("stopped", LEN), target!("good", LEN));
-    let (agent, near) = (Agent::with("initiator", &patient()), Buffer::new(LEN));
+    let (agent, near) = (Agent::with("initiator", &patient("tcp")), Buffer::new(LEN));
     agent.register(&near);
     stopped.introduce_to(&agent);
     good.introduce_to(&agent);

@@ -14,6 +14,9 @@ from harness.waiting import PATIENCE_SECONDS, wait_until
 BACKEND = os.environ.get("CORELANE_TEST_BACKEND", "CORELANE")
 """Another one shows whether a test asks for what NIXL promises or for what this plugin does."""
 
+TCP = {"transports": "tcp"} if BACKEND == "CORELANE" else {}
+"""Options of a side that moves bytes with the help of its peers and not by itself: one that stands still is waited for."""
+
 Range = tuple[int, int]
 """Offset and length within a side's buffer, in bytes."""
 
