@@ -154,8 +154,11 @@ fn nobody_there_cannot_be_connected() {
 
 #[test]
 fn disconnecting_cancels_and_unloading_ends_transfers() {
-    let remote =
-        Remote::over_tcp("far", "liveness_ms=60000", &[("liveness_ms", "60000"), ("linger_ms", "100")]);
+    let remote = Remote::over_tcp(
+        "far",
+        "liveness_ms=60000",
+        &[("liveness_ms", "60000"), ("linger_ms", "100")],
+    );
     let near = &remote.near;
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
     for _ in 0..3 {
