@@ -18,6 +18,8 @@ OPTIONS = {
     "spin_us",
     "assist",
     "transports",
+    "strict_writes",
+    "ptracer",
     "listen",
     "interface",
     "port_range",
@@ -26,6 +28,7 @@ OPTIONS = {
     "chunk_bytes",
     "latency_bytes",
     "inline_bytes",
+    "inline_copy_bytes",
     "liveness_ms",
     "operation_timeout_ms",
     "connect_timeout_ms",
@@ -69,6 +72,8 @@ def test_every_option_is_listed_with_its_default(make_side):
     listed = side.agent.get_plugin_params(BACKEND)
     assert OPTIONS <= set(listed)
     assert listed["lanes"] == "auto"
+    assert listed["transports"] == "local,rdma,tcp"
+    assert (listed["strict_writes"], listed["ptracer"]) == ("false", "unchanged")
 
 
 def test_the_listed_defaults_are_values_that_are_taken(make_side, make_peer):
@@ -91,6 +96,9 @@ def test_nothing_given_is_right(make_side, make_any_peer):
         {"assist": "never"},
         {"assist": "always", "spin_us": "1000"},
         {"transports": "tcp"},
+        {"transports": "local"},
+        {"transports": "local,tcp", "strict_writes": "true"},
+        {"transports": "local", "ptracer": "any"},
         {"listen": "127.0.0.1"},
         {"interface": "lo"},
         {"streams": "2", "chunk_bytes": "64K", "latency_bytes": "4K", "inline_bytes": "0"},
@@ -134,6 +142,9 @@ def test_an_empty_parameter_leaves_it_to_the_environment(make_process, unique):
         ("spin_us", "-1"),
         ("assist", "perhaps"),
         ("transports", "tcp,pigeon"),
+        ("transports", "rdma"),
+        ("strict_writes", "maybe"),
+        ("ptracer", "everyone"),
         ("listen", "not an address"),
         ("interface", "nonesuch0"),
         ("port_range", "9-8"),

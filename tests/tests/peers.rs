@@ -90,7 +90,7 @@ fn every_transfer_to_a_killed_peer_ends_in_an_error_and_others_are_served(config
         let answers = round % 2 == 1 || !needs_the_peer(&config());
         assert!(failed > 0 || answers, "a frozen process has answered");
         // Later ones as well, once it is really gone.
-        drop(far);
+        far.process.end();
         let error = end_of(&transfers[0]).unwrap_err();
         assert!(error.is_disconnect(), "{error}");
         near.assert_served_by(&healthy);

@@ -92,8 +92,17 @@ options! {
         "whether waiting callers drive a lane themselves: auto (where cores are few), always, never",
         |s, v| { s.config.assist = assist(v)?; Ok(()) };
     "transports" = "local,rdma,tcp",
-        "comma list out of local,rdma,tcp in order of preference; what is not possible is left out",
+        "comma list out of local,rdma,tcp: what may be used, to each peer the best that works; \
+         this version has local and tcp",
         |s, v| { s.config.transports = transports(v)?; Ok(()) };
+    "strict_writes" = "false",
+        "true: over local, write only by ways that cannot reach another process which was given the \
+         process ID of a peer that has just ended, at half the speed from 64 KiB on; false",
+        |s, v| { s.config.strict_writes = switch(v)?; Ok(()) };
+    "ptracer" = "unchanged",
+        "any: let every process of this user reach into this one, which local needs on both sides \
+         where kernel.yama.ptrace_scope is 1, for the whole process and its life; unchanged",
+        |s, v| { s.config.any_tracer = any_tracer(v)?; Ok(()) };
     "listen" = "",
         "comma list of IP addresses to listen on; empty: all",
         |s, v| { s.config.listen.addresses = list(v, "an IP address")?; Ok(()) };
@@ -244,22 +253,39 @@ fn assist(text: &str) -> Result<AssistMode, String> {
     }
 }
 
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("true or false is needed".into()),
+    }
+}
+
+fn any_tracer(text: &str) -> Result<bool, String> {
+    match text {
+        "any" => Ok(true),
+        "unchanged" => Ok(false),
+        _ => Err("any or unchanged is needed".into()),
+    }
+}
+
 /// The transports that are asked for and that this version has.
 fn transports(text: &str) -> Result<Vec<TransportKind>, String> {
+    let names: Vec<&str> = text.split(',').map(str::trim).collect();
     let mut kinds = Vec::new();
-    for name in text.split(',').map(str::trim) {
-        match name {
+    for (index, name) in names.iter().enumerate() {
+        if names[..index].contains(name) {
+            return Err(format!("{name} is named twice"));
+        }
+        match name.parse() {
+            Ok(kind) => kinds.push(kind),
             // Known, so that one setting serves all versions; not in this one.
-            "rdma" => {}
-            _ => match name.parse::<TransportKind>() {
-                Ok(kind) if kinds.contains(&kind) => return Err(format!("{name} is named twice")),
-                Ok(kind) => kinds.push(kind),
-                Err(_) => return Err("a comma list out of local,rdma,tcp is needed".into()),
-            },
+            Err(_) if *name == "rdma" => {}
+            Err(_) => return Err("a comma list out of local,rdma,tcp is needed".into()),
         }
     }
     if kinds.is_empty() {
-        return Err("none of these is in this version of corelane, which has tcp".into());
+        return Err("this version of corelane has no rdma: add local, tcp or both".into());
     }
     Ok(kinds)
 }

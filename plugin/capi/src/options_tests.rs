@@ -20,6 +20,8 @@ fn every_option_reaches_the_configuration() {
         ("spin_us", "inf"),
         ("assist", "never"),
         ("transports", "tcp"),
+        ("strict_writes", "true"),
+        ("ptracer", "any"),
         ("listen", "127.0.0.1, ::1"),
         ("interface", "eth0"),
         ("port_range", "18500-18599"),
@@ -43,6 +45,8 @@ fn every_option_reaches_the_configuration() {
     assert_eq!(c.lanes, LaneSpec::Cores(vec![1, 3, 4, 5]));
     assert_eq!(c.spin, Spin::Forever);
     assert_eq!(c.assist, AssistMode::Never);
+    assert_eq!(c.transports, [TransportKind::Tcp]);
+    assert!(c.strict_writes && c.any_tracer);
     assert_eq!(c.listen.addresses.len(), 2);
     assert_eq!(c.listen.interface.as_deref(), Some("eth0"));
     assert_eq!(c.listen.ports, 18500..=18599);
@@ -89,8 +93,57 @@ fn forms_of_lanes_and_sizes() {
         let refused = settings(&[(option, wrong)]).unwrap_err();
         assert!(refused.contains(&format!("option `{option}` is `{wrong}`")), "{refused}");
     }
-    for wrong in ["udp", "tcp,tcp", "local", ""] {
-        assert!(transports(wrong).is_err(), "{wrong}");
+}
+
+#[test]
+fn transports_are_those_that_are_named_and_there() {
+    use TransportKind::{Local, Tcp};
+    for (text, kinds) in [
+        ("local", vec![Local]),
+        ("tcp", vec![Tcp]),
+        ("local,tcp", vec![Local, Tcp]),
+        (" tcp , local ", vec![Tcp, Local]),
+        ("local,rdma,tcp", vec![Local, Tcp]),
+        ("rdma,local", vec![Local]),
+    ] {
+        assert_eq!(settings(&[("transports", text)]).unwrap().config.transports, kinds, "{text}");
+    }
+    let refusal = |text| settings(&[("transports", text)]).unwrap_err();
+    for (wrong, why) in [
+        ("udp", "a comma list out of local,rdma,tcp is needed"),
+        ("local,,tcp", "a comma list out of local,rdma,tcp is needed"),
+        ("tcp,tcp", "tcp is named twice"),
+        ("local,tcp, local", "local is named twice"),
+        ("rdma", "this version of corelane has no rdma: add local, tcp or both"),
+    ] {
+        assert_eq!(refusal(wrong), format!("option `transports` is `{wrong}`: {why}"));
+    }
+}
+
+#[test]
+fn strict_writes_and_ptracer_are_off_unless_asked_for() {
+    let told = |given: &[(&str, &str)], variables: &[(&str, &str)]| {
+        let of = |name: &str| variables.iter().find(|(known, _)| *known == name);
+        let config = resolve(given, |name| Some(of(name)?.1.to_owned())).unwrap().settings.config;
+        (config.strict_writes, config.any_tracer)
+    };
+    assert_eq!(told(&[], &[]), (false, false));
+    assert_eq!(told(&[("strict_writes", "true")], &[]), (true, false));
+    assert_eq!(told(&[("ptracer", "any")], &[]), (false, true));
+    let variables = [("CORELANE_STRICT_WRITES", "true"), ("CORELANE_PTRACER", "any")];
+    assert_eq!(told(&[], &variables), (true, true));
+    assert_eq!(told(&[("strict_writes", "false"), ("ptracer", "")], &variables), (false, true));
+    assert_eq!(told(&[("strict_writes", ""), ("ptracer", "unchanged")], &variables), (true, false));
+    for (option, wrong, allowed) in [
+        ("strict_writes", "yes", "true or false"),
+        ("strict_writes", "1", "true or false"),
+        ("strict_writes", "True", "true or false"),
+        ("ptracer", "all", "any or unchanged"),
+        ("ptracer", "1234", "any or unchanged"),
+        ("ptracer", "true", "any or unchanged"),
+    ] {
+        let refused = settings(&[(option, wrong)]).unwrap_err();
+        assert_eq!(refused, format!("option `{option}` is `{wrong}`: {allowed} is needed"));
     }
 }
 

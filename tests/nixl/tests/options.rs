@@ -9,11 +9,13 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 21] = [
+const OPTIONS: [&str; 23] = [
     "lanes",
     "spin_us",
     "assist",
     "transports",
+    "strict_writes",
+    "ptracer",
     "listen",
     "interface",
     "port_range",
@@ -158,6 +160,7 @@ fn malformed_values_are_refused_by_name() {
         ("chunk_bytes", "0"),
         ("latency_bytes", "18446744073709551616"),
         ("inline_bytes", "1.5K"),
+        ("inline_copy_bytes", "1 M"),
         ("liveness_ms", "soon"),
         ("liveness_ms", "0"),
         ("operation_timeout_ms", "0"),

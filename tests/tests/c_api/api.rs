@@ -310,9 +310,6 @@ impl Side {
     }
 }
 
-/// The option of an engine that moves bytes with the help of its peers, and not by itself.
-pub(crate) const TCP: (&str, &str) = ("transports", "tcp");
-
 /// Two engines in this process: what one side can use of the other, whose memory holds pattern 1.
 pub(crate) struct Pair {
     pub(crate) near: Side,

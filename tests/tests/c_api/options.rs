@@ -44,6 +44,8 @@ fn every_option_is_listed_with_default_and_description() {
             "spin_us",
             "assist",
             "transports",
+            "strict_writes",
+            "ptracer",
             "listen",
             "interface",
             "port_range",
@@ -81,6 +83,8 @@ fn an_engine_says_which_values_are_in_effect() {
         ("spin_us", "inf"),
         ("assist", "never"),
         ("transports", "rdma,tcp"),
+        ("strict_writes", "true"),
+        ("ptracer", ""),
         ("streams", " 3 "),
         ("chunk_bytes", "128K"),
         ("latency_bytes", ""),
@@ -89,7 +93,11 @@ fn an_engine_says_which_values_are_in_effect() {
     ];
     let engine = Engine::with("near", &given);
     for (name, value) in given {
-        let expected = if value.is_empty() { "64K" } else { value.trim() };
+        let expected = match value.trim() {
+            "" if name == "ptracer" => "unchanged",
+            "" => "64K",
+            value => value,
+        };
         assert_eq!(engine.option(name), expected, "{name}");
     }
     assert_eq!(engine.stats().lanes, 2);
@@ -137,6 +145,10 @@ fn a_malformed_value_is_refused_with_what_is_valid() {
         ("spin_us", &["-1", "soon", "1.5", "10us", "infinite"], &["microseconds", "inf"]),
         ("assist", &["maybe", "AUTO", "on"], &["auto", "always", "never"]),
         ("transports", &["udp", "tcp,udp", ",", "tcp,tcp", "TCP", "tcp;rdma"], &["tcp"]),
+        ("transports", &["locale", "local tcp", "Local", "local,"], &["local,rdma,tcp"]),
+        ("transports", &["rdma"], &["local", "tcp"]),
+        ("strict_writes", &["yes", "1", "TRUE", "true,false"], &["true or false"]),
+        ("ptracer", &["yes", "1", "Any", "all"], &["any or unchanged"]),
         ("listen", &["localhost", "1.2.3", "127.0.0.1:80", "::1::"], &["IP address"]),
         ("port_range", &["x", "5-1", "1-70000", "-1", "65536", "1-2-3"], &[]),
         ("advertise", &["10.0.0.1", "host:80", "10.0.0.1:99999"], &["ADDRESS:PORT"]),
@@ -144,7 +156,7 @@ fn a_malformed_value_is_refused_with_what_is_valid() {
         ("chunk_bytes", &["x", "-1", "4KB", "K", "99999999999G", "1", "1G", "0x1000"], &[]),
         ("latency_bytes", &["x", "-1", "64 KiB", "1e6"], &[size]),
         ("inline_bytes", &["x", "-1", "64k!"], &[size]),
-        ("inline_copy_bytes", &["x", "-1", "1MB"], &[size]),
+        ("inline_copy_bytes", &["x", "-1", "1MiB"], &[size]),
         ("liveness_ms", &["x", "-1", "49", "0", "1s"], &[]),
         ("operation_timeout_ms", &["x", "-1", "0", "99999999999999"], &[]),
         ("connect_timeout_ms", &["x", "-1", "0", "99999999999999"], &[]),
