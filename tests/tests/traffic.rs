@@ -13,6 +13,7 @@ use corelane_tests::{
 over_each_transport!(
     small_transfers_complete_while_a_bulk_transfer_is_in_flight,
     an_initiator_that_is_killed_lets_go_of_the_targets_memory,
+    memory_that_a_stopped_initiator_writes_is_given_back_or_busy,
     notifications_to_a_dead_peer_are_given_up_and_their_room_is_free_again,
     waiting_for_notifications_ends_with_the_first_or_with_the_time,
     tasks_on_a_lane_await_notifications_and_answer_them,
@@ -140,6 +141,43 @@ fn an_initiator_that_is_killed_lets_go_of_the_targets_memory(config: Configurati
     let other = Near::named("other", config, 4096);
     end_of(&other.transfer(&healthy, Operation::Read, 0, 4096)).unwrap();
     near.memory.assert_poison(0, LEN / 8);
+}
+
+/// What a stopped process has begun nobody can take from it: its memory is quiet, or its owner is told that it is not.
+fn memory_that_a_stopped_initiator_writes_is_given_back_or_busy(config: Configuration) {
+    let mut config = config();
+    config.liveness = BOUND;
+    config.deregister_timeout = Duration::from_millis(100);
+    let engine = Engine::new("near", config).unwrap();
+    let memory = Buffer::new(LEN / 8);
+    let mut writer = peer_process!();
+    writer.engine("writer", "liveness_ms=60000");
+    writer.load(&engine.metadata());
+    writer.region("r", LEN / 8, "local");
+    writer.ask(&format!("fill r 1 0 {} 0", LEN / 8));
+    for _ in 0..10 {
+        let region = memory.register(&engine, Access::REMOTE_WRITE);
+        let descriptor = to_hex(&region.descriptor().to_bytes());
+        let before = writer.number("completed");
+        for _ in 0..2 {
+            writer.ask(&format!("hammer-writes near r {descriptor}"));
+        }
+        eventually("the writer is at it", || writer.number("completed") > before + 10);
+        writer.freeze();
+        let given_back = engine.deregister(&region);
+        if given_back.is_ok() {
+            memory.poison(0, LEN / 8);
+        }
+        writer.thaw();
+        if let Err(error) = given_back {
+            assert_eq!(kind(&error), "Busy", "{error}");
+            eventually("it is given back", || engine.deregister(&region).is_ok());
+            memory.poison(0, LEN / 8);
+        }
+        let error = writer.try_ask("stop-hammers").unwrap_err();
+        assert!(error.contains("Permission"), "{error}");
+        memory.assert_poison(0, LEN / 8);
+    }
 }
 
 fn notifications_to_a_dead_peer_are_given_up_and_their_room_is_free_again(config: Configuration) {
