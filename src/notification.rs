@@ -125,6 +125,10 @@ impl NotificationQueue {
         self.stalled.load(Ordering::Relaxed) && self.stalled.swap(false, Ordering::AcqRel)
     }
 
+    pub(crate) fn may_be_stalled(&self) -> bool {
+        self.stalled.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }

@@ -128,6 +128,8 @@ pub(crate) enum TargetApp {
     Sleep,
     /// Polls for notifications in a loop, without yielding
     Poll,
+    /// Waits for notifications, asleep: each has to wake it, and its lane if that has parked
+    Wait,
 }
 
 /// A deliberately broken engine: proves that the verification can fail.

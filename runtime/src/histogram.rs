@@ -2,8 +2,8 @@
 
 /// Nanoseconds, from 1 ns to 60 s with three significant digits; larger values count as 60 s.
 ///
-/// Recording costs about 10 ns and allocates nothing. About 200 KiB are allocated at the first recording.
-#[derive(Clone, Debug, Default)]
+/// Recording costs about 10 ns and allocates nothing. About 200 KiB are allocated when it is made.
+#[derive(Clone, Debug)]
 pub struct Histogram {
     inner: Option<hdrhistogram::Histogram<u64>>,
 }
@@ -28,17 +28,20 @@ pub struct Percentiles {
     pub max: u64,
 }
 
+impl Default for Histogram {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Histogram {
-    /// An empty histogram.
+    /// An empty histogram. Takes its memory now, so that recording allocates nothing.
     pub fn new() -> Self {
-        Self::default()
+        Self { inner: hdrhistogram::Histogram::new_with_bounds(1, MAX_NS, 3).ok() }
     }
 
     /// Records `ns` nanoseconds.
     pub fn record(&mut self, ns: u64) {
-        if self.inner.is_none() {
-            self.inner = hdrhistogram::Histogram::new_with_bounds(1, MAX_NS, 3).ok();
-        }
         if let Some(inner) = &mut self.inner {
             inner.saturating_record(ns.clamp(1, MAX_NS));
         }

@@ -185,7 +185,7 @@ impl<D: Driver> Shared<D> {
 
     /// Whether this thread is a lane's, this or another, or inside a turn of one: lanes never wait for lanes, or two of
     /// them could wait for each other.
-    fn must_not_wait_for_room(&self) -> bool {
+    pub(crate) fn must_not_wait_for_room(&self) -> bool {
         !OWN_LANE.get().is_null() || !IN_TURN.get().is_null()
     }
 
@@ -251,7 +251,7 @@ impl<D: Driver> Shared<D> {
         message
     }
 
-    fn ring_for_message(&self) {
+    pub(crate) fn ring_for_message(&self) {
         let state = self.wakeup.sleep.look();
         match state {
             LaneState::Awake => return,

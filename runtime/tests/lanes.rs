@@ -149,6 +149,50 @@ fn callers_drive_a_shared_lane_and_it_stands_by() {
     lane.stop(Duration::from_secs(1)).unwrap();
 }
 
+/// Without spinning there is nothing between a caller that drives and a lane that watches by itself.
+#[test]
+fn a_lane_that_is_told_that_nobody_drives_parks_and_stands_by_no_more() {
+    let (lane, seen) = start(config(AssistMode::Always, Spin::For(Duration::ZERO)));
+    let mut after_waking = 0;
+    for number in 1..=40 {
+        for _ in 0..2000 {
+            lane.assist();
+        }
+        hand_over(&lane, Ask::Note(number));
+        wait_until("message", || seen.last.load(Ordering::Acquire) == number);
+        while !matches!(lane.assist(), Assist::Idle) {}
+        let before = lane.stats();
+        lane.wake();
+        wait_until("parked", || lane.stats().parks > before.parks);
+        after_waking += lane.stats().standbys - before.standbys;
+    }
+    assert!(after_waking < 20, "stood by {after_waking} times for nobody");
+    lane.stop(Duration::from_secs(1)).unwrap();
+}
+
+#[test]
+fn what_is_handed_over_is_handled_in_order_whoever_holds_the_token() {
+    for config in all_configs() {
+        let (lane, seen) = start(LaneConfig { inbox_slots: 4, ..config });
+        std::thread::scope(|scope| {
+            for sender in 0..3u64 {
+                let lane = &lane;
+                scope.spawn(move || {
+                    (0..500).for_each(|n| hand_over(lane, Ask::Note(sender << 32 | n)));
+                });
+            }
+        });
+        wait_until("all messages", || seen.messages.lock().unwrap().len() == 1500);
+        let messages = seen.messages.lock().unwrap().clone();
+        for sender in 0..3 {
+            let own = messages.iter().filter(|m| *m >> 32 == sender).map(|m| m & 0xffff_ffff);
+            assert!(own.eq(0..500));
+        }
+        lane.stop(Duration::from_secs(1)).unwrap();
+        assert!(lane.hand_over(Box::new(Ask::Note(0))).is_err());
+    }
+}
+
 #[test]
 fn a_dedicated_lane_is_never_driven_by_callers() {
     for config in

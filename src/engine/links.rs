@@ -244,10 +244,24 @@ impl LaneDriver {
                     worked |= flow == Flow::Progress;
                     at += 1;
                 }
-                Err(reason) => self.close_link(id, &reason, cx),
+                Err(reason) => {
+                    self.receive_last(id, cx);
+                    self.close_link(id, &reason, cx);
+                }
             }
         }
         worked
+    }
+
+    /// A link may be at its end. The peer may have said why before it closed it: a goodbye that is not read looks
+    /// like a lost link.
+    pub(super) fn receive_last(&mut self, id: LinkId, cx: &mut Cx<'_>) {
+        const TURNS: usize = 64;
+        for _ in 0..TURNS {
+            if !self.on_open(id, Readiness::Hot, cx) {
+                break;
+            }
+        }
     }
 
     /// Sends what the core has for one link.

@@ -115,6 +115,8 @@ struct Theirs {
     doorbell: OwnedFd,
     accessor: Arc<Accessor>,
     path: Arc<LocalPath>,
+    /// It runs as the user that we run as.
+    same_user: bool,
     /// Why its memory cannot be reached as a whole.
     reason: Option<String>,
 }
@@ -280,7 +282,7 @@ impl LaneDriver {
                 };
                 // A limit like that on regions, for what a peer can make us map.
                 if theirs.path.mapped_regions() < self.engine.config.limits.regions {
-                    take_share(&theirs.path, &header, &fds)?;
+                    take_share(theirs, &header, &fds)?;
                 }
             }
             FrameKind::Unshare => {
@@ -316,7 +318,8 @@ impl LaneDriver {
         if !sys::is_eventfd(doorbell.as_fd()) {
             return Err("its doorbell is none".into());
         }
-        let pid = local::credentials_pid(link.fd.as_fd()).map_err(|e| e.to_string())?;
+        let local::PeerCredentials { pid, same_user } =
+            local::PeerCredentials::of(link.fd.as_fd()).map_err(|e| e.to_string())?;
         // A child that this process has forked knows of the incarnation, too, and has other memory.
         let own = pid.is_some_and(local::Pid::is_own)
             && super::shared::is_of_this_process(peer.core.peer.incarnation);
@@ -332,7 +335,7 @@ impl LaneDriver {
             nonce,
             strict_writes: self.engine.config.strict_writes,
         }));
-        Ok(Theirs { ring, doorbell, accessor, path, reason })
+        Ok(Theirs { ring, doorbell, accessor, path, same_user, reason })
     }
 
     /// Answers ATTACH; true: it was taken.
@@ -499,16 +502,21 @@ impl LaneDriver {
         let (mut moved, mut asleep) = (false, false);
         let mut env = super::lane::env(regions, engine, counters, now);
         let filled = loop {
-            let (Ok(has_room), Ok(is_empty)) =
-                (attachment.ring.has_room(), attachment.ring.is_empty())
-            else {
-                break Err(local::Broken);
+            let has_room = match attachment.ring.has_room() {
+                Ok(has_room) => has_room,
+                Err(broken) => break Err(broken),
             };
-            peer.core.set_ring(Some(RingState { has_room, is_empty }));
-            if !has_room {
-                break Ok(());
-            }
-            let Some(message) = peer.core.next_ring_message(&mut env) else { break Ok(()) };
+            peer.core.set_ring(Some(RingState { has_room, is_empty: false }));
+            let message = if has_room { peer.core.next_ring_message(&mut env) } else { None };
+            let Some(message) = message else {
+                // Only what may have to take the other way makes it worth a look at the peer's cache line.
+                if !peer.core.has_unsent() {
+                    break Ok(());
+                }
+                break attachment.ring.is_empty().map(|is_empty| {
+                    peer.core.set_ring(Some(RingState { has_room, is_empty }));
+                });
+            };
             let message = match &message {
                 RingMessage::Notify { seq, ack, payload } => {
                     RingMessage::Notify { seq: *seq, ack: *ack, payload: &payload[..] }
@@ -687,12 +695,28 @@ impl LaneDriver {
     pub(super) fn copied(&mut self, transfer: &Arc<TransferShared>, cx: &mut Cx<'_>) {
         let home = transfer.plan.peer.lane;
         if home == self.index {
-            if let Some(slot) = self.slot_of(&transfer.plan.peer) {
-                self.with_core(slot, cx, |core, env| core.copied(transfer, env));
+            let Some(slot) = self.slot_of(&transfer.plan.peer) else { return };
+            if transfer.copy.error().is_some_and(|error| error.is_disconnect()) {
+                self.look_for_end(slot, cx);
             }
+            self.with_core(slot, cx, |core, env| core.copied(transfer, env));
         } else if let Ok(lane) = self.engine.lane(home) {
             // A lane that is gone has ended the transfer itself.
             let _ = lane.submit(Message::Copied(transfer.clone()));
+        }
+    }
+
+    /// The peer's memory is out of reach: whoever is told of that finds the connection in the same state.
+    fn look_for_end(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let attachment = |driver: &Self| {
+            let attachment = driver.peers.get(slot)?.local.as_ref()?;
+            Some((attachment.link, attachment.theirs.as_ref()?.accessor.clone()))
+        };
+        let Some((link, accessor)) = attachment(self) else { return };
+        // A goodbye, or the end of the stream, may be there and not read yet.
+        self.receive_last(link, cx);
+        if attachment(self).is_some() && accessor.process.is_gone() {
+            self.close_link(link, "its process has ended", cx);
         }
     }
 
@@ -702,15 +726,15 @@ impl LaneDriver {
     }
 }
 
-fn take_share(path: &LocalPath, header: &Header, fds: &sys::Fds) -> Result<(), String> {
+fn take_share(theirs: &Theirs, header: &Header, fds: &sys::Fds) -> Result<(), String> {
     let [fd] = &fds[..] else { return Err("SHARE without its descriptor".into()) };
     let writable = header.status & u16::from(Access::REMOTE_WRITE.bits()) != 0;
     let len = usize::try_from(header.id).map_err(|_| "SHARE of more than fits".to_owned())?;
     let most = len.saturating_add(4 << 20);
-    match Mapping::received(fd.as_fd(), len.max(1)..=most, writable) {
+    match Mapping::received(fd.as_fd(), len.max(1)..=most, writable, theirs.same_user) {
         Ok(map) => {
             let memory = PeerMemory { map, base: header.addr, len: header.id };
-            path.map(RegionKey(header.key), memory);
+            theirs.path.map(RegionKey(header.key), memory);
         }
         // It is reached as other memory is.
         Err(reason) => tracing::debug!(reason, "memory of a peer's engine is not mapped"),

@@ -43,7 +43,10 @@ impl Engine {
             take(notification);
             count += 1;
         }
-        self.drain_stalled();
+        // After an empty look none was made room for: a flag is seen at the next look, too, without a fence.
+        if count > 0 || queue.may_be_stalled() {
+            self.drain_stalled();
+        }
         Ok(count)
     }
 

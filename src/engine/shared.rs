@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use corelane_runtime::{Assist, Lane};
+use corelane_runtime::{Assist, Lane, SubmitError};
 
 use super::local::Accessors;
 use super::{LaneDriver, Message};
@@ -136,6 +136,19 @@ impl EngineShared {
         match self.lane(index) {
             Ok(lane) if !lane.is_lane_thread() => lane.assist(),
             _ => Assist::Busy,
+        }
+    }
+
+    /// Gives a lane a message, and where nobody drives it a turn of this thread, in which it takes it.
+    #[inline]
+    pub(crate) fn hand_over(
+        &self,
+        index: usize,
+        message: Message,
+    ) -> std::result::Result<(), SubmitError<Message>> {
+        match self.lane(index) {
+            Ok(lane) => lane.hand_over(message),
+            Err(_) => Err(SubmitError(message)),
         }
     }
 

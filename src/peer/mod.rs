@@ -78,17 +78,15 @@ impl Peer {
     pub fn notify(&self, payload: &[u8]) -> Result<()> {
         check_notification(payload)?;
         self.engine.check()?;
-        let lane = self.engine.lane(self.shared.lane)?;
         if let Some(error) = self.shared.unreachable() {
             return Err(error);
         }
         self.shared.reserve(payload.len())?;
         let message = Message::Notify(Box::new((self.shared.clone(), payload.into())));
-        if lane.submit(message).is_err() {
+        if self.engine.hand_over(self.shared.lane, message).is_err() {
             self.shared.release(1, payload.len());
             return Err(self.engine.dead());
         }
-        self.engine.drive(self.shared.lane);
         Ok(())
     }
 

@@ -21,6 +21,10 @@ use crate::plan::{Operation, PlanInner};
 use crate::sync::{Patience, Slot, SlotState, deadline, sleep_until_woken};
 use crate::transport::local::CopyError;
 
+/// A transfer of more chunks is none that a caller copies within `post`: each is a call of up to a thousand
+/// ranges.
+const INLINE_CHUNKS: usize = 2;
+
 /// What caller and lane share of one transfer.
 #[derive(Debug)]
 pub(crate) struct TransferShared {
@@ -174,7 +178,7 @@ impl Transfer {
             shared.slot.abort(before);
             return Err(error);
         }
-        if shared.plan.bytes <= self.engine.config.inline_bytes as u64
+        if self.engine.config.copied_by_callers().is_some_and(|most| shared.plan.bytes <= most)
             && let Some(outcome) = self.copy_here()
         {
             self.end_here(outcome);
@@ -187,8 +191,14 @@ impl Transfer {
             shared.slot.abort(before);
             return Err(error);
         }
-        let lane = self.engine.lane(peer.lane)?;
-        if let Err(refused) = lane.submit(Message::Post(shared.clone())) {
+        let message = Message::Post(shared.clone());
+        let small = shared.plan.bytes <= self.engine.config.inline_bytes as u64;
+        let submitted = if small {
+            self.engine.hand_over(peer.lane, message)
+        } else {
+            self.engine.lane(peer.lane)?.submit(message)
+        };
+        if let Err(refused) = submitted {
             drop(refused);
             if let Some(payload) = shared.take_notification() {
                 peer.release(1, payload.len());
@@ -196,9 +206,6 @@ impl Transfer {
             peer.leave();
             shared.slot.abort(before);
             return Err(self.engine.dead());
-        }
-        if shared.plan.bytes <= self.engine.config.inline_bytes as u64 {
-            self.engine.drive(peer.lane);
         }
         Ok(())
     }
@@ -218,41 +225,46 @@ impl Transfer {
         let (shared, peer) = (&self.shared, &self.shared.plan.peer);
         if let Some(payload) = shared.take_notification() {
             let len = payload.len();
-            let sent = outcome.is_ok()
-                && self.engine.lane(peer.lane).is_ok_and(|lane| {
-                    let message = Message::Notify(Box::new((peer.clone(), payload)));
-                    lane.submit(message).is_ok()
-                });
-            if sent {
-                self.engine.drive(peer.lane);
-            } else {
+            let message = || Message::Notify(Box::new((peer.clone(), payload)));
+            let sent = outcome.is_ok() && self.engine.hand_over(peer.lane, message()).is_ok();
+            if !sent {
                 peer.release(1, len);
             }
         }
         shared.slot.complete(outcome);
     }
 
-    /// A small transfer to a peer on this host is over before `post` returns: this thread copies it. What
+    /// A transfer of little to a peer on this host is over before `post` returns: this thread copies it. What
     /// comes with it (a notification, which has its order) is the lane's. `None`: the lane's as a whole.
     fn copy_here(&self) -> Option<Result<()>> {
         let (shared, engine) = (&self.shared, &*self.engine);
         let plan = &*shared.plan;
         // One load where there is no such way.
         let path = plan.peer.path();
-        let path = path.as_ref().filter(|path| plan.chunks.len() == 1 && path.carries(plan))?;
+        let path = path
+            .as_ref()
+            .filter(|path| plan.chunks.len() <= INLINE_CHUNKS && path.carries(plan))?;
         let mut held: SmallVec<[_; 2]> = SmallVec::new();
         for region in &plan.regions {
             let Some(copy) = region.begin_copy() else { return None };
             held.push(copy);
         }
         let began = Instant::now();
-        // SAFETY: `held` keeps the plan's own regions registered.
-        let outcome = match unsafe { path.copy(plan, 0) } {
-            Ok(()) => Ok(()),
-            // Other threads take all the places: the lane has patience.
-            Err(CopyError::Busy) => return None,
-            Err(CopyError::Failed(error)) => Err(error),
-        };
+        let mut outcome = Ok(());
+        for chunk in 0..plan.chunks.len() {
+            // SAFETY: `held` keeps the plan's own regions registered.
+            match unsafe { path.copy(plan, chunk) } {
+                Ok(()) => {}
+                // Other threads take all the places: the lane, which has patience, begins anew.
+                Err(CopyError::Busy) => return None,
+                // Whether the peer has said goodbye, the lane finds out before it tells anybody.
+                Err(CopyError::Failed(error)) if error.is_disconnect() => return None,
+                Err(CopyError::Failed(error)) => {
+                    outcome = Err(error);
+                    break;
+                }
+            }
+        }
         drop(held);
         match &outcome {
             Ok(()) => {
@@ -312,7 +324,7 @@ impl Transfer {
     /// a lane, which has its own share. One load when there is nothing to copy.
     fn help(&self) -> bool {
         let shared = &self.shared;
-        if self.engine.config.inline_bytes == 0 || self.engine.is_lane_thread() {
+        if self.engine.config.copied_by_callers().is_none() || self.engine.is_lane_thread() {
             return false;
         }
         match shared.copy_chunk() {

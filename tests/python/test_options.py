@@ -28,6 +28,7 @@ OPTIONS = {
     "chunk_bytes",
     "latency_bytes",
     "inline_bytes",
+    "inline_copy_bytes",
     "liveness_ms",
     "operation_timeout_ms",
     "connect_timeout_ms",

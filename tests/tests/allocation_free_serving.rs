@@ -1,13 +1,13 @@
 //! Serving the transfers of others allocates nothing either, counted in the process that serves.
 
 use corelane::{Access, Engine, Operation};
-use corelane_tests::{Buffer, assert_allocation_free, end_of, local_config, target};
+use corelane_tests::{Buffer, assert_allocation_free, end_of, target, tcp_config};
 
 #[test]
 fn serving_reads_and_writes_allocates_nothing() {
     for settings in ["", "assist=always", "assist=never"] {
         let mut far = target!("far", 64 << 10, "read-write", settings);
-        let engine = Engine::new("near", local_config()).unwrap();
+        let engine = Engine::new("near", tcp_config()).unwrap();
         let near = Buffer::with_pattern(1, 64 << 10);
         let region = near.register(&engine, Access::LOCAL);
         let peer = engine.load_peer(&far.metadata).unwrap();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use corelane::{Access, Engine, EngineConfig, Error, LaneSpec, Operation, Peer};
 use corelane_tests::{
     BOUND, Buffer, Passing, Proxy, Random, allowed_cores, collect, end_of, engine_on_a_known_port,
-    forge_metadata, forge_secret, kind, listening_ports, local_config, peer_process,
+    forge_metadata, forge_secret, kind, listening_ports, local_config, peer_process, tcp_config,
 };
 
 #[track_caller]
@@ -183,21 +183,21 @@ fn a_peer_that_refuses_connections_is_named_with_its_address() {
     let address = socket.local_addr().unwrap();
     drop(socket);
     let owner = owner_elsewhere(address);
-    let engine = Engine::new("engine", local_config()).unwrap();
+    let engine = Engine::new("engine", tcp_config()).unwrap();
     let peer = engine.load_peer(&owner.engine.metadata()).unwrap();
     let address = address.to_string();
     assert_error(peer.connect(BOUND), &["Connect"], &["elsewhere", &address, "refused"]);
     assert_error(owner.read_by(&engine, &peer), &["Connect"], &["elsewhere", &address]);
     let stats = engine.stats();
     assert!(stats.peers[0].last_error.as_ref().is_some_and(|error| error.contains(&address)));
-    Owner::new("other", local_config()).assert_serves(&engine);
+    Owner::new("other", tcp_config()).assert_serves(&engine);
 }
 
 #[test]
 fn a_peer_that_accepts_and_says_nothing_times_out() {
     let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let owner = owner_elsewhere(silent.local_addr().unwrap());
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.connect_timeout = Duration::from_millis(300);
     let engine = Engine::new("engine", config).unwrap();
     let peer = engine.load_peer(&owner.engine.metadata()).unwrap();
@@ -205,7 +205,7 @@ fn a_peer_that_accepts_and_says_nothing_times_out() {
     assert_error(owner.read_by(&engine, &peer), &["Connect", "Timeout"], &["elsewhere"]);
     // The caller's own limit, if that is shorter.
     assert_error(peer.connect(Duration::from_millis(1)), &["Connect", "Timeout"], &["elsewhere"]);
-    Owner::new("other", local_config()).assert_serves(&engine);
+    Owner::new("other", tcp_config()).assert_serves(&engine);
 }
 
 #[test]
@@ -219,29 +219,29 @@ fn a_port_that_speaks_another_protocol_is_refused() {
             let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n");
         }
     });
-    let engine = Engine::new("engine", local_config()).unwrap();
+    let engine = Engine::new("engine", tcp_config()).unwrap();
     let peer = engine.load_peer(&owner.engine.metadata()).unwrap();
     assert_error(peer.connect(BOUND), &["Connect"], &["elsewhere"]);
     assert_error(owner.read_by(&engine, &peer), &["Connect"], &["elsewhere"]);
-    Owner::new("other", local_config()).assert_serves(&engine);
+    Owner::new("other", tcp_config()).assert_serves(&engine);
 }
 
 #[test]
 fn another_engine_at_the_peers_address_is_refused() {
-    let (impostor, port) = engine_on_a_known_port("elsewhere", local_config());
+    let (impostor, port) = engine_on_a_known_port("elsewhere", tcp_config());
     let impostor = Owner::with(impostor);
     let owner = {
         let proxy = Proxy::new(Passing::Whole);
         proxy.aim(port);
         let owner = owner_elsewhere(proxy.address());
-        let engine = Engine::new("engine", local_config()).unwrap();
+        let engine = Engine::new("engine", tcp_config()).unwrap();
         let peer = engine.load_peer(&owner.engine.metadata()).unwrap();
         assert_error(peer.connect(BOUND), &["Connect"], &["elsewhere"]);
         assert_error(owner.read_by(&engine, &peer), &["Connect"], &["elsewhere"]);
         owner
     };
     assert_eq!(owner.engine.stats().totals.links_up, 0);
-    impostor.assert_serves(&Engine::new("engine", local_config()).unwrap());
+    impostor.assert_serves(&Engine::new("engine", tcp_config()).unwrap());
 }
 
 #[test]

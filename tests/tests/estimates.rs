@@ -13,7 +13,7 @@ use corelane::{
 };
 use corelane_tests::{
     BOUND, Buffer, Passing, Proxy, end_of, engine_on_a_known_port, eventually, kind, local_config,
-    outcome, target,
+    outcome, target, tcp_config,
 };
 
 const LEN: usize = 16 << 20;
@@ -103,7 +103,7 @@ fn measure(plan: &Plan, times: usize) -> Duration {
 #[test]
 fn nothing_is_estimated_before_a_transfer_has_ended_well() {
     let far = target!("far", LEN);
-    let near = Near::new(local_config());
+    let near = Near::new(tcp_config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     let plans: Vec<Plan> = SHAPES.map(|shape| near.plan(&peer, &far.region, shape)).into();
     peer.connect(BOUND).unwrap();
@@ -289,7 +289,7 @@ fn behind_a_proxy(config: EngineConfig) -> (Proxy, u16, Engine) {
 
 #[test]
 fn connecting_again_is_given_up_after_its_own_timeout() {
-    let (proxy, port, far) = behind_a_proxy(local_config());
+    let (proxy, port, far) = behind_a_proxy(tcp_config());
     let memory = Buffer::with_pattern(1, LEN);
     let region = memory.register(&far, Access::REMOTE_READ);
     let near = Near::new(config(|c| {
@@ -313,7 +313,7 @@ fn connecting_again_is_given_up_after_its_own_timeout() {
 
 #[test]
 fn connecting_for_the_first_time_has_the_other_timeout() {
-    let (proxy, port, far) = behind_a_proxy(local_config());
+    let (proxy, port, far) = behind_a_proxy(tcp_config());
     let mute = Mute::new();
     proxy.aim(mute.port);
     let near = Near::new(config(|c| {

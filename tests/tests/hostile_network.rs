@@ -10,7 +10,7 @@ use std::time::Duration;
 use corelane::{Access, Engine, Operation, Peer, Region, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Passing, Proxy, Random, Target, end_of, engine_on_a_known_port, eventually,
-    listening_ports, local_config, open_files, outcome, target,
+    listening_ports, local_config, open_files, outcome, target, tcp_config,
 };
 
 const LEN: usize = 1 << 20;
@@ -162,14 +162,14 @@ struct Behind {
 impl Behind {
     fn new(passing: Passing) -> Self {
         let proxy = Proxy::new(passing);
-        let mut config = local_config();
+        let mut config = tcp_config();
         config.listen.advertise = vec![proxy.address()];
         config.liveness = Duration::from_millis(500);
         let (engine, port) = engine_on_a_known_port("behind", config);
         proxy.aim(port);
         let memory = Buffer::with_pattern(1, LEN);
         let region = memory.register(&engine, Access::READ_WRITE);
-        let mut config = local_config();
+        let mut config = tcp_config();
         config.liveness = Duration::from_millis(500);
         config.connect_timeout = Duration::from_millis(500);
         config.operation_timeout = Duration::from_secs(2);

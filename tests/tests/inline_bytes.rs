@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use corelane::{Access, AssistMode, Engine, LaneSpec, Operation, Spin};
-use corelane_tests::{Buffer, allowed_cores, end_of, local_config, outcome, pin_process, target};
+use corelane_tests::{Buffer, allowed_cores, end_of, outcome, pin_process, target, tcp_config};
 
 const LEN: usize = 4096;
 
@@ -30,7 +30,7 @@ fn let_lanes_go_last() {
 
 /// How many of `tries` postings had sent their request when `post` returned.
 fn sent_at_once(far: &corelane_tests::Target, inline_bytes: usize, tries: u64) -> u64 {
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.inline_bytes = inline_bytes;
     config.assist = AssistMode::Always;
     config.lanes = LaneSpec::Cores(vec![allowed_cores()[0]]);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use corelane::{Access, Engine, EngineConfig, LocalEngine, Operation, Peer, Plan, Region, Status};
 use corelane_tests::{
     BOUND, Buffer, Passing, Proxy, Target, end_of, eventually, fill_block, kind, local_config,
-    outcome, target,
+    outcome, target, tcp_config,
 };
 
 /// An engine with memory, and a second process.
@@ -42,7 +42,7 @@ impl Pair {
 
 #[test]
 fn a_transfer_can_be_posted_thousands_of_times() {
-    let mut pair = Pair::new(4096, local_config(), "");
+    let mut pair = Pair::new(4096, tcp_config(), "");
     let (read, write) = (
         pair.plan(Operation::Read, 0, 4096).transfer(),
         pair.plan(Operation::Write, 0, 4096).transfer(),
@@ -141,7 +141,7 @@ fn many_threads_can_post_at_once() {
 
 #[test]
 fn one_transfer_is_posted_once_at_a_time() {
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.liveness = BOUND;
     let pair = Pair::new(4096, config, "liveness_ms=60000");
     let transfer = pair.plan(Operation::Read, 0, 4096).transfer();
@@ -161,7 +161,7 @@ fn one_transfer_is_posted_once_at_a_time() {
 
 #[test]
 fn a_peer_that_does_not_answer_in_time_fails_the_transfer_and_is_usable_again() {
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.liveness = BOUND;
     config.operation_timeout = Duration::from_millis(300);
     let pair = Pair::new(4 << 20, config, "liveness_ms=60000");
@@ -188,7 +188,7 @@ fn a_peer_that_does_not_answer_in_time_fails_the_transfer_and_is_usable_again() 
 
 #[test]
 fn a_silent_peer_is_given_up_after_the_liveness_timeout_and_is_usable_again() {
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.liveness = Duration::from_millis(200);
     let pair = Pair::new(4096, config, "liveness_ms=200");
     let transfer = pair.plan(Operation::Read, 0, 4096).transfer();
@@ -352,7 +352,7 @@ fn cancelling_what_is_not_in_flight_changes_nothing() {
 
 #[test]
 fn streams_that_were_closed_because_they_were_idle_open_again() {
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.stream_idle = Duration::from_millis(2);
     let pair = Pair::new(1 << 20, config, "stream_idle_ms=2");
     let (read, write) = (

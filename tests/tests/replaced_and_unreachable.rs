@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use corelane::{Access, DescriptorPair, Engine, Error, LocalSegment, Operation, Region};
 use corelane_tests::{
-    Buffer, Target, end_of, eventually, kind, local_config, peer_process, target,
+    Buffer, Target, end_of, eventually, kind, local_config, peer_process, target, tcp_config,
 };
 
 const LEN: usize = 1 << 20;
@@ -37,7 +37,7 @@ fn a_transfer_that_waits_for_a_connection_past_its_timeout_says_that_there_is_no
 
 #[test]
 fn the_attempt_after_a_lost_link_has_its_own_time() {
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.liveness = Duration::from_millis(300);
     config.reconnect_timeout = Duration::from_millis(300);
     config.connect_timeout = FAR_TOO_LONG * 2;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use corelane::{Access, Engine, Error, Operation, Region, Status, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Target, collect, end_of, eventually, kind, local_config, outcome, peer_process,
-    target, to_hex,
+    target, tcp_config, to_hex,
 };
 
 const LEN: usize = 64 << 20;
@@ -68,7 +68,7 @@ fn small_transfers_complete_while_a_bulk_transfer_is_in_flight() {
 
 #[test]
 fn a_peer_that_is_stuck_holds_up_nobody_else_on_its_lane() {
-    let settings = "liveness_ms=60000";
+    let settings = "liveness_ms=60000 transports=tcp";
     let [stuck, healthy] =
         ["stuck", "healthy"].map(|name| target!(name, LEN / 4, "read-write", settings));
     let near = Near::new(LEN);
@@ -110,7 +110,8 @@ fn an_initiator_that_is_killed_lets_go_of_the_targets_memory() {
     let healthy = target!("healthy", 4096);
     for round in 0..6 {
         let mut victim = peer_process!();
-        victim.engine(&format!("victim-{round}"), "");
+        // Its requests are counted here.
+        victim.engine(&format!("victim-{round}"), "transports=tcp");
         victim.load(&near.engine.metadata());
         for (i, command) in
             ["hammer-reads", "hammer-writes"].into_iter().cycle().take(4).enumerate()
@@ -243,7 +244,7 @@ fn what_would_stop_a_lane_is_an_error_on_it() {
 #[test]
 fn a_task_on_a_lane_that_posts_too_many_transfers_is_told_so() {
     let far = target!("far", 4096, "read-write", "liveness_ms=60000");
-    let mut config = local_config();
+    let mut config = tcp_config();
     config.limits.transfers = 4;
     config.liveness = BOUND;
     let engine = Engine::new("near", config).unwrap();

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use corelane::{Access, Engine, Error, Operation, Peer};
-use corelane_tests::{Buffer, end_of, kind, local_config, target};
+use corelane_tests::{Buffer, end_of, kind, local_config, target, tcp_config};
 
 const LEN: usize = 4 << 20;
 const SIZES: [u64; 3] = [100, 64 << 10, LEN as u64];
@@ -75,8 +75,8 @@ fn memory_that_its_owner_has_unmapped_is_refused_to_peers_and_the_owner_lives() 
 
 #[test]
 fn memory_that_may_not_be_written_fails_writes_and_serves_reads() {
-    let engine = Engine::new("near", local_config()).unwrap();
-    let owner = Engine::new("owner", local_config()).unwrap();
+    let engine = Engine::new("near", tcp_config()).unwrap();
+    let owner = Engine::new("owner", tcp_config()).unwrap();
     let peer = engine.load_peer(&owner.metadata()).unwrap();
     let (fixed, near) = (Buffer::with_pattern(1, LEN), Buffer::with_pattern(2, LEN));
     let region = fixed.register(&owner, Access::READ_WRITE);
@@ -112,8 +112,8 @@ fn memory_that_may_not_be_written_fails_writes_and_serves_reads() {
 /// by another way.
 #[test]
 fn a_write_right_behind_a_notification_lands_and_unmapped_memory_is_still_an_error() {
-    let near = Engine::new("near", local_config()).unwrap();
-    let far = Engine::new("far", local_config()).unwrap();
+    let near = Engine::new("near", tcp_config()).unwrap();
+    let far = Engine::new("far", tcp_config()).unwrap();
     let peer = far.load_peer(&near.metadata()).unwrap();
     let source = Buffer::new(LEN);
     source.fill(7, 0, LEN, 0);

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Access, Engine, Peer};
+use corelane::{Access, Engine, Notification, Peer};
 
 use super::memory::EngineMemory;
 use super::{describe_lanes, start_engine};
@@ -23,8 +23,15 @@ use crate::units::to_hex;
 
 /// How often the application looks whether a pass has begun.
 const PAUSE: Duration = Duration::from_micros(200);
+/// How often one that waits looks whether it is to end.
+const WAIT: Duration = Duration::from_millis(200);
 /// How long it may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Whether the target's application takes part.
+fn has_application(spec: &RunSpec) -> bool {
+    spec.case.operation.notifies() || spec.target_app == TargetApp::Poll
+}
 
 /// An engine whose memory the initiator reads and writes.
 pub(crate) struct EngineTarget {
@@ -76,22 +83,22 @@ impl EngineTarget {
     }
 
     pub(crate) fn placement(&self, spec: &RunSpec) -> String {
-        let application = match (
-            spec.case.operation.notifies() || spec.target_app == TargetApp::Poll,
-            spec.app,
-        ) {
-            (false, _) => "application asleep",
-            (true, App::Lane) => "application polling on the lane",
-            (true, App::Thread) => "application polling on an unpinned thread",
+        let application = match (has_application(spec), spec.target_app, spec.app) {
+            (false, ..) => "application asleep",
+            (true, TargetApp::Wait, App::Lane) => "application waiting on the lane",
+            (true, TargetApp::Wait, App::Thread) => "application waiting on an unpinned thread",
+            (true, _, App::Lane) => "application polling on the lane",
+            (true, _, App::Thread) => "application polling on an unpinned thread",
         };
         format!("{}, {application}", describe_lanes(&self.cores))
     }
 
     /// Learns who the initiator is, and starts the application if this run needs one.
     pub(crate) fn introduce(&mut self, spec: &RunSpec, metadata: &[u8]) -> Result<()> {
-        if !spec.case.operation.notifies() && spec.target_app == TargetApp::Sleep {
+        if !has_application(spec) {
             return Ok(());
         }
+        let waits = spec.target_app == TargetApp::Wait;
         let peer = self.engine.load_peer(metadata)?;
         let stop = Arc::new(AtomicBool::new(false));
         let answering = Answering {
@@ -105,6 +112,9 @@ impl EngineTarget {
             App::Thread => {
                 let ledger = self.ledger.clone();
                 let body = move || {
+                    if waits {
+                        return answering.wait();
+                    }
                     let pause = async || std::thread::sleep(PAUSE);
                     let application = async {
                         answering.run(pause, async || {}).await;
@@ -122,7 +132,15 @@ impl EngineTarget {
                 drop(self.engine.spawn_on(&peer, move |local| async move {
                     let _running = running;
                     let pause = async || local.sleep(PAUSE).await;
-                    answering.run(pause, async || local.yield_now().await).await;
+                    let relax = async || {
+                        if waits {
+                            // An engine that is shut down is told by the next poll.
+                            let _ = answering.engine.notified().await;
+                        } else {
+                            local.yield_now().await;
+                        }
+                    };
+                    answering.run(pause, relax).await;
                 })?);
                 Runs::Lane(ended)
             }
@@ -189,22 +207,37 @@ impl Answering {
         }
     }
 
-    fn poll(&self) -> Result<usize> {
-        let mut failure = None;
-        let taken = self.engine.take_notifications(|notification| {
-            let arrived = now_ns();
-            let Some(stamp) = Stamp::decode(&notification.payload) else {
-                failure =
-                    Some(anyhow::anyhow!("verification failed: a notification that nobody sent"));
-                return;
-            };
-            let intact = self.ledger.data_is_there(&self.arena, &stamp);
-            // The stamp is enough of an answer, and as much as the baseline sends.
-            if let Err(error) = self.peer.notify(&notification.payload[..Stamp::LEN]) {
-                failure = Some(error.into());
+    /// As `run`, on a thread that sleeps until a notification comes.
+    fn wait(&self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            let answered =
+                self.engine.wait_notifications(WAIT).map_err(anyhow::Error::from).and_then(|all| {
+                    all.iter().try_for_each(|notification| self.answer(notification))
+                });
+            if let Err(error) = answered {
+                return self.ledger.fail(format!("the target's application: {error:#}"));
             }
-            self.ledger.arrived(&stamp, arrived, intact);
+        }
+    }
+
+    fn poll(&self) -> Result<usize> {
+        let mut answered = Ok(());
+        let taken = self.engine.take_notifications(|notification| {
+            if answered.is_ok() {
+                answered = self.answer(&notification);
+            }
         })?;
-        failure.map_or(Ok(taken), Err)
+        answered.map(|()| taken)
+    }
+
+    fn answer(&self, notification: &Notification) -> Result<()> {
+        let arrived = now_ns();
+        let stamp = Stamp::decode(&notification.payload)
+            .context("verification failed: a notification that nobody sent")?;
+        let intact = self.ledger.data_is_there(&self.arena, &stamp);
+        // The stamp is enough of an answer, and as much as the baseline sends.
+        let sent = self.peer.notify(&notification.payload[..Stamp::LEN]);
+        self.ledger.arrived(&stamp, arrived, intact);
+        Ok(sent?)
     }
 }

@@ -1,4 +1,4 @@
-//! Backends as the command line names them: `UCX@UCX_TLS=tcp,sm,UCX_LOG_LEVEL=error`.
+//! Backends as the command line names them: `UCX@UCX_TLS=tcp,sm,ucx_error_handling_mode=none`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,6 +15,8 @@ pub(crate) struct BackendSpec {
     pub(crate) name: String,
     /// Environment variables of its processes.
     pub(crate) environment: Vec<(String, String)>,
+    /// Parameters that it is created with.
+    pub(crate) parameters: Vec<(String, String)>,
 }
 
 impl BackendSpec {
@@ -35,20 +37,23 @@ impl FromStr for BackendSpec {
         };
         let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
         if name.is_empty() || !name.chars().all(known) {
-            return Err(format!("'{name}' is no backend's name: expected NAME[@ENV=VALUE,...]"));
+            return Err(format!("'{name}' is no backend's name: expected NAME[@KEY=VALUE,...]"));
         }
-        let mut environment: Vec<(String, String)> = Vec::new();
+        let mut settings: Vec<(String, String)> = Vec::new();
         for piece in variables.into_iter().flat_map(|variables| variables.split(',')) {
-            match (piece.split_once('='), environment.last_mut()) {
+            match (piece.split_once('='), settings.last_mut()) {
                 (Some((variable, value)), _) if !variable.is_empty() => {
-                    environment.push((variable.to_owned(), value.to_owned()));
+                    settings.push((variable.to_owned(), value.to_owned()));
                 }
                 // A value may hold commas: what has no `=` of its own goes on with the value before it.
                 (None, Some((_, value))) => *value = format!("{value},{piece}"),
-                _ => return Err(format!("'{piece}' is not ENV=VALUE")),
+                _ => return Err(format!("'{piece}' is not KEY=VALUE")),
             }
         }
-        Ok(Self { label: text.to_owned(), name: name.to_owned(), environment })
+        // Environment variables are in capitals; parameters of NIXL's backends are not.
+        let (environment, parameters) =
+            settings.into_iter().partition(|(key, _)| !key.contains(|c: char| c.is_lowercase()));
+        Ok(Self { label: text.to_owned(), name: name.to_owned(), environment, parameters })
     }
 }
 
@@ -108,6 +113,13 @@ mod tests {
         assert_eq!(spec.environment, [pair("UCX_TLS", "tcp")]);
         assert_eq!(environment("CORELANE"), []);
         assert_eq!(environment("A@X=1,Y="), [pair("X", "1"), pair("Y", "")]);
+    }
+
+    #[test]
+    fn keys_in_small_letters_are_parameters() {
+        let spec: BackendSpec = "UCX@UCX_TLS=tcp,sm,num_workers=2,A=b".parse().expect("parses");
+        assert_eq!(spec.environment, [pair("UCX_TLS", "tcp,sm"), pair("A", "b")]);
+        assert_eq!(spec.parameters, [pair("num_workers", "2")]);
     }
 
     #[test]

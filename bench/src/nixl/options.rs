@@ -107,7 +107,8 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_notification, default_value = "16", help_heading = "Cases")]
     pub(crate) notification: usize,
 
-    /// The backend that ratios are about: NAME[@ENV=VALUE[,ENV=VALUE]...]
+    /// The backend that ratios are about: NAME[@KEY=VALUE[,KEY=VALUE]...]; a KEY in
+    /// capitals is an environment variable, another a parameter of the backend
     #[arg(long, value_name = "BACKEND", default_value = "CORELANE", help_heading = "System")]
     pub(crate) backend: BackendSpec,
     /// A backend to compare it with; may be given several times
@@ -233,6 +234,15 @@ impl NixlArgs {
         }
         environment.extend(backend.environment.iter().cloned());
         environment
+    }
+
+    /// What a backend is created with.
+    pub(crate) fn parameters(&self, backend: &BackendSpec) -> Vec<(String, String)> {
+        let mut parameters = backend.parameters.clone();
+        if *backend == self.backend {
+            parameters.extend(self.parameters.iter().cloned());
+        }
+        parameters
     }
 }
 

@@ -38,11 +38,7 @@ impl NixlPair {
             Contender::Raw(kind) => System::Raw(*kind),
             Contender::Nixl(spec) => System::Nixl(NixlSystem {
                 backend: spec.name.clone(),
-                parameters: if *spec == options.backend {
-                    options.parameters.clone()
-                } else {
-                    Vec::new()
-                },
+                parameters: options.parameters(spec),
                 prog_thread: options.prog_thread,
             }),
         };

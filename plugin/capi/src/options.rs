@@ -127,6 +127,9 @@ options! {
     "inline_bytes" = "64K",
         "transfers of at most so many bytes are started by the thread that posts them; 0: never",
         |s, v| { s.config.inline_bytes = bytes(v)?; Ok(()) };
+    "inline_copy_bytes" = "1M",
+        "transfers on one host of at most so many bytes are copied by the thread that posts them; 0: never",
+        |s, v| { s.config.inline_copy_bytes = bytes(v)?; Ok(()) };
     "liveness_ms" = "3000",
         "milliseconds of silence after which a peer is dead, at least 50; the smaller of both sides counts",
         |s, v| { s.config.liveness = milliseconds(v, 50)?; Ok(()) };

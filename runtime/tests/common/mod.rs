@@ -150,6 +150,10 @@ pub fn submit(lane: &Lane<Probe>, ask: Ask) {
     assert!(lane.submit(Box::new(ask)).is_ok(), "the lane has stopped");
 }
 
+pub fn hand_over(lane: &Lane<Probe>, ask: Ask) {
+    assert!(lane.hand_over(Box::new(ask)).is_ok(), "the lane has stopped");
+}
+
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !is_so() {

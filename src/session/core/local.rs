@@ -174,6 +174,11 @@ impl Core {
         self.ring.is_some_and(|ring| ring.has_room)
     }
 
+    /// Whether a notification waits to be sent.
+    pub(crate) fn has_unsent(&self) -> bool {
+        self.outbox.has_unsent()
+    }
+
     /// Whether something waits for the ring: for room, or for the peer to empty it.
     pub(crate) fn waits_for_ring(&self) -> bool {
         self.ring.is_some_and(|ring| {

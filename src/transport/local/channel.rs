@@ -68,7 +68,7 @@ pub(crate) fn create() -> io::Result<(Producer, SharedFd)> {
 
 /// Maps a channel that a peer has made.
 pub(crate) fn open(fd: &impl AsFd) -> Result<Consumer, String> {
-    let map = Arc::new(Mapping::received(fd.as_fd(), LEN..=LEN, true)?);
+    let map = Arc::new(Mapping::received(fd.as_fd(), LEN..=LEN, true, false)?);
     if map.words()[0].load(Ordering::Acquire) != MAGIC {
         return Err("its notification ring has another layout".into());
     }

@@ -147,12 +147,24 @@ pub(crate) fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
     unsafe { libc::poll(&raw mut poll, 1, 0) > 0 && poll.revents & libc::POLLIN != 0 }
 }
 
-/// The process at the other end of a Unix socket, by its ID in our namespace; `None`: it cannot be seen
-/// from here.
-pub(crate) fn credentials_pid(socket: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
-    let credentials =
-        nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::PeerCredentials)?;
-    Ok(Some(Pid(credentials.pid())).filter(|pid| pid.0 > 0))
+/// Who is at the other end of a Unix socket.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PeerCredentials {
+    /// By its ID in our namespace; `None`: it cannot be seen from here.
+    pub(crate) pid: Option<Pid>,
+    /// It belongs to the user that we belong to.
+    pub(crate) same_user: bool,
+}
+
+impl PeerCredentials {
+    pub(crate) fn of(socket: BorrowedFd<'_>) -> io::Result<Self> {
+        use nix::sys::socket::{getsockopt, sockopt};
+        let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
+        Ok(Self {
+            pid: Some(Pid(credentials.pid())).filter(|pid| pid.0 > 0),
+            same_user: credentials.uid() == nix::unistd::geteuid().as_raw(),
+        })
+    }
 }
 
 /// Lets any process of this user reach into this one, where Yama would ask for a named one.

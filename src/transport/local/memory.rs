@@ -90,9 +90,9 @@ mod tests {
         let memory = OwnMemory::allocate(5000, None).unwrap();
         let writer = memory.fd_for_peers(true).unwrap();
         let reader = memory.fd_for_peers(false).unwrap();
-        let mapped = Mapping::received(writer.as_fd(), 1..=1 << 30, true).unwrap();
-        assert!(Mapping::received(reader.as_fd(), 1..=1 << 30, true).is_err());
-        let seen = Mapping::received(reader.as_fd(), 1..=1 << 30, false).unwrap();
+        let mapped = Mapping::received(writer.as_fd(), 1..=1 << 30, true, true).unwrap();
+        assert!(Mapping::received(reader.as_fd(), 1..=1 << 30, true, true).is_err());
+        let seen = Mapping::received(reader.as_fd(), 1..=1 << 30, false, true).unwrap();
         assert!(mapped.put(4999, &[7]));
         // SAFETY: within the 5000 bytes.
         assert_eq!(unsafe { memory.as_ptr().add(4999).read_volatile() }, 7);

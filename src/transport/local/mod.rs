@@ -27,10 +27,10 @@ mod shm;
 mod table;
 
 pub(crate) use channel::{
-    Broken, Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, Uses, create as create_channel,
+    Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, Uses, create as create_channel,
     open as open_channel,
 };
-pub(crate) use cma::{Pid, allow_any_tracer, credentials_pid};
+pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer};
 pub(crate) use death::PeerProcess;
 pub(crate) use memory::{OwnMemory, node_of};
 pub(crate) use path::{CopyError, LocalPath, PathParts, PeerMemory, reach};

@@ -69,6 +69,11 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
+fn is_of_huge_pages(fd: BorrowedFd<'_>) -> Result<bool, String> {
+    let system = nix::sys::statfs::fstatfs(fd).map_err(|e| format!("fstatfs: {e}"))?;
+    Ok(system.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC)
+}
+
 impl Mapping {
     /// Maps `len` bytes.
     pub(crate) fn new(fd: BorrowedFd<'_>, len: usize, writable: bool) -> io::Result<Self> {
@@ -96,11 +101,13 @@ impl Mapping {
     }
 
     /// Maps shared memory that another process has made: all of it, if it has a permitted length and
-    /// can never be cut short.
+    /// can never be cut short. Of huge pages, holes can be made, and touching one where no such page is free is
+    /// a SIGBUS: `may_be_huge` is for who could kill us anyway.
     pub(crate) fn received(
         fd: BorrowedFd<'_>,
         permitted: std::ops::RangeInclusive<usize>,
         writable: bool,
+        may_be_huge: bool,
     ) -> Result<Self, String> {
         // SAFETY: no pointers.
         let seals = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })
@@ -112,6 +119,9 @@ impl Mapping {
         let mut stat: libc::stat = unsafe { std::mem::zeroed() };
         // SAFETY: `stat` is writable.
         check(unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) }).map_err(|e| e.to_string())?;
+        if !may_be_huge && is_of_huge_pages(fd)? {
+            return Err("it shares huge pages, which another user could take away again".into());
+        }
         let len = usize::try_from(stat.st_size).unwrap_or(0);
         if !permitted.contains(&len) {
             return Err(format!("it shares memory of {len} bytes"));
@@ -211,12 +221,15 @@ mod tests {
     #[test]
     fn memory_is_shared_by_its_mappings_and_checked_before_it_is_mapped() {
         let fd = create(c"test", 8192, false).unwrap();
-        assert!(Mapping::received(fd.as_fd(), 1..=8192, true).is_err(), "not sealed");
+        assert!(Mapping::received(fd.as_fd(), 1..=8192, true, true).is_err(), "not sealed");
         let own = Mapping::new(fd.as_fd(), 8192, true).unwrap();
         seal(fd.as_fd(), true).unwrap();
-        assert!(Mapping::received(fd.as_fd(), 1..=4096, false).is_err(), "too long");
-        assert!(Mapping::received(fd.as_fd(), 8192..=8192, true).is_err(), "the owner writes");
-        let other = Mapping::received(fd.as_fd(), 8192..=8192, false).unwrap();
+        assert!(Mapping::received(fd.as_fd(), 1..=4096, false, true).is_err(), "too long");
+        assert!(
+            Mapping::received(fd.as_fd(), 8192..=8192, true, true).is_err(),
+            "the owner writes"
+        );
+        let other = Mapping::received(fd.as_fd(), 8192..=8192, false, true).unwrap();
         own.words()[1].store(7, Ordering::Relaxed);
         assert_eq!(other.words()[1].load(Ordering::Relaxed), 7);
         assert!(own.put(4000, b"abc") && !own.put(8190, b"abc"));
@@ -224,7 +237,7 @@ mod tests {
         assert!(other.get(4000, &mut out) && !other.get(usize::MAX, &mut out));
         assert_eq!(&out, b"abc");
         let pipe = std::io::pipe().unwrap();
-        assert!(Mapping::received(pipe.0.as_fd(), 0..=1 << 20, false).is_err());
+        assert!(Mapping::received(pipe.0.as_fd(), 0..=1 << 20, false, true).is_err());
     }
 
     #[test]
@@ -232,7 +245,19 @@ mod tests {
         let fd = create(c"test", 4096, false).unwrap();
         seal(fd.as_fd(), false).unwrap();
         let readable = read_only(fd.as_fd()).unwrap();
-        assert!(Mapping::received(readable.as_fd(), 4096..=4096, true).is_err());
-        assert!(Mapping::received(readable.as_fd(), 4096..=4096, false).is_ok());
+        assert!(Mapping::received(readable.as_fd(), 4096..=4096, true, true).is_err());
+        assert!(Mapping::received(readable.as_fd(), 4096..=4096, false, true).is_ok());
+    }
+
+    #[test]
+    fn huge_pages_are_mapped_only_from_who_may_be_trusted_with_that() {
+        const HUGE: usize = 2 << 20;
+        let Ok(fd) = create(c"test", HUGE, true) else {
+            eprintln!("not tested: this kernel has no huge pages of 2 MiB");
+            return;
+        };
+        seal(fd.as_fd(), false).unwrap();
+        let refused = Mapping::received(fd.as_fd(), HUGE..=HUGE, true, false).unwrap_err();
+        assert!(refused.contains("huge pages"), "{refused}");
     }
 }

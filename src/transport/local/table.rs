@@ -112,7 +112,7 @@ impl TableView {
     pub(crate) fn open(fd: &impl AsFd) -> Result<Self, String> {
         let smallest = FIRST * 8;
         let largest = (FIRST + MAX_SLOTS * SLOT_WORDS) * 8;
-        let map = Mapping::received(fd.as_fd(), smallest..=largest, false)?;
+        let map = Mapping::received(fd.as_fd(), smallest..=largest, false, false)?;
         if map.words()[0].load(Ordering::Acquire) != MAGIC {
             return Err("its region table has another layout".into());
         }

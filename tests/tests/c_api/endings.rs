@@ -47,7 +47,7 @@ fn a_permission_that_was_not_given_is_refused_here_or_there() {
 #[test]
 fn a_transfer_to_a_killed_peer_ends_in_its_error() {
     for frozen in [false, true] {
-        let remote = Remote::new("victim", "", &[]);
+        let remote = Remote::over_tcp("victim", "", &[]);
         let near = &remote.near;
         let xfers: Vec<_> = (0..20)
             .map(|i| near.prepare(i % 2, if i % 4 < 2 { LEN as u64 } else { 100 }))
@@ -106,7 +106,7 @@ fn a_descriptor_of_a_peer_that_has_restarted_is_stale() {
 #[test]
 fn a_peer_that_lives_and_does_not_answer_is_a_timeout() {
     let options = [("liveness_ms", "60000"), ("operation_timeout_ms", "200")];
-    let remote = Remote::new("slow", "liveness_ms=60000", &options);
+    let remote = Remote::over_tcp("slow", "liveness_ms=60000", &options);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     remote.far.process.freeze();
@@ -123,7 +123,7 @@ fn a_peer_that_lives_and_does_not_answer_is_a_timeout() {
 
 #[test]
 fn a_silent_peer_is_gone_after_the_liveness_timeout() {
-    let remote = Remote::new("silent", "liveness_ms=200", &[("liveness_ms", "200")]);
+    let remote = Remote::over_tcp("silent", "liveness_ms=200", &[("liveness_ms", "200")]);
     let near = &remote.near;
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
     assert_eq!(run(xfer), CORELANE_OK);
@@ -154,8 +154,11 @@ fn nobody_there_cannot_be_connected() {
 
 #[test]
 fn disconnecting_cancels_and_unloading_ends_transfers() {
-    let remote =
-        Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000"), ("linger_ms", "100")]);
+    let remote = Remote::over_tcp(
+        "far",
+        "liveness_ms=60000",
+        &[("liveness_ms", "60000"), ("linger_ms", "100")],
+    );
     let near = &remote.near;
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
     for _ in 0..3 {
@@ -194,7 +197,7 @@ fn disconnecting_cancels_and_unloading_ends_transfers() {
 #[test]
 fn notifications_that_cannot_be_flushed_are_counted_at_the_disconnect() {
     let options = [("liveness_ms", "60000"), ("linger_ms", "50")];
-    let remote = Remote::new("far", "liveness_ms=60000", &options);
+    let remote = Remote::over_tcp("far", "liveness_ms=60000", &options);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     remote.far.process.freeze();
@@ -210,7 +213,8 @@ fn notifications_that_cannot_be_flushed_are_counted_at_the_disconnect() {
 
 #[test]
 fn memory_that_was_unmapped_is_a_fault() {
-    let pair = Pair::new(1 << 20);
+    // Within a process, `local` copies as the process itself would.
+    let pair = Pair::with(1 << 20, &[("transports", "tcp")]);
     let near = &pair.near;
     let xfer = near.prepare(CORELANE_READ, 1 << 20);
     assert_eq!(run(xfer), CORELANE_OK);
@@ -224,7 +228,7 @@ fn memory_that_was_unmapped_is_a_fault() {
 #[test]
 fn memory_in_use_is_deregistered_when_it_is_quiet() {
     let options = [("liveness_ms", "60000"), ("deregister_timeout_ms", "50")];
-    let remote = Remote::new("far", "liveness_ms=60000", &options);
+    let remote = Remote::over_tcp("far", "liveness_ms=60000", &options);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
@@ -244,7 +248,7 @@ fn memory_in_use_is_deregistered_when_it_is_quiet() {
 
 #[test]
 fn transfers_in_flight_end_with_their_engine() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::over_tcp("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     let xfer = near.prepare(CORELANE_READ, LEN as u64);

@@ -14,6 +14,11 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
+    /// As `new`, with a peer that does without `local`: its process takes part in every transfer.
+    pub(crate) fn over_tcp(name: &str, settings: &str, options: &[(&str, &str)]) -> Self {
+        Self::new(name, &format!("{settings} transports=tcp"), options)
+    }
+
     pub(crate) fn new(name: &str, settings: &str, options: &[(&str, &str)]) -> Self {
         let far = target!(name, LEN, "read-write", settings);
         let near = Side::new(options, LEN, &far.metadata, &far.region.to_bytes());

@@ -7,7 +7,7 @@ const PEER: usize = size_of::<corelane_peer_stats>();
 
 #[test]
 fn counters_count() {
-    let pair = Pair::new(1 << 20);
+    let pair = Pair::with(1 << 20, &[("transports", "tcp")]);
     let near = &pair.near;
     let (read, write) = (near.prepare(CORELANE_READ, 1000), near.prepare(CORELANE_WRITE, 500));
     for _ in 0..10 {

@@ -9,7 +9,7 @@ use crate::remote::{LEN, Remote};
 
 #[test]
 fn the_life_of_a_transfer() {
-    let mut remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let mut remote = Remote::over_tcp("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
     let near = &remote.near;
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
     for _ in 0..3 {
@@ -61,7 +61,7 @@ fn the_life_of_a_transfer() {
 
 #[test]
 fn a_cancelled_transfer_says_so_and_can_be_posted_again() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::over_tcp("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     for operation in [CORELANE_READ, CORELANE_WRITE] {
@@ -87,7 +87,7 @@ fn a_cancelled_transfer_says_so_and_can_be_posted_again() {
 
 #[test]
 fn a_transfer_released_in_flight_is_busy_until_its_memory_is_quiet() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::over_tcp("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
     let near = &remote.near;
     for round in 0..20 {
         ok(corelane_connect(near.conn, BOUND_MS));
@@ -308,7 +308,7 @@ fn ranges_outside_registered_memory_are_refused() {
 
 #[test]
 fn all_who_wait_for_a_transfer_see_its_end() {
-    let remote = Remote::new("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
+    let remote = Remote::over_tcp("far", "liveness_ms=60000", &[("liveness_ms", "60000")]);
     let near = &remote.near;
     ok(corelane_connect(near.conn, BOUND_MS));
     let xfer = near.prepare(CORELANE_READ, LEN as u64);
@@ -362,7 +362,8 @@ fn a_peer_process_of_the_c_api_serves_rust_and_the_other_way_round() {
     let memory = Buffer::with_pattern(6, LEN);
     let region = engine.register(&memory, 3);
     let mut far = peer_process!();
-    far.engine("rust-initiator", "");
+    // What is served is counted where it is served.
+    far.engine("rust-initiator", "transports=tcp");
     far.region("own", LEN, "local");
     far.load(&engine.metadata());
     let descriptor = corelane_tests::to_hex(&descriptor_of(region));
