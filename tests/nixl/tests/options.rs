@@ -9,11 +9,13 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 20] = [
+const OPTIONS: [&str; 23] = [
     "lanes",
     "spin_us",
     "assist",
     "transports",
+    "strict_writes",
+    "ptracer",
     "listen",
     "interface",
     "port_range",
@@ -147,6 +149,9 @@ fn malformed_values_are_refused_by_name() {
         ("assist", "perhaps"),
         ("transports", "tcp,carrier-pigeon"),
         ("transports", ","),
+        ("transports", "rdma"),
+        ("strict_writes", "yes"),
+        ("ptracer", "all"),
         ("listen", "localhost.invalid"),
         ("listen", "1.2.3.4.5"),
         ("interface", "no-such-interface0"),
