@@ -122,6 +122,11 @@ impl Script {
                 self.memory(words.text(0)?)?.unmap();
                 Ok(String::new())
             }
+            // PROGRAM [ARGUMENT...]
+            "exec" => {
+                use std::os::unix::process::CommandExt;
+                Err(std::process::Command::new(words.text(0)?).args(&words.0[1..]).exec().to_string())
+            }
             // METADATA
             "load" => {
                 let peer = self.engine()?.load_peer(&words.bytes(0)?).map_err(told)?;
