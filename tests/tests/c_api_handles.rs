@@ -93,6 +93,12 @@ fn calls(of: &Zoo) -> [Vec<Call<'static>>; 5] {
             assert_eq!(region, 0);
             status
         }),
+        call!("alloc", h, {
+            let (mut addr, mut region) = (std::ptr::dangling_mut(), 7);
+            let status = c!(corelane_alloc(h, 64, 0, &raw mut addr, &raw mut region));
+            assert!(addr.is_null() && region == 0);
+            status
+        }),
         call!("query_memory", h, {
             let mut b = [0u64; 8];
             c!(corelane_query_memory(h, local.addr as *const _, 8, b.as_mut_ptr().cast()))
@@ -138,6 +144,7 @@ fn calls(of: &Zoo) -> [Vec<Call<'static>>; 5] {
     ];
     let region = vec![
         call!("mr_destroy", h, corelane_mr_destroy(h)),
+        call!("free", h, corelane_free(h)),
         call!("get_descriptor", h, {
             let (mut b, mut len) = (place(), 0);
             c!(corelane_get_descriptor(h, b.as_mut_ptr().cast(), b.len(), &raw mut len))
@@ -266,12 +273,14 @@ fn a_freed_handle_is_none_and_is_not_given_out_again() {
     for _ in 0..50 {
         let region = near.engine.register(&near.memory, 0);
         ok(corelane_mr_destroy(region));
+        let allocated = near.engine.allocate(4096, 0);
+        ok(corelane_free(allocated));
         let (conn, desc) = (near.engine.load(&far_metadata), near.engine.import(&far_descriptor));
         ok(corelane_conn_destroy(conn));
         ok(corelane_descriptor_destroy(desc));
         let xfer = near.prepare(CORELANE_READ, 64);
         ok(corelane_release(xfer, 0));
-        freed.extend([region, conn, desc, xfer]);
+        freed.extend([region, allocated, conn, desc, xfer]);
     }
     for handle in &freed {
         assert_refused(&calls, *handle, None);
@@ -291,11 +300,12 @@ fn handles_die_with_their_engine() {
     let calls = calls(&zoo);
     let near = &zoo.pair.near;
     let unposted = near.prepare(CORELANE_WRITE, 8);
+    let allocated = near.engine.allocate(4096, 3);
     let unloaded = near.engine.load(&zoo.pair.far.metadata());
     ok(corelane_unload_peer(unloaded, 0));
     assert_eq!(run(zoo.xfer), CORELANE_ERR_CANCELLED, "its peer was unloaded");
     ok(corelane_engine_destroy(near.engine.0));
-    for handle in zoo.handles().into_iter().chain([unposted, unloaded]) {
+    for handle in zoo.handles().into_iter().chain([unposted, unloaded, allocated]) {
         assert_refused(&calls, handle, None);
     }
     // The other engine is not touched.

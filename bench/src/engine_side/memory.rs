@@ -1,6 +1,8 @@
 //! The memory of one engine during one run: the application's own, registered, or the engine's.
 
-use anyhow::{Context as _, Result, bail};
+use std::ptr::NonNull;
+
+use anyhow::{Context as _, Result};
 use corelane::{Access, Engine, Region};
 
 use crate::arena::Arena;
@@ -49,6 +51,12 @@ impl EngineMemory {
 }
 
 /// Memory of the engine, as an arena that frees it with its last handle.
-fn allocate(_engine: &Engine, len: usize, _access: Access) -> Result<(Arena, Region)> {
-    bail!("this build has no engine memory ({len} bytes asked for): leave out --memory engine");
+fn allocate(engine: &Engine, len: usize, access: Access) -> Result<(Arena, Region)> {
+    let buffer = engine.alloc(len, access)?;
+    let region = buffer.region().clone();
+    let (start, len) = (NonNull::new(buffer.as_mut_ptr()).context("no memory")?, buffer.len());
+    // SAFETY: `len` zeroed bytes at the start of a page, readable and writable until the buffer is dropped, which the
+    // arena does with its last handle. Only the transfers of the harness touch them besides.
+    let arena = unsafe { Arena::owned_by(start, len, buffer) };
+    Ok((arena, region))
 }

@@ -195,7 +195,7 @@ typedef uint64_t corelane_engine_t;
 typedef uint64_t corelane_conn_t;
 
 /**
- * Registered memory of an engine. 0 is never valid.
+ * Registered memory of an engine: the application's, or the engine's own. 0 is never valid.
  */
 typedef uint64_t corelane_region_t;
 
@@ -522,12 +522,14 @@ corelane_status corelane_engine_create(const char *agent_name,
 
 /**
  * Shuts an engine down: notifications are flushed for at most `linger_ms`, transfers end, lanes
- * stop. When it returns `CORELANE_OK`, nothing touches registered memory any more. All handles of
- * the engine are freed.
+ * stop. When it returns `CORELANE_OK`, nothing touches registered memory any more, and memory of
+ * `corelane_alloc` is no longer there. All handles of the engine are freed.
  *
  * Any thread but a lane. Errors: `CORELANE_ERR_INVALID_HANDLE`; `CORELANE_ERR_LANE` when a lane had
- * failed, or did not stop in time (the handles are gone all the same); `CORELANE_ERR_SHUTDOWN` in a
- * forked child: only the handle of the engine is freed.
+ * failed, or did not stop in time, and `CORELANE_ERR_BUSY` when a process of this host is stopped in
+ * the middle of a copy (the handles are gone all the same; registered memory must stay mapped, and
+ * that of `corelane_alloc` does); `CORELANE_ERR_SHUTDOWN` in a forked child: only the handle of the
+ * engine is freed.
  */
 corelane_status corelane_engine_destroy(corelane_engine_t engine);
 
@@ -608,9 +610,46 @@ corelane_status corelane_reg(corelane_engine_t engine,
  * engine or of a peer touches the memory any more, and descriptors of it are refused.
  *
  * Waits for accesses in progress, at most `deregister_timeout_ms`. Any thread but a lane. Errors:
- * `CORELANE_ERR_BUSY` past that time: the region is kept, try again.
+ * `CORELANE_ERR_BUSY` past that time: the region is kept, try again; `CORELANE_ERR_INVALID_ARGUMENT`
+ * for memory of `corelane_alloc`, which `corelane_free` gives back.
  */
 corelane_status corelane_mr_destroy(corelane_region_t region);
+
+/**
+ * Allocates `len` zero bytes that peers on this host map: transfers with them are plain copies,
+ * without a system call, in both directions. Registers them as `corelane_reg` would, for `access`
+ * (`CORELANE_ACCESS_...` added up). Over other transports they are memory like any other.
+ *
+ * The address of the first byte, at the start of a page, is stored in `*addr` and the handle of the
+ * region in `*region`; null and 0 when there is no memory. In huge pages where some are reserved,
+ * and near the core of the first lane. All of it is taken at once, some 0.3 ms a MiB: for pools that
+ * live long, not for each request.
+ *
+ * To be given back by `corelane_free`. What was not goes with its engine: not to be touched after
+ * `corelane_engine_destroy`. A forked child has none of it at these addresses.
+ *
+ * Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT` (no bytes), `CORELANE_ERR_IO` (there is not so
+ * much memory), `CORELANE_ERR_LIMIT`, `CORELANE_ERR_SHUTDOWN`.
+ */
+corelane_status corelane_alloc(corelane_engine_t engine,
+                               size_t len,
+                               uint32_t access,
+                               void **addr,
+                               corelane_region_t *region);
+
+/**
+ * Gives memory of `corelane_alloc` back, with its registration and its handle. When it returns
+ * `CORELANE_OK`, nothing of this engine or of a peer touches it any more, descriptors of it are
+ * refused, and it must not be touched. The pages go back to the system once no transfer that was
+ * prepared with them is left either, and peers have let go of them.
+ *
+ * Waits for accesses in progress, at most `deregister_timeout_ms`. Any thread but a lane. Errors:
+ * `CORELANE_ERR_BUSY` past that time, or while another thread is freeing it: the memory is kept, try
+ * again; `CORELANE_ERR_INVALID_HANDLE` when it was freed before, or its engine was destroyed;
+ * `CORELANE_ERR_INVALID_ARGUMENT` for memory of `corelane_reg`; `CORELANE_ERR_SHUTDOWN` while its
+ * engine is being destroyed (the memory goes with it), and in a forked child.
+ */
+corelane_status corelane_free(corelane_region_t region);
 
 /**
  * The bytes that a peer needs to access the region; the same on every call. Lengths as in

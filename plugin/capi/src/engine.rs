@@ -6,6 +6,7 @@ use std::sync::Once;
 use corelane::{Engine, Error};
 use tracing::level_filters::LevelFilter;
 
+use crate::allocation::end_with_engine;
 use crate::handles::{
     CONNS, ENGINES, EngineEntry, adopt, corelane_conn_t, corelane_engine_t, free_any,
 };
@@ -90,12 +91,14 @@ pub unsafe extern "C" fn corelane_engine_create(
 }
 
 /// Shuts an engine down: notifications are flushed for at most `linger_ms`, transfers end, lanes
-/// stop. When it returns `CORELANE_OK`, nothing touches registered memory any more. All handles of
-/// the engine are freed.
+/// stop. When it returns `CORELANE_OK`, nothing touches registered memory any more, and memory of
+/// `corelane_alloc` is no longer there. All handles of the engine are freed.
 ///
 /// Any thread but a lane. Errors: `CORELANE_ERR_INVALID_HANDLE`; `CORELANE_ERR_LANE` when a lane had
-/// failed, or did not stop in time (the handles are gone all the same); `CORELANE_ERR_SHUTDOWN` in a
-/// forked child: only the handle of the engine is freed.
+/// failed, or did not stop in time, and `CORELANE_ERR_BUSY` when a process of this host is stopped in
+/// the middle of a copy (the handles are gone all the same; registered memory must stay mapped, and
+/// that of `corelane_alloc` does); `CORELANE_ERR_SHUTDOWN` in a forked child: only the handle of the
+/// engine is freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_engine_destroy(engine: corelane_engine_t) -> corelane_status {
     run("corelane_engine_destroy", || {
@@ -108,10 +111,10 @@ pub extern "C" fn corelane_engine_destroy(engine: corelane_engine_t) -> corelane
         if let Err(error @ Error::Shutdown) = entry.engine.check_usable() {
             return Err(error.into());
         }
-        for child in entry.take_children() {
-            free_any(child);
-        }
-        Ok(entry.engine.shutdown()?)
+        let buffers = entry.take_children().into_iter().filter_map(free_any).collect();
+        let outcome = entry.engine.shutdown();
+        end_with_engine(buffers, outcome.is_ok());
+        Ok(outcome?)
     })
 }
 

@@ -8,9 +8,10 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use corelane::{Engine, Peer, Region, RegionDescriptor};
+use corelane::{Buffer, Engine, Peer, RegionDescriptor};
 use sharded_slab::{Config, Entry, Slab};
 
+use crate::allocation::Memory;
 use crate::status::Failure;
 use crate::transfer::Posting;
 
@@ -19,7 +20,7 @@ pub type corelane_engine_t = u64;
 /// A peer of an engine: a remote engine whose metadata was loaded, or that connected by itself. 0 is
 /// never valid.
 pub type corelane_conn_t = u64;
-/// Registered memory of an engine. 0 is never valid.
+/// Registered memory of an engine: the application's, or the engine's own. 0 is never valid.
 pub type corelane_region_t = u64;
 /// The descriptor of a peer's registered memory. 0 is never valid.
 pub type corelane_desc_t = u64;
@@ -136,7 +137,7 @@ macro_rules! tables {
 tables! {
     ENGINES: EngineEntry = 1, "engine";
     CONNS: Owned<Peer> = 2, "connection";
-    REGIONS: Owned<Region> = 3, "region";
+    REGIONS: Owned<Memory> = 3, "region";
     DESCRIPTORS: Owned<RegionDescriptor> = 4, "descriptor";
     XFERS: Owned<Posting> = 5, "transfer";
 }
@@ -176,12 +177,15 @@ pub(crate) fn free<T>(table: &Table<Owned<T>>, handle: u64) -> bool {
     true
 }
 
-/// Frees whatever the handle names.
-pub(crate) fn free_any(handle: u64) {
+/// Frees whatever the handle names. Memory of the engine is only taken: the caller gives it back once
+/// nothing touches it any more.
+pub(crate) fn free_any(handle: u64) -> Option<Buffer> {
+    let buffer = REGIONS.get(handle).ok().and_then(|region| region.value.take_buffer());
     let _ = CONNS.remove(handle)
         || REGIONS.remove(handle)
         || DESCRIPTORS.remove(handle)
         || XFERS.remove(handle);
+    buffer
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::ffi::c_void;
 
-use corelane::{Access, MemoryKind, RegionDescriptor};
+use corelane::{Access, Engine, Error, MemoryKind, RegionDescriptor};
 
+use crate::allocation::Memory;
 use crate::handles::{
     DESCRIPTORS, ENGINES, REGIONS, adopt, corelane_desc_t, corelane_engine_t, corelane_region_t,
     free,
@@ -103,7 +104,7 @@ pub unsafe extern "C" fn corelane_reg(
         // SAFETY: the caller promises that the memory stays mapped while it is registered.
         let registered =
             unsafe { entry.engine.register_kind(addr as u64, len as u64, kind, access)? };
-        let handle = adopt(&REGIONS, engine, registered)?;
+        let handle = adopt(&REGIONS, engine, Memory::registered(registered))?;
         // SAFETY: as above.
         unsafe { raw::store(region, handle, "region") }
     })
@@ -113,18 +114,112 @@ pub unsafe extern "C" fn corelane_reg(
 /// engine or of a peer touches the memory any more, and descriptors of it are refused.
 ///
 /// Waits for accesses in progress, at most `deregister_timeout_ms`. Any thread but a lane. Errors:
-/// `CORELANE_ERR_BUSY` past that time: the region is kept, try again.
+/// `CORELANE_ERR_BUSY` past that time: the region is kept, try again; `CORELANE_ERR_INVALID_ARGUMENT`
+/// for memory of `corelane_alloc`, which `corelane_free` gives back.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_mr_destroy(region: corelane_region_t) -> corelane_status {
     run("corelane_mr_destroy", || {
         let entry = REGIONS.get(region)?;
-        let (owner, registered) = (entry.owner, entry.value.clone());
+        if entry.value.is_allocated() {
+            return Err(Failure::argument(
+                "the region is memory of corelane_alloc: corelane_free gives it back",
+            ));
+        }
+        let (owner, registered) = (entry.owner, entry.value.region().clone());
         drop(entry);
         let engine = ENGINES.get(owner)?.engine.clone();
         engine.deregister(&registered)?;
         free(&REGIONS, region);
         Ok(())
     })
+}
+
+/// Allocates `len` zero bytes that peers on this host map: transfers with them are plain copies,
+/// without a system call, in both directions. Registers them as `corelane_reg` would, for `access`
+/// (`CORELANE_ACCESS_...` added up). Over other transports they are memory like any other.
+///
+/// The address of the first byte, at the start of a page, is stored in `*addr` and the handle of the
+/// region in `*region`; null and 0 when there is no memory. In huge pages where some are reserved,
+/// and near the core of the first lane. All of it is taken at once, some 0.3 ms a MiB: for pools that
+/// live long, not for each request.
+///
+/// To be given back by `corelane_free`. What was not goes with its engine: not to be touched after
+/// `corelane_engine_destroy`. A forked child has none of it at these addresses.
+///
+/// Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT` (no bytes), `CORELANE_ERR_IO` (there is not so
+/// much memory), `CORELANE_ERR_LIMIT`, `CORELANE_ERR_SHUTDOWN`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn corelane_alloc(
+    engine: corelane_engine_t,
+    len: usize,
+    access: u32,
+    addr: *mut *mut c_void,
+    region: *mut corelane_region_t,
+) -> corelane_status {
+    run("corelane_alloc", || {
+        // SAFETY: the caller promises room for an address and a handle.
+        unsafe {
+            raw::store(addr, std::ptr::null_mut(), "addr")?;
+            raw::store(region, 0, "region")?;
+        }
+        let access = access_of(access)?;
+        // Not held while allocating: the engine may be destroyed meanwhile.
+        let api = ENGINES.get(engine)?.engine.clone();
+        let buffer = api.alloc(len, access)?;
+        let start = buffer.as_mut_ptr();
+        let handle = adopt(&REGIONS, engine, Memory::allocated(buffer))?;
+        // SAFETY: as above.
+        unsafe {
+            raw::store(addr, start.cast(), "addr")?;
+            raw::store(region, handle, "region")
+        }
+    })
+}
+
+/// Gives memory of `corelane_alloc` back, with its registration and its handle. When it returns
+/// `CORELANE_OK`, nothing of this engine or of a peer touches it any more, descriptors of it are
+/// refused, and it must not be touched. The pages go back to the system once no transfer that was
+/// prepared with them is left either, and peers have let go of them.
+///
+/// Waits for accesses in progress, at most `deregister_timeout_ms`. Any thread but a lane. Errors:
+/// `CORELANE_ERR_BUSY` past that time, or while another thread is freeing it: the memory is kept, try
+/// again; `CORELANE_ERR_INVALID_HANDLE` when it was freed before, or its engine was destroyed;
+/// `CORELANE_ERR_INVALID_ARGUMENT` for memory of `corelane_reg`; `CORELANE_ERR_SHUTDOWN` while its
+/// engine is being destroyed (the memory goes with it), and in a forked child.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_free(region: corelane_region_t) -> corelane_status {
+    run("corelane_free", || {
+        let entry = REGIONS.get(region)?;
+        let memory = &entry.value;
+        if !memory.is_allocated() {
+            return Err(Failure::argument(
+                "the region is memory of the application: corelane_mr_destroy takes it back",
+            ));
+        }
+        let engine = ENGINES.get(entry.owner)?.engine.clone();
+        ensure_ours(&engine)?;
+        let buffer = memory.take_buffer().ok_or_else(|| {
+            Failure::new(
+                corelane_status::CORELANE_ERR_BUSY,
+                "another thread is freeing this memory, or destroying its engine",
+            )
+        })?;
+        if let Err((error, buffer)) = engine.free(buffer) {
+            memory.put_back(buffer);
+            return Err(error.into());
+        }
+        free(&REGIONS, region);
+        Ok(())
+    })
+}
+
+/// The engine is not about to be destroyed, and no parent's: there, a lock may be held for ever. One
+/// whose lanes have failed gives memory back.
+fn ensure_ours(engine: &Engine) -> Result<(), Failure> {
+    match engine.check_usable() {
+        Err(error @ Error::Shutdown) => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// The bytes that a peer needs to access the region; the same on every call. Lengths as in
@@ -137,7 +232,7 @@ pub unsafe extern "C" fn corelane_get_descriptor(
     len: *mut usize,
 ) -> corelane_status {
     run("corelane_get_descriptor", || {
-        let bytes = REGIONS.get(region)?.value.descriptor().to_bytes();
+        let bytes = REGIONS.get(region)?.value.region().descriptor().to_bytes();
         // SAFETY: the caller promises a buffer of `capacity` bytes.
         unsafe { raw::fill(&bytes, buffer, capacity, len) }
     })

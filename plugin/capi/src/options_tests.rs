@@ -30,6 +30,7 @@ fn every_option_reaches_the_configuration() {
         ("chunk_bytes", "1M"),
         ("latency_bytes", "4096"),
         ("inline_bytes", "0"),
+        ("inline_copy_bytes", "2M"),
         ("liveness_ms", "200"),
         ("operation_timeout_ms", "201"),
         ("connect_timeout_ms", "202"),
@@ -52,6 +53,7 @@ fn every_option_reaches_the_configuration() {
     assert_eq!(c.listen.ports, 18500..=18599);
     assert_eq!(c.listen.advertise[1], "[::1]:7".parse().unwrap());
     assert_eq!((c.streams, c.chunk_bytes, c.latency_bytes, c.inline_bytes), (4, 1 << 20, 4096, 0));
+    assert_eq!(c.inline_copy_bytes, 2 << 20);
     let waits = [
         c.liveness,
         c.operation_timeout,

@@ -4,6 +4,7 @@ use corelane::{
     DescriptorPair, Error, LocalBlocks, LocalSegment, Operation, Plan, RemoteBlocks, RemoteSegment,
 };
 
+use crate::allocation::Memory;
 use crate::handles::{
     CONNS, DESCRIPTORS, ENGINES, InUse, Owned, REGIONS, Table, XFERS, adopt, corelane_conn_t,
     corelane_desc_t, corelane_region_t, corelane_xfer_t,
@@ -167,7 +168,7 @@ unsafe fn prepare(
             .ok_or_else(|| Error::InvalidArgument("a descriptor is missing".into()))?;
         Ok(DescriptorPair {
             local: LocalSegment { addr: own.addr, len: own.len },
-            region: region_of(index),
+            region: region_of(index).map(Memory::region),
             remote: RemoteSegment { region: descriptor, addr: theirs.addr, len: theirs.len },
         })
     })?;

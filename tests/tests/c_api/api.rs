@@ -139,6 +139,15 @@ impl Engine {
         region
     }
 
+    /// Memory of the engine, whose address nobody needs.
+    #[track_caller]
+    pub(crate) fn allocate(&self, len: usize, access: u32) -> corelane_region_t {
+        let (mut addr, mut region) = (null_mut(), 0);
+        ok(c!(corelane_alloc(self.0, len, access, &raw mut addr, &raw mut region)));
+        assert!(!addr.is_null() && region != 0);
+        region
+    }
+
     #[track_caller]
     pub(crate) fn import(&self, descriptor: &[u8]) -> corelane_desc_t {
         let mut desc = 0;

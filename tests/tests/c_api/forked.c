@@ -59,7 +59,8 @@ int main(void)
     unsigned char metadata[4096], descriptor[4096];
     size_t metadata_len = 0, descriptor_len = 0, count = 0;
     corelane_engine_t far = create("far"), near = create("near"), own = 0;
-    corelane_region_t region = 0, near_region = 0, none = 0;
+    corelane_region_t region = 0, near_region = 0, allocated = 0, none = 0;
+    void *memory = NULL, *nothing = NULL;
     corelane_conn_t conn = 0, other = 0;
     corelane_desc_t desc = 0;
     corelane_xfer_t xfer = 0, unposted = 0, another = 0;
@@ -70,6 +71,8 @@ int main(void)
     memset(from, 7, LEN);
     expect(corelane_reg(far, from, LEN, 0, 0, CORELANE_ACCESS_REMOTE_READ, &region) == 0, "reg");
     expect(corelane_reg(near, to, LEN, 0, 0, CORELANE_ACCESS_LOCAL, &near_region) == 0, "reg");
+    expect(corelane_alloc(near, LEN, CORELANE_ACCESS_LOCAL, &memory, &allocated) == 0, "alloc");
+    memset(memory, 5, LEN);
     expect(corelane_get_metadata(far, metadata, sizeof metadata, &metadata_len) == 0, "metadata");
     expect(corelane_get_descriptor(region, descriptor, sizeof descriptor, &descriptor_len) == 0,
            "descriptor");
@@ -88,6 +91,8 @@ int main(void)
     if (child == 0) {
         refused(corelane_reg(near, to, LEN, 0, 0, 0, &none), "reg");
         refused(corelane_mr_destroy(near_region), "mr_destroy");
+        refused(corelane_alloc(near, LEN, 0, &nothing, &none), "alloc");
+        refused(corelane_free(allocated), "free");
         refused(corelane_load_peer(near, metadata, metadata_len, &other), "load_peer");
         refused(corelane_load_peer_as(near, "far", 3, metadata, metadata_len, &other),
                 "load_peer_as");
@@ -145,6 +150,7 @@ int main(void)
     expect(seen == 1, "one notification");
     expect(corelane_stats(near, &stats, sizeof stats) == 0 && stats.links_down == 0, "links");
     expect(corelane_mr_destroy(near_region) == 0, "mr_destroy");
+    expect(*(unsigned char *)memory == 5 && corelane_free(allocated) == 0, "free");
     expect(corelane_engine_destroy(near) == 0 && corelane_engine_destroy(far) == 0, "destroy");
     printf("parent: served\n");
     return 0;

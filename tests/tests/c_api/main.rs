@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 mod accepting;
+mod allocation;
 mod api;
 mod arguments;
 mod buffers;

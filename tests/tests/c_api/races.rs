@@ -31,6 +31,7 @@ struct Boards {
     engines: Board,
     conns: Board,
     regions: Board,
+    allocations: Board,
     descs: Board,
     xfers: Board,
     memory: Buffer,
@@ -65,7 +66,7 @@ fn anything(boards: &Boards, random: &mut Random) {
     let place = &raw mut handle;
     let local = corelane_local_segment { addr: b.memory.address(0), len: 4096, region: 0 };
     let remote = corelane_remote_segment { desc, addr: b.remote, len: 4096 };
-    match random.below(24) {
+    match random.below(26) {
         0..=2 => {
             let at = pointer(&b.memory);
             let status = c!(corelane_reg(engine, at, b.memory.len(), 0, 0, 3, place));
@@ -121,6 +122,14 @@ fn anything(boards: &Boards, random: &mut Random) {
                 &[CORELANE_ERR_BACKPRESSURE, CORELANE_ERR_CANCELLED, CORELANE_ERR_CONNECT],
             );
         }
+        23 => {
+            let mut addr = std::ptr::null_mut();
+            one_of(c!(corelane_alloc(engine, 1 << 16, 3, &raw mut addr, place)), &[]);
+            b.allocations.put(random, handle);
+        }
+        24 => {
+            one_of(corelane_free(b.allocations.get(random)), &[CORELANE_ERR_BUSY]);
+        }
         _ => {
             let mut stats = corelane_engine_stats::default();
             one_of(c!(corelane_stats(engine, &raw mut stats, size_of_val(&stats))), &[]);
@@ -141,6 +150,7 @@ fn threads_may_use_what_others_destroy() {
         engines: Board::new(4),
         conns: Board::new(8),
         regions: Board::new(8),
+        allocations: Board::new(8),
         descs: Board::new(8),
         xfers: Board::new(16),
         memory: Buffer::new(1 << 20),
@@ -208,6 +218,10 @@ fn threads_may_use_what_others_destroy() {
         let status = corelane_descriptor_destroy(desc.load(Ordering::Relaxed));
         assert_eq!(status, CORELANE_ERR_INVALID_HANDLE);
     }
+    for region in &boards.allocations.slots {
+        let status = corelane_free(region.load(Ordering::Relaxed));
+        assert_eq!(status, CORELANE_ERR_INVALID_HANDLE);
+    }
     // And the one that all of them talked to is as well as before.
     let near = Side::new(&[], 4096, &boards.metadata, &boards.descriptor);
     let xfer = near.prepare(CORELANE_WRITE, 4096);
@@ -264,13 +278,14 @@ fn two_threads_free_an_object_once() {
     let near = &pair.near;
     let (metadata, descriptor) = (pair.far.metadata(), descriptor_of(pair.far_region));
     for round in 0..300 {
-        let handle = match round % 5 {
+        let handle = match round % 6 {
             0 => near.engine.load(&metadata),
             1 => near.engine.import(&descriptor),
             2 => near.engine.register(&near.memory, 0),
             3 => near.prepare(CORELANE_READ, 64),
+            4 => near.engine.allocate(4096, 3),
             _ => {
-                if round % 50 != 4 {
+                if round % 60 != 5 {
                     continue;
                 }
                 let mut engine = 0;
@@ -278,11 +293,12 @@ fn two_threads_free_an_object_once() {
                 engine
             }
         };
-        let free = || match round % 5 {
+        let free = || match round % 6 {
             0 => corelane_conn_destroy(handle),
             1 => corelane_descriptor_destroy(handle),
             2 => corelane_mr_destroy(handle),
             3 => corelane_release(handle, BOUND_MS),
+            4 => corelane_free(handle),
             _ => corelane_engine_destroy(handle),
         };
         let barrier = Barrier::new(2);
@@ -296,7 +312,7 @@ fn two_threads_free_an_object_once() {
             threads.map(|thread| thread.join().unwrap()).into()
         });
         let freed = answers.iter().filter(|status| **status == CORELANE_OK).count();
-        assert_eq!(freed, 1, "{:?}: {answers:?}", round % 5);
+        assert_eq!(freed, 1, "{:?}: {answers:?}", round % 6);
         refused(free(), CORELANE_ERR_INVALID_HANDLE);
     }
 }
