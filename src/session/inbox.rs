@@ -251,6 +251,11 @@ impl Inbox {
         Some(below)
     }
 
+    /// What was acknowledged last: the peer may not have it yet.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.told
+    }
+
     /// The link is gone. Counts belong to transfers that have failed with it, and the next
     /// handshake settles what has arrived.
     pub(crate) fn rewind(&mut self) {

@@ -158,7 +158,7 @@ fn memory_that_a_stopped_initiator_writes_is_given_back_or_busy(config: Configur
     for _ in 0..10 {
         let region = memory.register(&engine, Access::REMOTE_WRITE);
         let descriptor = to_hex(&region.descriptor().to_bytes());
-        let before = writer.number("completed");
+        let (before, failed) = (writer.number("completed"), writer.number("failed"));
         for _ in 0..2 {
             writer.ask(&format!("hammer-writes near r {descriptor}"));
         }
@@ -174,6 +174,7 @@ fn memory_that_a_stopped_initiator_writes_is_given_back_or_busy(config: Configur
             eventually("it is given back", || engine.deregister(&region).is_ok());
             memory.poison(0, LEN / 8);
         }
+        eventually("each hammer is refused", || writer.number("failed") == failed + 2);
         let error = writer.try_ask("stop-hammers").unwrap_err();
         assert!(error.contains("Permission"), "{error}");
         memory.assert_poison(0, LEN / 8);

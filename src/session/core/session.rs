@@ -460,8 +460,10 @@ impl Core {
         self.phase = Phase::Idle;
         self.events.push_back(Event::AbortConnect);
         if let Some(link) = self.session_link() {
-            // What has arrived is acknowledged, or the peer would count it as lost.
-            if let Some(below) = self.inbox.acknowledgement() {
+            // What has arrived is acknowledged, or the peer would count it as lost. What the ring holds of that
+            // the goodbye overtakes.
+            let in_ring = self.ring.map(|_| self.inbox.acknowledged());
+            if let Some(below) = self.inbox.acknowledgement().or(in_ring) {
                 self.control.push_back(Header { aux: below, ..Header::new(FrameKind::Ack) });
             }
             self.control.push_back(Header::new(FrameKind::Goodbye));

@@ -163,7 +163,7 @@ fn malformed_values_are_refused_by_name() {
         ("chunk_bytes", "0"),
         ("latency_bytes", "18446744073709551616"),
         ("inline_bytes", "1.5K"),
-        ("inline_copy_bytes", "1 M"),
+        ("inline_copy_bytes", "1MB"),
         ("liveness_ms", "soon"),
         ("liveness_ms", "0"),
         ("operation_timeout_ms", "0"),

@@ -5,7 +5,9 @@ use std::time::Duration;
 use super::world::{CHUNK, World, ms};
 use crate::notification::NotificationQueue;
 use crate::plan::Operation::{Read, Write};
+use crate::session::RingState;
 use crate::session::outbox::{MAX_IN_BAND, WINDOW_BYTES};
+use crate::transport::local::Message;
 use crate::wire::Access;
 use crate::wire::hello::LinkKind;
 
@@ -274,6 +276,22 @@ fn a_passive_side_keeps_its_notifications_until_the_peer_comes_back() {
     assert_eq!(w.nodes[1].peer.unacknowledged(), (1, 3));
     w.connect();
     assert_eq!(collect(&mut w, 0, 1), [b"two"]);
+    w.assert_clean();
+}
+
+#[test]
+fn a_goodbye_that_overtakes_an_acknowledgement_in_the_ring_loses_nothing() {
+    let mut w = world(7);
+    w.call(1, |core, _| core.set_ring(Some(RingState { has_room: true, is_empty: true })));
+    w.notify(0, b"last words");
+    assert_eq!(collect(&mut w, 1, 1), [b"last words"]);
+    w.run(ms(200));
+    // Nobody looks into the ring before the goodbye is there.
+    let in_ring = w.call(1, |core, env| core.next_ring_message(env));
+    assert!(matches!(in_ring, Some(Message::Ack(1))));
+    w.leave(1, ms(100));
+    w.run(ms(200));
+    assert_eq!(w.nodes[0].counters.notifications_dropped.get(), 0);
     w.assert_clean();
 }
 
