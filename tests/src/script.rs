@@ -125,7 +125,10 @@ impl Script {
             // PROGRAM [ARGUMENT...]
             "exec" => {
                 use std::os::unix::process::CommandExt;
-                Err(std::process::Command::new(words.text(0)?).args(&words.0[1..]).exec().to_string())
+                Err(std::process::Command::new(words.text(0)?)
+                    .args(&words.0[1..])
+                    .exec()
+                    .to_string())
             }
             // METADATA
             "load" => {

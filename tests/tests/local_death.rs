@@ -40,8 +40,7 @@ impl Initiator {
         let place = |i: usize| (i * len * 2) as u64 % (LEN - len + 1) as u64;
         let local: Vec<_> =
             (0..count).map(|i| self.region.segment((i * len) as u64, len as u64)).collect();
-        let remote: Vec<_> =
-            (0..count).map(|i| far.region.segment(place(i), len as u64)).collect();
+        let remote: Vec<_> = (0..count).map(|i| far.region.segment(place(i), len as u64)).collect();
         self.engine.prepare(operation, peer, &local, &remote).unwrap().transfer()
     }
 
@@ -134,10 +133,14 @@ fn fork_as(wanted: libc::pid_t, run: &mut dyn FnMut() -> i32) -> Option<libc::pi
 const FILL: u8 = 0xa7;
 
 /// The life of a process that has another's ID, and memory of its own at the same address: 0, if none of it changed.
-fn impostor(base: u64, ready: libc::c_int, done: libc::c_int) -> i32 {
+fn impostor(base: u64, ready: [libc::c_int; 2], done: [libc::c_int; 2]) -> i32 {
     // SAFETY: a fresh mapping at a place that this process does not use; its bytes are touched by nobody else, or
     // that is just what is looked for.
     unsafe {
+        // The parent's ends, or their closing would not be seen; and nothing lasts for ever.
+        libc::close(ready[0]);
+        libc::close(done[1]);
+        libc::alarm(60);
         let place = base as usize as *mut libc::c_void;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         let map = libc::mmap(place, LEN, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
@@ -146,9 +149,9 @@ fn impostor(base: u64, ready: libc::c_int, done: libc::c_int) -> i32 {
         }
         libc::memset(map, libc::c_int::from(FILL), LEN);
         let byte = 1u8;
-        libc::write(ready, (&raw const byte).cast(), 1);
+        libc::write(ready[1], (&raw const byte).cast(), 1);
         let mut end = 0u8;
-        libc::read(done, (&raw mut end).cast(), 1);
+        libc::read(done[0], (&raw mut end).cast(), 1);
         let bytes = map.cast::<u8>();
         for offset in 0..LEN {
             if bytes.add(offset).read_volatile() != FILL {
@@ -214,7 +217,7 @@ fn reuse_a_process_id(operation: Operation, shape: (usize, usize), strict: bool)
     far.process.kill();
     drop(far);
     let (ready, done) = (pipe(), pipe());
-    let child = fork_as(victim, &mut || impostor(base, ready[1], done[0])).unwrap();
+    let child = fork_as(victim, &mut || impostor(base, ready, done)).unwrap();
     // SAFETY: our own descriptors; a child that ends closes its ends, and the read returns.
     let began = unsafe {
         libc::close(ready[1]);
