@@ -134,8 +134,9 @@ pub(crate) fn recv_with_fds(
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);
         while let Some(one) = header.as_ref() {
             if one.cmsg_level == libc::SOL_SOCKET && one.cmsg_type == libc::SCM_RIGHTS {
+                #[expect(clippy::cast_ptr_alignment, reason = "read as unaligned")]
                 let data = libc::CMSG_DATA(header).cast::<libc::c_int>();
-                let bytes = (one.cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
+                let bytes = one.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
                 for index in 0..bytes / size_of::<libc::c_int>() {
                     fds.push(OwnedFd::from_raw_fd(data.add(index).read_unaligned()));
                 }

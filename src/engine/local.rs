@@ -86,7 +86,7 @@ impl Accessors {
             let ask = now - began > Duration::from_millis(1);
             waiting.retain_mut(|(accessor, copies)| {
                 accessor.uses.still(copies);
-                !copies.is_empty() && !(ask && accessor.process.is_gone())
+                !(copies.is_empty() || ask && accessor.process.is_gone())
             });
             if waiting.is_empty() {
                 return true;

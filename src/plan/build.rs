@@ -406,15 +406,12 @@ impl Output {
             remote.push(IoSegment::new(addr, u64::from(len)));
             let Some(&key) = open.keys.get(index as usize) else { continue };
             // Segments of one key stand together.
-            match ranges.iter_mut().rev().find(|range| range.key.0 == key) {
-                Some(range) => {
-                    range.start = range.start.min(addr);
-                    range.end = range.end.max(end);
-                }
-                None => {
-                    let key = RegionKey(key);
-                    ranges.push(RemoteRange { key, digest: key.digest(), start: addr, end });
-                }
+            if let Some(range) = ranges.iter_mut().rev().find(|range| range.key.0 == key) {
+                range.start = range.start.min(addr);
+                range.end = range.end.max(end);
+            } else {
+                let key = RegionKey(key);
+                ranges.push(RemoteRange { key, digest: key.digest(), start: addr, end });
             }
         }
         self.remote_ends.push(self.remote.len() as u32);

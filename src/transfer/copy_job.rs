@@ -94,14 +94,12 @@ impl CopyJob {
     #[inline]
     pub(crate) fn claim(&self, chunks: usize) -> Option<(usize, Arc<LocalPath>)> {
         let chunk = self.claims.claim(chunks as u32)?;
-        match self.path.load_full() {
-            Some(path) => Some((chunk as usize, path)),
-            None => {
-                debug_assert!(false, "a chunk was claimed of a job that was never opened");
-                self.claims.finish();
-                None
-            }
-        }
+        let Some(path) = self.path.load_full() else {
+            debug_assert!(false, "a chunk was claimed of a job that was never opened");
+            self.claims.finish();
+            return None;
+        };
+        Some((chunk as usize, path))
     }
 
     /// A claimed chunk has been copied, or not. True: tell the lane, nothing is left.
@@ -196,7 +194,9 @@ mod tests {
             copied.store(0, Ordering::SeqCst);
         }
         stop.store(true, Ordering::Relaxed);
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 }
 

@@ -246,8 +246,7 @@ impl Transfer {
             .filter(|path| plan.chunks.len() <= INLINE_CHUNKS && path.carries(plan))?;
         let mut held: SmallVec<[_; 2]> = SmallVec::new();
         for region in &plan.regions {
-            let Some(copy) = region.begin_copy() else { return None };
-            held.push(copy);
+            held.push(region.begin_copy()?);
         }
         let began = Instant::now();
         let mut outcome = Ok(());

@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn an_engine_of_this_host_is_found_by_its_incarnation() {
-        let incarnation = u128::from(std::process::id()) << 64 | 77;
+        let incarnation = u128::from(std::process::id()) << 64 | 0x4d;
         assert!(connect(Remote::Unix(incarnation)).is_err());
         let listener = listen_unix(incarnation).unwrap();
         assert!(listen_unix(incarnation).is_err());

@@ -23,7 +23,7 @@ fn last_line(ran: &Ran) -> &str {
 fn bad_options_are_one_line_and_exit_code_2() {
     for (arguments, expected) in [
         ("--backend @UCX_TLS=tcp", "--backend"),
-        ("--vs UCX@UCX_TLS", "ENV=VALUE"),
+        ("--vs UCX@UCX_TLS", "KEY=VALUE"),
         ("--vs CORELANE", "named twice"),
         ("--baseline raw-tcp", "--baseline"),
         ("--baseline raw-cma,raw-cma", "named twice"),

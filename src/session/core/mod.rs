@@ -163,6 +163,7 @@ enum AckPlan {
 pub(crate) type ConnectTicket = Arc<Ticket<Result<(), Error>>>;
 
 /// The conversation with one peer.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(crate) struct Core {
     pub(crate) peer: Arc<PeerShared>,
     config: CoreConfig,

@@ -111,9 +111,9 @@ fn copies_are_seen_until_they_end_whoever_begins_others() {
 }
 
 #[test]
-fn threads_hand_over_a_million_words_by_the_ring() {
-    let (mut producer, mut consumer) = pair();
+fn threads_hand_over_many_words_by_the_ring() {
     const COUNT: u64 = 100_000;
+    let (mut producer, mut consumer) = pair();
     let thread = std::thread::spawn(move || {
         for seq in 0..COUNT {
             let payload = seq.to_le_bytes().repeat(1 + (seq % 40) as usize);

@@ -70,6 +70,12 @@ pub(crate) fn write(pid: Pid, local: &[IoSegment], remote: &[IoSegment]) -> io::
     })
 }
 
+/// The length of a list for one call, which takes 1024 ranges.
+#[expect(clippy::cast_possible_wrap, reason = "lists of one call are short")]
+fn count_of(list: &[IoSegment]) -> libc::c_int {
+    list.len() as libc::c_int
+}
+
 /// The address space of another process, as a file: pinned, whatever becomes of the process.
 #[derive(Debug)]
 pub(crate) struct ProcessMemory(OwnedFd);
@@ -87,19 +93,19 @@ impl ProcessMemory {
     /// As for [`read`].
     #[inline]
     pub(crate) unsafe fn read(&self, local: &[IoSegment], remote: u64) -> io::Result<usize> {
-        let (fd, count) = (self.0.as_raw_fd(), local.len() as libc::c_int);
+        let (fd, count) = (self.0.as_raw_fd(), count_of(local));
         // SAFETY: the list outlives the call and has the layout of `iovec`; the kernel checks every
         // address. The caller answers for what is overwritten.
-        moved(unsafe { libc::preadv(fd, local.as_ptr().cast(), count, remote as libc::off_t) })
+        moved(unsafe { libc::preadv(fd, local.as_ptr().cast(), count, remote.cast_signed()) })
     }
 
     /// Copies `local` to one range of the other process. 0: its address space is gone.
     #[inline]
     pub(crate) fn write(&self, local: &[IoSegment], remote: u64) -> io::Result<usize> {
-        let (fd, count) = (self.0.as_raw_fd(), local.len() as libc::c_int);
+        let (fd, count) = (self.0.as_raw_fd(), count_of(local));
         // SAFETY: the list outlives the call and has the layout of `iovec`; the kernel checks every
         // address, and only reads what is local.
-        moved(unsafe { libc::pwritev(fd, local.as_ptr().cast(), count, remote as libc::off_t) })
+        moved(unsafe { libc::pwritev(fd, local.as_ptr().cast(), count, remote.cast_signed()) })
     }
 
     /// Whether no thread lives in this address space any more. Reading then gives nothing, whatever the

@@ -53,10 +53,12 @@ unsafe fn stream(mut to: *mut u8, mut from: *const u8, mut len: usize) {
         std::ptr::copy_nonoverlapping(from, to, head);
         (to, from, len) = (to.add(head), from.add(head), len - head);
         while len >= 64 {
-            let a = _mm_loadu_si128(from.cast::<__m128i>());
-            let b = _mm_loadu_si128(from.cast::<__m128i>().add(1));
-            let c = _mm_loadu_si128(from.cast::<__m128i>().add(2));
-            let d = _mm_loadu_si128(from.cast::<__m128i>().add(3));
+            #[expect(clippy::cast_ptr_alignment, reason = "unaligned loads")]
+            let source = from.cast::<__m128i>();
+            let a = _mm_loadu_si128(source);
+            let b = _mm_loadu_si128(source.add(1));
+            let c = _mm_loadu_si128(source.add(2));
+            let d = _mm_loadu_si128(source.add(3));
             #[expect(clippy::cast_ptr_alignment, reason = "aligned by the head")]
             let target = to.cast::<__m128i>();
             _mm_stream_si128(target, a);
@@ -127,7 +129,7 @@ mod tests {
 
     #[test]
     fn large_ranges_stream_whatever_their_alignment() {
-        let mut source: Vec<u8> = (0..1 << 20).map(|i| (i * 13 + i / 251) as u8).collect();
+        let mut source: Vec<u8> = (0..1u32 << 20).map(|i| (i * 13 + i / 251) as u8).collect();
         for (from, to, len) in [(0, 0, 1 << 19), (1, 7, 100_001), (15, 64, 4096), (3, 3, 4097)] {
             let mut target = vec![0u8; 1 << 20];
             let (f, t) =
@@ -141,7 +143,7 @@ mod tests {
 
     #[test]
     fn overlapping_ranges_stay_inside() {
-        let mut memory: Vec<u8> = (0..20_000).map(|i| i as u8).collect();
+        let mut memory: Vec<u8> = (0..20_000u32).map(|i| i as u8).collect();
         let expected: Vec<u8> = memory[..10_000].to_vec();
         let all = segments(&mut memory, &[(0, 10_000), (100, 10_000)]);
         // SAFETY: the vector is live, and the ranges inside it.

@@ -188,11 +188,7 @@ impl LocalPath {
     /// Whether this plan can go this way.
     #[inline]
     pub(crate) fn carries(&self, plan: &PlanInner) -> bool {
-        !plan.chunks.is_empty() && (self.reaches_all() || self.maps_all(plan, &self.mapped.load()))
-    }
-
-    fn maps_all(&self, plan: &PlanInner, mapped: &PeerMemories) -> bool {
-        !mapped.is_empty() && plan.remote_ranges.iter().all(|range| mapped.contains_key(&range.key))
+        !plan.chunks.is_empty() && (self.reaches_all() || maps_all(plan, &self.mapped.load()))
     }
 
     /// Copies one chunk of a plan, on this thread. Costs what the copy costs, one atomic operation and
@@ -276,7 +272,7 @@ impl LocalPath {
         streaming: bool,
     ) -> bool {
         let mapped = self.mapped.load();
-        if !self.maps_all(plan, &mapped) {
+        if !maps_all(plan, &mapped) {
             return false;
         }
         let mut here = CallList::new();
@@ -350,6 +346,11 @@ struct Call<'a> {
     remote: &'a [IoSegment],
 }
 
+/// Whether all that a plan touches at the peer is mapped here.
+fn maps_all(plan: &PlanInner, mapped: &PeerMemories) -> bool {
+    !mapped.is_empty() && plan.remote_ranges.iter().all(|range| mapped.contains_key(&range.key))
+}
+
 /// What is left of a list after its first `done` bytes.
 fn rest(segments: &[IoSegment], mut done: usize, out: &mut CallList) {
     for segment in segments {
@@ -380,8 +381,8 @@ impl Call<'_> {
             let Some(range) = remote.first() else { break };
             rest(self.local, done, &mut local);
             cut(&mut local, range.len());
-            // SAFETY: the caller's promise.
             let moved = match operation {
+                // SAFETY: the caller's promise.
                 Operation::Read => unsafe { memory.read(&local, range.addr()) },
                 Operation::Write => memory.write(&local, range.addr()),
             };

@@ -287,7 +287,7 @@ fn a_goodbye_that_overtakes_an_acknowledgement_in_the_ring_loses_nothing() {
     assert_eq!(collect(&mut w, 1, 1), [b"last words"]);
     w.run(ms(200));
     // Nobody looks into the ring before the goodbye is there.
-    let in_ring = w.call(1, |core, env| core.next_ring_message(env));
+    let in_ring = w.call(1, crate::session::core::Core::next_ring_message);
     assert!(matches!(in_ring, Some(Message::Ack(1))));
     w.leave(1, ms(100));
     w.run(ms(200));
