@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use corelane::{Access, Engine, LocalSegment, Region};
+use corelane::{Access, Engine, Error, LocalSegment, Region};
 
 use crate::Random;
 
@@ -50,6 +50,8 @@ pub fn pattern(seed: u64, at: u64, len: usize) -> Vec<u8> {
 pub struct Buffer {
     base: *mut u8,
     len: usize,
+    /// Whose memory it is, if it is no mapping of its own.
+    engine: Option<corelane::Buffer>,
 }
 
 // SAFETY: a buffer is a range of memory without thread affinity; all access is through raw pointers.
@@ -60,26 +62,60 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     /// `len` bytes of poison.
     pub fn new(len: usize) -> Self {
-        // SAFETY: a fresh anonymous mapping, placed by the kernel.
+        Self::mapped(0, len).expect("mapping memory")
+    }
+
+    /// `len` bytes of poison at an address that must be free; 0: anywhere.
+    ///
+    /// # Errors
+    /// Something else is there.
+    pub fn mapped(address: u64, len: usize) -> std::io::Result<Self> {
+        let fixed = if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+        // SAFETY: a fresh anonymous mapping, which replaces none.
         let base = unsafe {
             libc::mmap(
-                std::ptr::null_mut(),
+                address as *mut libc::c_void,
                 len.max(1),
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed,
                 -1,
                 0,
             )
         };
-        assert_ne!(base, libc::MAP_FAILED, "mapping {len} bytes");
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
         if len >= 4 << 20 {
             // Fewer page faults; where there are no huge pages, nothing is lost.
             // SAFETY: advice on our own mapping.
             unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
         }
-        let buffer = Self { base: base.cast(), len };
+        let buffer = Self { base: base.cast(), len, engine: None };
         buffer.poison(0, len);
-        buffer
+        Ok(buffer)
+    }
+
+    /// Memory of an engine, registered by it, full of poison.
+    pub fn of_engine(engine: &Engine, len: usize, access: Access) -> (Self, Region) {
+        let memory = engine.alloc(len, access).expect("memory of the engine");
+        let region = memory.region().clone();
+        let buffer = Self { base: memory.as_mut_ptr(), len, engine: Some(memory) };
+        buffer.poison(0, len);
+        (buffer, region)
+    }
+
+    /// Gives memory of an engine back to it.
+    ///
+    /// # Errors
+    /// Those of [`Engine::free`], with the memory as it was.
+    pub fn free(mut self, engine: &Engine) -> Result<(), (Error, Self)> {
+        let memory = self.engine.take().expect("memory of an engine");
+        let (base, len) = (self.base, self.len);
+        // Nothing of its own that a drop could give back.
+        std::mem::forget(self);
+        engine
+            .free(memory)
+            .map_err(|(error, memory)| (error, Self { base, len, engine: Some(memory) }))
     }
 
     /// `len` bytes of pattern `seed`.
@@ -258,7 +294,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`; tests end their transfers first.
+        if self.engine.is_some() {
+            return;
+        }
+        // SAFETY: the mapping made in `mapped`; tests end their transfers first.
         unsafe { libc::munmap(self.base.cast(), self.len.max(1)) };
     }
 }

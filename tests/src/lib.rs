@@ -6,7 +6,10 @@
 
 mod allocations;
 mod buffer;
+mod children;
 mod forge;
+mod log;
+mod near;
 mod peer_process;
 mod process;
 mod proxy;
@@ -14,22 +17,27 @@ mod random;
 mod script;
 mod settings;
 mod slots;
+mod streams;
 mod wait;
 
 pub use allocations::{CountingAllocator, assert_allocation_free, exempt_this_thread};
 pub use buffer::{Buffer, POISON, pattern};
+pub use children::{Killed, skipped, start_with_id};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
+pub use log::Log;
+pub use near::{Near, transport};
 pub use peer_process::{PeerProcess, Target, from_hex, to_hex};
 pub use process::{
     allowed_cores, listening_ports, mappings, open_files, pin_process, resident_bytes, threads,
 };
 pub use proxy::{Passing, Proxy};
 pub use random::Random;
-pub use script::{exchange, run_script};
+pub use script::run_script;
 pub use settings::{
     Configuration, apply, engine_on_a_known_port, local_config, needs_the_peer, tcp_config,
 };
 pub use slots::{Slots, block_holds, fill_block, watch};
+pub use streams::{exchange, exchange_sizes, sized_payload};
 pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
 
 /// Makes tests of functions that take a [`Configuration`], `local::NAME` and `tcp::NAME`: of what each transport promises.

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -10,9 +12,11 @@ use std::time::Instant;
 use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
 
 use crate::{
-    BOUND, Buffer, apply, end_of, exempt_this_thread, from_hex, kind, local_config, outcome,
-    pin_process, to_hex, watch,
+    BOUND, Buffer, Log, apply, children, end_of, exchange, exchange_sizes, exempt_this_thread,
+    from_hex, kind, local_config, outcome, pin_process, to_hex, transport, watch,
 };
+
+use crate::streams::{flood, take_flood};
 
 type Answer = Result<String, String>;
 
@@ -25,7 +29,9 @@ struct Script {
     engine: Option<Engine>,
     peers: HashMap<String, Peer>,
     regions: HashMap<String, (Arc<Buffer>, Region)>,
+    mapped: HashMap<String, Arc<Buffer>>,
     hammers: Vec<(Arc<AtomicBool>, JoinHandle<Answer>)>,
+    log: Option<Log>,
 }
 
 /// Reads commands and answers them until standard input ends. The calling thread's allocations are not counted by
@@ -41,6 +47,11 @@ pub fn run_script(allocations: impl Fn() -> u64) {
         let answer = match words.first() {
             Some(&"allocations") => Ok(allocations().to_string()),
             Some(&"exit") => return,
+            // PROGRAM: it goes on with standard input in this process's place.
+            Some(&"exec") => {
+                let _ = writeln!(output, "ok").and_then(|()| output.flush());
+                Err(Command::new(words[1]).exec().to_string())
+            }
             Some(command) => script.run(command, &Words(&words[1..])),
             None => Err("an empty command".into()),
         };
@@ -83,6 +94,9 @@ impl Script {
             "engine" => self.start_engine(words),
             // ID LEN ACCESS
             "region" => self.add_region(words),
+            "alloc" => self.allocate(words),
+            // ID ADDRESS LEN
+            "map" => self.map(words),
             // ID SEED OFFSET LEN AT
             "fill" => {
                 let memory = self.memory(words.text(0)?)?;
@@ -118,6 +132,7 @@ impl Script {
                 let (_, region) = self.regions.get(words.text(0)?).ok_or("no such region")?;
                 self.engine()?.deregister(region).map_err(told).map(|()| String::new())
             }
+            "free" => self.free(words),
             "unmap" => {
                 self.memory(words.text(0)?)?.unmap();
                 Ok(String::new())
@@ -151,6 +166,16 @@ impl Script {
             "flood" => flood(self.peer(words)?, words.number(1)?),
             "exchange" => exchange(self.engine()?, self.peer(words)?, words.number(1)?)
                 .map(|()| String::new()),
+            // NAME COUNT SEED
+            "exchange-sizes" => exchange_sizes(
+                self.engine()?,
+                self.peer(words)?,
+                words.number(1)?,
+                words.number(2)? as u64,
+            )
+            .map(|()| String::new()),
+            // NAME
+            "transport" => Ok(transport(self.engine()?, words.text(0)?).to_string()),
             // COUNT
             "take" => self.take(words.number(0)?),
             "take-flood" => take_flood(self.engine()?, words.number(0)?),
@@ -168,6 +193,18 @@ impl Script {
                 pin_process(words.number(0)?);
                 Ok(String::new())
             }
+            // ID; without privileges, and not dumpable afterwards, as the kernel wants it
+            "become-user" => children::become_user(words.number(0)? as u32).map(|()| String::new()),
+            "dumpable" => children::set_dumpable(words.number(0)? == 1).map(|()| String::new()),
+            // A child that keeps all that it has inherited and does nothing: its process ID
+            "fork" => children::fork_idle().map(|id| id.to_string()),
+            // From now on
+            "keep-log" => {
+                self.log = Some(Log::keep());
+                Ok(String::new())
+            }
+            // WORD...: the lines that hold all of them
+            "log" => Ok(self.log.as_ref().ok_or("no log is kept")?.lines(words.0).join(" | ")),
             "shutdown" => self.engine()?.shutdown().map_err(told).map(|()| String::new()),
             "completed" => Ok(self.engine()?.stats().totals.completed.to_string()),
             "failed" => Ok(self.engine()?.stats().totals.failed.to_string()),
@@ -187,7 +224,8 @@ impl Script {
     }
 
     fn memory(&self, id: &str) -> Result<Arc<Buffer>, String> {
-        self.regions.get(id).map(|(memory, _)| memory.clone()).ok_or(format!("no region `{id}`"))
+        let registered = self.regions.get(id).map(|(memory, _)| memory);
+        registered.or(self.mapped.get(id)).cloned().ok_or(format!("no region `{id}`"))
     }
 
     fn start_engine(&mut self, words: &Words<'_>) -> Answer {
@@ -200,18 +238,43 @@ impl Script {
     }
 
     fn add_region(&mut self, words: &Words<'_>) -> Answer {
-        let access = match words.text(2)? {
-            "local" => Access::LOCAL,
-            "read" => Access::REMOTE_READ,
-            "write" => Access::REMOTE_WRITE,
-            "read-write" => Access::READ_WRITE,
-            other => return Err(format!("unknown access `{other}`")),
-        };
+        let access = access(words.text(2)?)?;
         let memory = Arc::new(Buffer::new(words.number(1)?));
         let region = memory.register(self.engine()?, access);
         let descriptor = to_hex(&region.descriptor().to_bytes());
         self.regions.insert(words.text(0)?.to_owned(), (memory, region));
         Ok(descriptor)
+    }
+
+    /// As `region`, of memory of the engine.
+    fn allocate(&mut self, words: &Words<'_>) -> Answer {
+        let (len, access) = (words.number(1)?, access(words.text(2)?)?);
+        let (memory, region) = Buffer::of_engine(self.engine()?, len, access);
+        let descriptor = to_hex(&region.descriptor().to_bytes());
+        self.regions.insert(words.text(0)?.to_owned(), (Arc::new(memory), region));
+        Ok(descriptor)
+    }
+
+    /// Gives memory of the engine back.
+    fn free(&mut self, words: &Words<'_>) -> Answer {
+        let id = words.text(0)?.to_owned();
+        let (memory, region) = self.regions.remove(&id).ok_or("no such region")?;
+        let memory = Arc::into_inner(memory).ok_or("somebody uses it")?;
+        match memory.free(self.engine()?) {
+            Ok(()) => Ok(String::new()),
+            Err((error, memory)) => {
+                self.regions.insert(id, (Arc::new(memory), region));
+                Err(told(error))
+            }
+        }
+    }
+
+    /// Memory that is not registered, at a given address.
+    fn map(&mut self, words: &Words<'_>) -> Answer {
+        let (address, len) = (words.number(1)? as u64, words.number(2)?);
+        let memory = Buffer::mapped(address, len).map_err(|error| error.to_string())?;
+        self.mapped.insert(words.text(0)?.to_owned(), Arc::new(memory));
+        Ok(String::new())
     }
 
     fn take(&self, count: usize) -> Answer {
@@ -294,76 +357,12 @@ impl Script {
     }
 }
 
-/// Sends `COUNT` numbers, waiting where the peer is full; the answer is how often it was.
-fn flood(peer: &Peer, count: usize) -> Answer {
-    let mut full = 0u64;
-    let mut progress = Instant::now();
-    for number in 0..count as u64 {
-        loop {
-            match peer.notify(&number.to_le_bytes()) {
-                Ok(()) => break,
-                Err(Error::Backpressure { .. }) if progress.elapsed() < BOUND => {
-                    full += 1;
-                    std::thread::yield_now();
-                }
-                Err(error) => return Err(told(error)),
-            }
-        }
-        progress = Instant::now();
+fn access(name: &str) -> Result<Access, String> {
+    match name {
+        "local" => Ok(Access::LOCAL),
+        "read" => Ok(Access::REMOTE_READ),
+        "write" => Ok(Access::REMOTE_WRITE),
+        "read-write" => Ok(Access::READ_WRITE),
+        other => Err(format!("unknown access `{other}`")),
     }
-    Ok(full.to_string())
-}
-
-/// Takes the numbers that `flood` sends, which must come in order and once.
-fn take_flood(engine: &Engine, count: usize) -> Answer {
-    let (mut next, mut wrong) = (0u64, None);
-    let mut progress = Instant::now();
-    while next < count as u64 {
-        let taken = engine.take_notifications(|notification| {
-            if notification.payload != next.to_le_bytes() {
-                wrong.get_or_insert(format!("{:?} instead of {next}", notification.payload));
-            }
-            next += 1;
-        });
-        match taken.map_err(told)? {
-            0 if progress.elapsed() > BOUND => return Err(format!("only {next} of {count}")),
-            0 => std::thread::yield_now(),
-            _ => progress = Instant::now(),
-        }
-    }
-    wrong.map_or(Ok(String::new()), Err)
-}
-
-/// Sends the numbers below `count` and takes as many, which must come in order and once: both at the same time.
-pub fn exchange(engine: &Engine, peer: &Peer, count: usize) -> Result<(), String> {
-    let (mut sent, mut received, mut wrong) = (0u64, 0u64, None);
-    let mut progress = Instant::now();
-    while sent < count as u64 || received < count as u64 {
-        let before = (sent, received);
-        if sent < count as u64 {
-            match peer.notify(&sent.to_le_bytes()) {
-                Ok(()) => sent += 1,
-                Err(Error::Backpressure { .. }) => {}
-                Err(error) => return Err(told(error)),
-            }
-        }
-        let taken = engine.take_notifications(|notification| {
-            if notification.payload != received.to_le_bytes() {
-                wrong.get_or_insert(format!("{:?} instead of {received}", notification.payload));
-            }
-            received += 1;
-        });
-        taken.map_err(told)?;
-        if let Some(wrong) = wrong {
-            return Err(wrong);
-        }
-        if (sent, received) != before {
-            progress = Instant::now();
-        } else if progress.elapsed() > BOUND {
-            return Err(format!("stuck: {sent} sent, {received} received of {count}"));
-        } else {
-            std::thread::yield_now();
-        }
-    }
-    Ok(())
 }

@@ -1,0 +1,82 @@
+//! Processes as a hostile neighbour makes them: with less rights, with another's number, with another's descriptors.
+
+use std::io;
+
+use crate::{BOUND, PeerProcess};
+
+fn told(what: &str, result: libc::c_long) -> Result<libc::c_long, String> {
+    if result >= 0 { Ok(result) } else { Err(format!("{what}: {}", io::Error::last_os_error())) }
+}
+
+/// Makes this process one of another user, for good. Without root's rights it is refused.
+pub(crate) fn become_user(id: u32) -> Result<(), String> {
+    // SAFETY: no groups, so that nothing is read.
+    told("setgroups", unsafe { libc::setgroups(0, std::ptr::null()) }.into())?;
+    // SAFETY: no pointers.
+    told("setresgid", unsafe { libc::setresgid(id, id, id) }.into())?;
+    // SAFETY: no pointers.
+    told("setresuid", unsafe { libc::setresuid(id, id, id) }.into())?;
+    // The kernel takes this wish back when the user changes.
+    // SAFETY: prctl with these arguments only sets a flag of this process.
+    told("prctl", unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into())?;
+    Ok(())
+}
+
+/// Whether processes of the same user may reach into this one.
+pub(crate) fn set_dumpable(dumpable: bool) -> Result<(), String> {
+    // SAFETY: prctl with these arguments only sets a flag of this process.
+    let result = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, libc::c_ulong::from(dumpable)) };
+    told("prctl", result.into()).map(|_| ())
+}
+
+/// A child with copies of this process's memory and descriptors, which sleeps until it is killed.
+pub(crate) fn fork_idle() -> Result<u32, String> {
+    // SAFETY: the child only makes system calls.
+    let id = told("fork", unsafe { libc::fork() }.into())?;
+    if id == 0 {
+        // In case that nobody kills it.
+        // SAFETY: no pointers.
+        unsafe { libc::alarm(BOUND.as_secs() as u32 * 2) };
+        loop {
+            // SAFETY: no pointers.
+            unsafe { libc::pause() };
+        }
+    }
+    Ok(id as u32)
+}
+
+/// A process that is killed when this is dropped.
+#[derive(Debug)]
+pub struct Killed(pub u32);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // SAFETY: no pointers; a process of this test.
+        unsafe { libc::kill(self.0 as i32, libc::SIGKILL) };
+    }
+}
+
+/// Starts the peer's binary with a process ID that has just become free. `Ok(None)`: others on this machine take it again
+/// and again.
+///
+/// # Errors
+/// It is not allowed here to say which process ID comes next.
+pub fn start_with_id(binary: &str, id: u32) -> io::Result<Option<PeerProcess>> {
+    for _ in 0..500 {
+        std::fs::write("/proc/sys/kernel/ns_last_pid", (id - 1).to_string())?;
+        let process = PeerProcess::start(binary);
+        if process.id() == id {
+            return Ok(Some(process));
+        }
+    }
+    Ok(None)
+}
+
+/// Says that a test was not run, for want of a right; panics when it is another failure.
+#[track_caller]
+pub fn skipped(what: &str, error: &io::Error) {
+    let wants = [libc::EPERM, libc::EACCES, libc::ENOSYS, libc::EROFS];
+    let of_rights = error.raw_os_error().is_some_and(|code| wants.contains(&code));
+    assert!(of_rights, "{what}: {error}");
+    eprintln!("SKIPPED: {what}: {error}");
+}
