@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::time::{Duration, Instant};
 
 use crate::{BOUND, PeerProcess, eventually};
 
@@ -100,6 +101,34 @@ pub fn wait_for_process(id: u32, maker: u32) -> bool {
         found || !exists(maker)
     });
     found
+}
+
+/// Runs `child` in a forked process and waits for it. Its answer is 0 when all is well.
+pub fn in_forked_child(child: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child only runs `child`, which starts no threads and ends in `_exit`.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "fork");
+    if pid == 0 {
+        let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(99);
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::_exit(code) };
+    }
+    let mut status = 0;
+    let start = Instant::now();
+    loop {
+        // SAFETY: our own child.
+        match unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) } {
+            0 if start.elapsed() > BOUND => {
+                // SAFETY: our own child, which has not been waited for.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                panic!("the child hangs");
+            }
+            0 => std::thread::sleep(Duration::from_millis(1)),
+            _ => break,
+        }
+    }
+    assert!(libc::WIFEXITED(status), "the child died of signal {}", libc::WTERMSIG(status));
+    libc::WEXITSTATUS(status)
 }
 
 /// A process that is killed when this is dropped.
