@@ -125,8 +125,6 @@ struct Theirs {
 pub(super) struct Attachment {
     link: LinkId,
     ring: Producer,
-    /// The peer looks for this value here, to know that it reaches us and nobody else.
-    nonce: Box<[u8; 16]>,
     theirs: Option<Theirs>,
     /// The peer has mapped what is ours.
     taken: bool,
@@ -143,10 +141,8 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // Whoever still looks sees that this session is over. Volatile, since nobody here looks: the compiler
-        // would leave it out.
-        // SAFETY: a reference's place.
-        unsafe { std::ptr::write_volatile(&raw mut *self.nonce, [0; 16]) };
+        // Whoever still looks sees that this session is over.
+        self.ring.set_nonce([0; 16]);
     }
 }
 
@@ -178,17 +174,16 @@ impl LaneDriver {
         let told = |what: &str, error: std::io::Error| format!("{what}: {error}");
         let table = self.engine.table.as_ref().ok_or("it is not allowed on this side")?;
         let (ring, channel) = local::create_channel().map_err(|e| told("a memfd", e))?;
-        let nonce = Box::new(sys::random::<16>().map_err(|e| told("random bytes", e))?);
+        let nonce = sys::random::<16>().map_err(|e| told("random bytes", e))?;
         let lane = self.engine.lane(self.index).map_err(|e| e.to_string())?;
         let doorbell = lane.doorbell().try_clone_to_owned().map_err(|e| told("the doorbell", e))?;
         let mut attach = frame(FrameKind::Attach, LAYOUT);
-        attach.header.id = nonce.as_ptr() as usize as u64;
-        attach.header.key = u128::from_le_bytes(*nonce);
+        attach.header.id = ring.set_nonce(nonce);
+        attach.header.key = u128::from_le_bytes(nonce);
         attach.fds.extend([table.fd(), channel, Arc::new(doorbell)]);
         Ok(Attachment {
             link,
             ring,
-            nonce,
             theirs: None,
             taken: false,
             outgoing: VecDeque::from([attach]),

@@ -1,8 +1,10 @@
 //! Processes as a hostile neighbour makes them: with less rights, with another's number, with another's descriptors.
 
+use std::ffi::CString;
 use std::io;
+use std::time::{Duration, Instant};
 
-use crate::{BOUND, PeerProcess};
+use crate::{BOUND, PeerProcess, eventually};
 
 fn told(what: &str, result: libc::c_long) -> Result<libc::c_long, String> {
     if result >= 0 { Ok(result) } else { Err(format!("{what}: {}", io::Error::last_os_error())) }
@@ -43,6 +45,90 @@ pub(crate) fn fork_idle() -> Result<u32, String> {
         }
     }
     Ok(id as u32)
+}
+
+/// A child that waits until this process, its parent, is gone, and then has a child of its own with this process's ID:
+/// all of them with copies of this process's memory. It ends if it may not choose process IDs.
+pub(crate) fn fork_heir() -> Result<u32, String> {
+    let next = CString::new((std::process::id() - 1).to_string()).map_err(|e| e.to_string())?;
+    let own = std::process::id().cast_signed();
+    // SAFETY: the child only makes system calls, with memory that was made before.
+    let id = told("fork", unsafe { libc::fork() }.into())?;
+    if id != 0 {
+        return Ok(id as u32);
+    }
+    let text = next.as_bytes();
+    // SAFETY: no pointers but those to strings that live on.
+    unsafe {
+        libc::alarm(BOUND.as_secs() as u32 * 2);
+        while libc::kill(own, 0) == 0 {
+            libc::usleep(1000);
+        }
+        let file = libc::open(c"/proc/sys/kernel/ns_last_pid".as_ptr(), libc::O_WRONLY);
+        for _ in 0..500 {
+            if libc::pwrite(file, text.as_ptr().cast(), text.len(), 0) < 0 {
+                break;
+            }
+            match libc::fork() {
+                0 if libc::getpid() == own => {
+                    libc::alarm(BOUND.as_secs() as u32 * 2);
+                    loop {
+                        libc::pause();
+                    }
+                }
+                0 => libc::_exit(0),
+                child if child == own => loop {
+                    libc::pause();
+                },
+                child => {
+                    libc::waitpid(child, std::ptr::null_mut(), 0);
+                }
+            }
+        }
+        libc::_exit(1)
+    }
+}
+
+/// Waits for a process with this ID; false: the one that was to make it has ended.
+pub fn wait_for_process(id: u32, maker: u32) -> bool {
+    let exists = |id: u32| {
+        // One that has ended and is not waited for has no program any more.
+        std::fs::read_link(format!("/proc/{id}/exe")).is_ok()
+    };
+    let mut found = false;
+    eventually("the process ID is used again, or it may not be", || {
+        found = exists(id);
+        found || !exists(maker)
+    });
+    found
+}
+
+/// Runs `child` in a forked process and waits for it. Its answer is 0 when all is well.
+pub fn in_forked_child(child: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child only runs `child`, which starts no threads and ends in `_exit`.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "fork");
+    if pid == 0 {
+        let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(99);
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::_exit(code) };
+    }
+    let mut status = 0;
+    let start = Instant::now();
+    loop {
+        // SAFETY: our own child.
+        match unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) } {
+            0 if start.elapsed() > BOUND => {
+                // SAFETY: our own child, which has not been waited for.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                panic!("the child hangs");
+            }
+            0 => std::thread::sleep(Duration::from_millis(1)),
+            _ => break,
+        }
+    }
+    assert!(libc::WIFEXITED(status), "the child died of signal {}", libc::WTERMSIG(status));
+    libc::WEXITSTATUS(status)
 }
 
 /// A process that is killed when this is dropped.

@@ -22,7 +22,7 @@ mod wait;
 
 pub use allocations::{CountingAllocator, assert_allocation_free, exempt_this_thread};
 pub use buffer::{Buffer, POISON, pattern};
-pub use children::{Killed, skipped, start_with_id};
+pub use children::{Killed, in_forked_child, skipped, start_with_id, wait_for_process};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
 pub use log::Log;
 pub use near::{Near, transport};

@@ -198,6 +198,7 @@ impl Script {
             "dumpable" => children::set_dumpable(words.number(0)? == 1).map(|()| String::new()),
             // A child that keeps all that it has inherited and does nothing: its process ID
             "fork" => children::fork_idle().map(|id| id.to_string()),
+            "fork-heir" => children::fork_heir().map(|id| id.to_string()),
             // From now on
             "keep-log" => {
                 self.log = Some(Log::keep());

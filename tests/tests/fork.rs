@@ -2,42 +2,13 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
-use std::time::Duration;
-
 use corelane::{Access, Engine, Error, Operation, Status};
 use corelane_tests::{
-    BOUND, Buffer, Configuration, collect, end_of, kind, over_each_transport, target, to_hex,
+    BOUND, Buffer, Configuration, collect, end_of, in_forked_child, kind, over_each_transport,
+    target, to_hex,
 };
 
 over_each_transport!(a_forked_childs_engine_answers_with_errors_and_leaves_the_parents_alone,);
-
-/// Runs `child` in a forked process and waits for it. Its answer is 0 when all is well.
-fn in_forked_child(child: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the child only runs `child`, which starts no threads and ends in `_exit`.
-    let pid = unsafe { libc::fork() };
-    assert!(pid >= 0, "fork");
-    if pid == 0 {
-        let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(99);
-        // SAFETY: ends the child without running the parent's exit handlers.
-        unsafe { libc::_exit(code) };
-    }
-    let mut status = 0;
-    let start = std::time::Instant::now();
-    loop {
-        // SAFETY: our own child.
-        match unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) } {
-            0 if start.elapsed() > BOUND => {
-                // SAFETY: our own child, which has not been waited for.
-                unsafe { libc::kill(pid, libc::SIGKILL) };
-                panic!("the child hangs");
-            }
-            0 => std::thread::sleep(Duration::from_millis(1)),
-            _ => break,
-        }
-    }
-    assert!(libc::WIFEXITED(status), "the child died of signal {}", libc::WTERMSIG(status));
-    libc::WEXITSTATUS(status)
-}
 
 fn a_forked_childs_engine_answers_with_errors_and_leaves_the_parents_alone(config: Configuration) {
     const LEN: usize = 1 << 20;

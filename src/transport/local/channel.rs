@@ -1,7 +1,7 @@
 //! What one engine tells another on its host by shared memory: which copies it makes, and notifications.
 //!
 //! ```text
-//! byte     0  layout
+//! byte     0  layout; at 16 the nonce that shows the consumer whose memory it reaches
 //!         64  written by the consumer: head, asleep
 //!        256  written by the producer's threads: uses[32], a line each; odd: a copy is in progress
 //!       4096  ring[512] of 128 bytes, written by the producer's lane
@@ -24,6 +24,7 @@ use super::LAYOUT;
 use super::shm::{self, Mapping, SharedFd};
 
 const MAGIC: u64 = 0x6e61_6863_7261_6300 | LAYOUT as u64;
+const NONCE: usize = 2;
 const HEAD: usize = 8;
 const ASLEEP: usize = 9;
 const USES: usize = 32;
@@ -122,6 +123,16 @@ pub(crate) enum Pushed {
 }
 
 impl Producer {
+    /// Puts a value here that the consumer looks for; the answer is its address. A child that this process forks does
+    /// not have it, whatever else it has a copy of: should it get our process ID one day, it is not taken for us.
+    pub(crate) fn set_nonce(&self, nonce: [u8; 16]) -> u64 {
+        let value = u128::from_le_bytes(nonce);
+        let words = self.map.words();
+        words[NONCE].store(value as u64, Ordering::Release);
+        words[NONCE + 1].store((value >> 64) as u64, Ordering::Release);
+        self.map.addr() + NONCE as u64 * 8
+    }
+
     fn look(&mut self) -> Result<u64, Broken> {
         let head = self.map.words()[HEAD].load(Ordering::Acquire);
         // It never goes back, and never beyond what was written.
