@@ -34,6 +34,11 @@ impl OwnMemory {
     }
 
     fn make(len: usize, node: Option<usize>, huge: bool) -> io::Result<Self> {
+        // Memory of a memfd that is not there makes the kernel kill processes instead of saying so. Huge pages are
+        // set aside, and it does say so.
+        if !huge && len as u64 > available() {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
         let fd = shm::create(c"corelane-memory", len, huge)?;
         let map = Mapping::new(fd.as_fd(), len, true)?;
         if !huge {
@@ -64,6 +69,24 @@ impl OwnMemory {
         }
         shm::read_only(self.fd.as_fd()).map(Arc::new)
     }
+}
+
+/// Bytes that may be taken now, as far as the kernel says: of the machine, and of the control group's limit.
+fn available() -> u64 {
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()
+    });
+    let group = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
+        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
+        let read = |file: &str| {
+            let path = format!("/sys/fs/cgroup{path}/{file}");
+            std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()
+        };
+        Some(read("memory.max")?.saturating_sub(read("memory.current")?))
+    });
+    let machine = machine.map_or(u64::MAX, |kib| kib.saturating_mul(1024));
+    machine.min(group.unwrap_or(u64::MAX))
 }
 
 /// The NUMA node of a core; `None` where there is only one.
@@ -99,6 +122,8 @@ mod tests {
         let mut byte = [0];
         assert!(seen.get(4999, &mut byte));
         assert_eq!((byte[0], seen.len()), (7, 8192));
-        assert!(OwnMemory::allocate(usize::MAX - 10, None).is_err());
+        for too_much in [1 << 40, 1 << 46, usize::MAX - 10] {
+            assert!(OwnMemory::allocate(too_much, None).is_err());
+        }
     }
 }
