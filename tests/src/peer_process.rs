@@ -40,7 +40,12 @@ pub struct PeerProcess {
 impl PeerProcess {
     /// Starts the binary.
     pub fn start(binary: &str) -> Self {
-        let mut child = Command::new(binary)
+        Self::start_by(&mut Command::new(binary))
+    }
+
+    /// Starts it by a command that ends up as the binary, elsewhere or as somebody else.
+    pub fn start_by(command: &mut Command) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
