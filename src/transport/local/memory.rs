@@ -34,6 +34,11 @@ impl OwnMemory {
     }
 
     fn make(len: usize, node: Option<usize>, huge: bool) -> io::Result<Self> {
+        // Reserved huge pages are counted by the kernel. Of others it gives what it has, and then ends other
+        // processes to give more, before it says that there is not enough.
+        if !huge && free_bytes().is_some_and(|free| len as u64 > free) {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
         // Memory of a memfd that is not there makes the kernel kill processes instead of saying so. Huge pages are
         // set aside, and it does say so.
         if !huge && len as u64 > available() {
@@ -87,6 +92,17 @@ fn available() -> u64 {
     });
     let machine = machine.map_or(u64::MAX, |kib| kib.saturating_mul(1024));
     machine.min(group.unwrap_or(u64::MAX))
+}
+
+/// What this machine could give, swap included; `None`: it does not say.
+fn free_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |name: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.strip_prefix(':')?.trim().strip_suffix(" kB")?.trim().parse().ok()
+    };
+    let available = kib("MemAvailable")?;
+    Some(available.saturating_add(kib("SwapFree").unwrap_or(0)).saturating_mul(1024))
 }
 
 /// The NUMA node of a core; `None` where there is only one.
