@@ -117,8 +117,6 @@ struct Theirs {
     path: Arc<LocalPath>,
     /// It runs as the user that we run as.
     same_user: bool,
-    /// Why its memory cannot be reached as a whole.
-    reason: Option<String>,
 }
 
 /// The shared memory of one session.
@@ -327,12 +325,13 @@ impl LaneDriver {
         let path = Arc::new(LocalPath::new(PathParts {
             peer: peer.core.peer.name.clone(),
             reach,
+            reason,
             table,
             uses: attachment.ring.uses(),
             nonce,
             strict_writes: self.engine.config.strict_writes,
         }));
-        Ok(Theirs { ring, doorbell, accessor, path, same_user, reason })
+        Ok(Theirs { ring, doorbell, accessor, path, same_user })
     }
 
     /// Answers ATTACH; true: it was taken.
@@ -398,7 +397,7 @@ impl LaneDriver {
         let theirs = peer.local.as_ref().and_then(|attachment| attachment.theirs.as_ref());
         let path = theirs.map(|theirs| &theirs.path);
         let reached = path.is_some_and(|path| path.reaches_all());
-        let reason = failure.or_else(|| theirs.and_then(|theirs| theirs.reason.as_deref()));
+        let reason = failure.or_else(|| path.and_then(|path| path.reason()));
         let core = self.engine.lane(self.index).ok().and_then(Lane::core);
         tracing::info!(
             peer = &*peer.core.peer.name,

@@ -1,6 +1,6 @@
 //! A second process, driven line by line.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
@@ -40,16 +40,32 @@ pub struct PeerProcess {
 impl PeerProcess {
     /// Starts the binary.
     pub fn start(binary: &str) -> Self {
-        Self::start_by(&mut Command::new(binary))
+        Self::run(&mut Command::new(binary)).expect("the peer process starts")
     }
 
-    /// Starts it by a command that ends up as the binary, elsewhere or as somebody else.
-    pub fn start_by(command: &mut Command) -> Self {
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the peer process starts");
+    /// Starts the binary by another program; that is what signals go to.
+    ///
+    /// # Errors
+    /// What the other program says, if it does not start the binary.
+    pub fn start_by(words: &[&str]) -> Result<Self, String> {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).stderr(Stdio::piped());
+        let mut process = Self::run(&mut command).map_err(|error| error.to_string())?;
+        // Any command: it answers, or its output ends.
+        let _ = writeln!(process.input, "allocations").and_then(|()| process.input.flush());
+        let answers = process.answers.get_mut().expect("nobody panicked while receiving");
+        if answers.recv_timeout(BOUND).is_ok() {
+            return Ok(process);
+        }
+        let mut reason = String::new();
+        if let Some(mut errors) = process.child.stderr.take() {
+            let _ = errors.read_to_string(&mut reason);
+        }
+        Err(reason.trim().to_owned())
+    }
+
+    fn run(command: &mut Command) -> std::io::Result<Self> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let input = child.stdin.take().expect("its standard input");
         let output = BufReader::new(child.stdout.take().expect("its standard output"));
         let (lines, answers) = channel();
@@ -61,7 +77,7 @@ impl PeerProcess {
                 }
             }
         });
-        Self { child, input, answers: Mutex::new(answers) }
+        Ok(Self { child, input, answers: Mutex::new(answers) })
     }
 
     /// Its process id.

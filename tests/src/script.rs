@@ -16,7 +16,7 @@ use crate::{
     from_hex, kind, local_config, outcome, pin_process, to_hex, transport, watch,
 };
 
-use crate::streams::{flood, take_flood};
+use crate::streams::{flood, take_flood, take_sizes};
 
 type Answer = Result<String, String>;
 
@@ -178,6 +178,14 @@ impl Script {
             "transport" => Ok(transport(self.engine()?, words.text(0)?).to_string()),
             // COUNT
             "take" => self.take(words.number(0)?),
+            // COUNT SEED FIRST
+            "take-sizes" => take_sizes(
+                self.engine()?,
+                words.number(0)?,
+                words.number(1)? as u64,
+                words.number(2)?,
+            )
+            .map(|()| String::new()),
             "take-flood" => take_flood(self.engine()?, words.number(0)?),
             // PEER LOCAL OFFSET DESCRIPTOR OFFSET LEN [NOTIFICATION]
             "read" => self.transfer(Operation::Read, words),

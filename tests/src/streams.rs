@@ -68,6 +68,38 @@ pub fn sized_payload(seed: u64, number: usize) -> Vec<u8> {
     pattern(seed, number as u64, len)
 }
 
+/// Takes `count` notifications of the stream of `sized_payload`, from number `first` on, in order and once.
+pub(crate) fn take_sizes(
+    engine: &Engine,
+    count: usize,
+    seed: u64,
+    first: usize,
+) -> Result<(), String> {
+    let (mut taken, mut wrong) = (0, None);
+    let mut progress = Instant::now();
+    while taken < count {
+        let before = taken;
+        engine
+            .take_notifications(|notification| {
+                if *notification.payload != sized_payload(seed, first + taken) {
+                    let len = notification.payload.len();
+                    let number = first + taken;
+                    wrong.get_or_insert(format!("{len} other bytes instead of number {number}"));
+                }
+                taken += 1;
+            })
+            .map_err(|error| told(&error))?;
+        if taken > before {
+            progress = Instant::now();
+        } else if progress.elapsed() > BOUND {
+            return Err(format!("only {taken} of {count}"));
+        } else {
+            std::thread::yield_now();
+        }
+    }
+    wrong.map_or(Ok(()), Err)
+}
+
 /// As `exchange`, of payloads of many lengths.
 pub fn exchange_sizes(engine: &Engine, peer: &Peer, count: usize, seed: u64) -> Result<(), String> {
     exchange_payloads(engine, peer, count, |number| sized_payload(seed, number))

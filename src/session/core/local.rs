@@ -104,11 +104,13 @@ impl Core {
         let connected = self.session_link().is_some() && !self.is_local_pending();
         if connected && !self.frames_allowed {
             let reason = match &self.local {
-                Local::Up(_) => {
-                    "its memory cannot be reached from this process, and transport `tcp` is not allowed"
-                        .to_owned()
+                Local::Up(path) => format!(
+                    "its memory cannot be reached from this process ({}), and transport `tcp` is not allowed",
+                    path.reason().unwrap_or("no reason is known"),
+                ),
+                _ => {
+                    format!("transport `local`, the only one allowed, fails: {}", self.local_reason)
                 }
-                _ => format!("transport `local`, the only one allowed, fails: {}", self.local_reason),
             };
             let error = Error::Connect { peer: self.peer.name.clone(), reason };
             return self.fail(key.slot, error, env);

@@ -114,6 +114,8 @@ type PeerMemories = HashMap<RegionKey, Arc<PeerMemory>>;
 pub(crate) struct PathParts {
     pub(crate) peer: Arc<str>,
     pub(crate) reach: Reach,
+    /// Why its memory cannot be reached as a whole.
+    pub(crate) reason: Option<String>,
     pub(crate) table: TableView,
     pub(crate) uses: Uses,
     /// Where a value of the peer's lies in its memory, and which.
@@ -173,6 +175,11 @@ impl LocalPath {
     /// Whether every plan of this peer can go this way.
     pub(crate) fn reaches_all(&self) -> bool {
         !matches!(self.parts.reach, Reach::MappedOnly)
+    }
+
+    /// Why some plans cannot go this way.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.parts.reason.as_deref()
     }
 
     /// What the log calls it.
