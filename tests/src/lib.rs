@@ -29,6 +29,7 @@ pub use near::{Near, transport};
 pub use peer_process::{PeerProcess, Target, from_hex, to_hex};
 pub use process::{
     allowed_cores, listening_ports, mappings, open_files, pin_process, resident_bytes, threads,
+    writable_ranges,
 };
 pub use proxy::{Passing, Proxy};
 pub use random::Random;

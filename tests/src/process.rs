@@ -22,6 +22,19 @@ pub fn mappings() -> usize {
     fs::read_to_string("/proc/self/maps").expect("/proc/self/maps").lines().count()
 }
 
+/// Where a process has memory that it may write: addresses and lengths.
+pub fn writable_ranges(pid: u32) -> Vec<(u64, u64)> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the process lives");
+    let range = |line: &str| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let start = u64::from_str_radix(start, 16).ok()?;
+        let end = u64::from_str_radix(end, 16).ok()?;
+        rest.starts_with("rw").then_some((start, end - start))
+    };
+    maps.lines().filter_map(range).collect()
+}
+
 /// Bytes of this process that are in memory.
 pub fn resident_bytes() -> u64 {
     let statm = fs::read_to_string("/proc/self/statm").expect("/proc/self/statm");

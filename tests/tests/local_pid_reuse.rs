@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use corelane::{EngineConfig, Error, Operation, Peer, RegionDescriptor, Transfer};
 use corelane_tests::{
-    BOUND, Killed, Near, PeerProcess, end_of, kind, local_config, outcome, pattern, skipped,
-    start_with_id, target, wait_for_process,
+    BOUND, Killed, Near, PeerProcess, Target, end_of, kind, local_config, outcome, pattern,
+    skipped, start_with_id, target, wait_for_process, writable_ranges,
 };
 
 const LEN: usize = 4 << 20;
@@ -59,7 +59,36 @@ fn assert_gone(ended: Result<(), Error>, transfer: &Transfer) {
     assert!(expected.contains(&kind(&error)), "{operation:?} of {bytes}: {error}");
 }
 
-/// A process that is not the peer, with memory where the peer had its region, full of a pattern of its own.
+/// What an impostor has to know of the peer while that lives.
+struct Likeness {
+    id: u32,
+    region: RegionDescriptor,
+    memory: Vec<(u64, u64)>,
+}
+
+impl Likeness {
+    fn of(far: &Target) -> Self {
+        let id = far.process.id();
+        Self { id, region: far.region.clone(), memory: writable_ranges(id) }
+    }
+
+    /// A process with the ID that the dead peer had. `None`, and the test has said so: it cannot be had.
+    fn reborn(&self) -> Option<Impostor> {
+        match start_with_id(env!("CARGO_BIN_EXE_corelane-test-peer"), self.id) {
+            Ok(process) => {
+                let process = process.expect("the process ID stays free for a moment");
+                Some(Impostor::new(process, self))
+            }
+            Err(error) => {
+                skipped("choosing a process ID", &error);
+                None
+            }
+        }
+    }
+}
+
+/// A process that is not the peer, with a pattern of its own where the peer had its region, and with memory wherever else
+/// the peer had some: so that no access fails for want of memory.
 struct Impostor {
     process: PeerProcess,
     /// Its own libraries may happen to lie there: then there is nothing to look at.
@@ -67,10 +96,15 @@ struct Impostor {
 }
 
 impl Impostor {
-    fn new(mut process: PeerProcess, region: &RegionDescriptor) -> Self {
-        let mapped = process.try_ask(&format!("map other {} {LEN}", region.base())).is_ok();
+    fn new(mut process: PeerProcess, likeness: &Likeness) -> Self {
+        let base = likeness.region.base();
+        let mapped = process.try_ask(&format!("map other {base} {LEN}")).is_ok();
         if mapped {
             process.ask(&format!("fill other {OTHER} 0 {LEN} 0"));
+        }
+        for (address, len) in likeness.memory.iter().filter(|(_, len)| *len <= 1 << 20) {
+            // Where it has something else already, it has something.
+            let _ = process.try_ask(&format!("map at{address} {address} {len}"));
         }
         Self { process, mapped }
     }
@@ -79,21 +113,6 @@ impl Impostor {
     fn assert_untouched(&mut self) {
         if self.mapped {
             self.process.ask(&format!("check other {OTHER} 0 {LEN} 0"));
-        }
-    }
-}
-
-/// A process with the ID that a dead one had. `None`, and the test has said so: it cannot be had.
-fn impostor(id: u32, region: &RegionDescriptor) -> Option<Impostor> {
-    let binary = env!("CARGO_BIN_EXE_corelane-test-peer");
-    match start_with_id(binary, id) {
-        Ok(process) => {
-            let process = process.expect("the process ID stays free for a moment");
-            Some(Impostor::new(process, region))
-        }
-        Err(error) => {
-            skipped("choosing a process ID", &error);
-            None
         }
     }
 }
@@ -108,10 +127,9 @@ fn reuse(config: EngineConfig, at_once: bool) {
         let transfers = transfers(&near, &peer, &far.region);
         end_of(&transfers[0]).unwrap();
         let _holder = Killed(far.process.number("fork") as u32);
-        let id = far.process.id();
-        let region = far.region.clone();
+        let likeness = Likeness::of(&far);
         drop(far);
-        let Some(mut other) = impostor(id, &region) else { return };
+        let Some(mut other) = likeness.reborn() else { return };
         assert!(peer.is_connected(), "nothing is noticed yet");
         let first = round * 5 % transfers.len();
         let order = || transfers[first..].iter().chain(&transfers[..first]);
@@ -166,9 +184,9 @@ fn each_kind_of_transfer_finds_out_by_itself() {
         let peer = near.connect_locally(&far.metadata);
         let transfer = transfers(&near, &peer, &far.region).remove(index);
         let _holder = Killed(far.process.number("fork") as u32);
-        let (id, region) = (far.process.id(), far.region.clone());
+        let likeness = Likeness::of(&far);
         drop(far);
-        let Some(mut other) = impostor(id, &region) else { return };
+        let Some(mut other) = likeness.reborn() else { return };
         assert_gone(end_of(&transfer), &transfer);
         other.assert_untouched();
     }
@@ -219,8 +237,9 @@ fn a_peer_that_becomes_another_program_is_gone_and_that_program_is_not_touched()
             end_of(&transfers[0]).unwrap();
             // A child keeps descriptors of the same sockets, which exec does not close there.
             let _holder = inline.then(|| Killed(far.process.number("fork") as u32));
+            let likeness = Likeness::of(&far);
             far.process.ask(concat!("exec ", env!("CARGO_BIN_EXE_corelane-test-peer")));
-            let mut other = Impostor::new(far.process, &far.region);
+            let mut other = Impostor::new(far.process, &likeness);
             for transfer in &transfers {
                 assert_gone(end_of(transfer), transfer);
             }
