@@ -14,6 +14,16 @@ use std::{
 use common::*;
 use corelane_runtime::*;
 
+/// Waits for 500 messages of each of three senders, which send their number and then 0, 1, 2...
+fn assert_all_in_order(seen: &Seen) {
+    wait_until("all messages", || seen.messages.lock().unwrap().len() == 1500);
+    let messages = seen.messages.lock().unwrap().clone();
+    for sender in 0..3 {
+        let own = messages.iter().filter(|m| *m >> 32 == sender).map(|m| m & 0xffff_ffff);
+        assert!(own.eq(0..500));
+    }
+}
+
 #[test]
 fn messages_of_a_sender_arrive_in_order_from_many_threads() {
     for config in all_configs() {
@@ -27,12 +37,7 @@ fn messages_of_a_sender_arrive_in_order_from_many_threads() {
             })
             .collect();
         senders.into_iter().for_each(|sender| sender.join().unwrap());
-        wait_until("all messages", || seen.messages.lock().unwrap().len() == 1500);
-        let messages = seen.messages.lock().unwrap().clone();
-        for sender in 0..3 {
-            let own = messages.iter().filter(|m| *m >> 32 == sender).map(|m| m & 0xffff_ffff);
-            assert!(own.eq(0..500));
-        }
+        assert_all_in_order(&seen);
         lane.stop(Duration::from_secs(1)).unwrap();
         assert_eq!(lane.stats().messages, 1500);
     }
@@ -182,12 +187,7 @@ fn what_is_handed_over_is_handled_in_order_whoever_holds_the_token() {
                 });
             }
         });
-        wait_until("all messages", || seen.messages.lock().unwrap().len() == 1500);
-        let messages = seen.messages.lock().unwrap().clone();
-        for sender in 0..3 {
-            let own = messages.iter().filter(|m| *m >> 32 == sender).map(|m| m & 0xffff_ffff);
-            assert!(own.eq(0..500));
-        }
+        assert_all_in_order(&seen);
         lane.stop(Duration::from_secs(1)).unwrap();
         assert!(lane.hand_over(Box::new(Ask::Note(0))).is_err());
     }

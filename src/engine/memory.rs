@@ -95,7 +95,8 @@ impl Engine {
     /// pages where some are reserved, on the NUMA node of the first lane. Takes all the memory now: some
     /// 0.3 ms a MiB.
     ///
-    /// To be given back by [`free`](Self::free), or when the [`Buffer`] is dropped.
+    /// To be given back by [`free`](Self::free), or when the [`Buffer`] is dropped; until then it keeps the engine
+    /// alive, as any handle does.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] (no bytes), [`Error::Io`] (not so much memory), [`Error::Limit`],
@@ -114,7 +115,8 @@ impl Engine {
         Ok(Buffer { region, engine: self.clone(), freed: false })
     }
 
-    /// Gives memory of the engine back. Nothing touches it any more when this returns `Ok`.
+    /// Gives memory of the engine back. Nothing touches it any more when this returns `Ok`; its pages go when the
+    /// last plan that names it is dropped.
     ///
     /// # Errors
     /// Those of [`deregister`](Self::deregister); with `Busy`, the buffer comes back.
