@@ -221,8 +221,8 @@ fn an_idle_lane_parks_unless_it_must_poll() {
     submit(&lane, Ask::Note(1));
     wait_until("message", || seen.last.load(Ordering::Acquire) == 1);
     let (turns, parks) = (lane.stats().turns, lane.stats().parks);
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(lane.stats().turns - turns > 20);
+    // However slowly: a busy machine gives a lane that yields few turns.
+    wait_until("turns", || lane.stats().turns - turns > 20);
     assert_eq!(lane.stats().parks, parks);
     lane.stop(Duration::from_secs(1)).unwrap();
 }
