@@ -45,6 +45,7 @@ static const char REQUEST_DONE[] = "request 17 was fetched";
 static const char *role = "kv_fetch";
 /* The prefill process, as long as the decode process has to end it. */
 static pid_t prefill_pid = 0;
+static int die_after_post = 0;
 
 /* --- what can go wrong ------------------------------------------------------------------------- */
 
@@ -189,11 +190,13 @@ static int block_is_zero(const uint64_t *words)
 /* Options are strings, as in the environment; corelane_option_at lists them all. */
 static corelane_engine_t create_engine(const char *agent_name)
 {
-    corelane_option options[1];
+    corelane_option options[2];
     corelane_engine_t engine = 0;
     options[0].name = "listen";
     options[0].value = "127.0.0.1"; /* both processes are on this machine */
-    check(corelane_engine_create(agent_name, strlen(agent_name), options, 1, &engine),
+    options[1].name = "transports";
+    options[1].value = "tcp"; /* the default, local, may have copied everything before the peer is dead */
+    check(corelane_engine_create(agent_name, strlen(agent_name), options, die_after_post ? 2 : 1, &engine),
           "creating an engine");
     return engine;
 }
@@ -333,7 +336,7 @@ static void fail_transfer(corelane_xfer_t xfer, corelane_status status)
     check(corelane_release(xfer, TIMEOUT_MS), "releasing the transfer");
 }
 
-static int decode(int from_prefill, int die_after_post)
+static int decode(int from_prefill)
 {
     const size_t cache_bytes = (size_t)DECODE_BLOCKS * BLOCK_BYTES;
     const double mebibytes = (double)FETCHED * BLOCK_BYTES / (1024.0 * 1024.0);
@@ -418,7 +421,7 @@ static int decode(int from_prefill, int die_after_post)
 
 int main(int argc, char **argv)
 {
-    int ends[2], status = 0, result, die_after_post;
+    int ends[2], status = 0, result;
 
     die_after_post = argc == 2 && strcmp(argv[1], "--die-after-post") == 0;
     if (argc != 1 && !die_after_post) {
@@ -441,7 +444,7 @@ int main(int argc, char **argv)
 
     role = "decode";
     close(ends[1]);
-    result = decode(ends[0], die_after_post);
+    result = decode(ends[0]);
     if (waitpid(prefill_pid, &status, 0) < 0) {
         fail_errno("waiting for the prefill process");
     }

@@ -40,7 +40,6 @@ pub(crate) enum Message {
     Retire(Arc<PeerShared>),
     AddRegion(Arc<RegionInner>),
     CloseRegion(Arc<RegionInner>, Arc<Ticket<()>>),
-    ReopenRegion(Arc<RegionInner>),
     /// Another lane's transfer, to be copied by whoever has time.
     Help(Arc<TransferShared>),
     /// Somebody has copied the last chunk of a transfer.
@@ -462,10 +461,6 @@ impl Driver for LaneDriver {
             Message::CloseRegion(region, ticket) => {
                 self.unshare_with_all(&region);
                 self.regions.close(&region, ticket);
-            }
-            Message::ReopenRegion(region) => {
-                self.share_with_all(&region);
-                self.regions.reopen(&region);
             }
             Message::Help(transfer) => self.add_copy(transfer),
             Message::Copied(transfer) => self.copied(&transfer, cx),

@@ -119,7 +119,7 @@ impl Engine {
     /// last plan that names it is dropped.
     ///
     /// # Errors
-    /// Those of [`deregister`](Self::deregister); with `Busy`, the buffer comes back.
+    /// Those of [`deregister`](Self::deregister); with `Busy`, the buffer comes back, to be freed again.
     pub fn free(&self, mut buffer: Buffer) -> std::result::Result<(), (Error, Buffer)> {
         match self.deregister(&buffer.region) {
             Ok(()) => {
@@ -135,7 +135,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Busy`] when accesses in progress did not end within
-    /// [`deregister_timeout`](EngineConfig::deregister_timeout): the region is kept, try again.
+    /// [`deregister_timeout`](EngineConfig::deregister_timeout): they go on, nothing new begins, the region
+    /// is kept: try again.
     /// [`Error::InvalidArgument`] when it is not registered here (any more).
     pub fn deregister(&self, region: &Region) -> Result<()> {
         let shared = &self.shared;
@@ -169,14 +170,11 @@ impl Engine {
             shared.registry_mut().remove(&region.inner);
             return Ok(());
         }
-        for lane in shared.lanes() {
-            let _ = lane.submit(Message::ReopenRegion(region.inner.clone()));
-        }
-        shared.registry_mut().reopen(&region.inner);
-        shared.publish(&region.inner);
+        // It stays closed: who goes on without this memory's being quiet at least gets nothing new in it.
+        shared.registry_mut().give_up(&region.inner);
         Err(Error::Busy {
             what: "the region",
-            hint: "; transfers or peers still use it: wait for them, cancel them, or try again",
+            hint: "; transfers or peers still use it: wait for them, or cancel them, and deregister it again",
         })
     }
 

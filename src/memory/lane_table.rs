@@ -50,7 +50,8 @@ impl LaneRegions {
         self.slots[slot] = Some(Entry { region, users: 0, closing: None });
     }
 
-    /// Refuses new uses; completes `ticket` when the last one has ended, perhaps at once.
+    /// Refuses new uses, for good; completes `ticket` when the last one has ended, perhaps at once. A second
+    /// call takes the place of the first, whose caller waits no more.
     pub(crate) fn close(&mut self, region: &Arc<RegionInner>, ticket: Arc<Ticket<()>>) {
         match self.entry(region.key()) {
             Some(entry) if entry.users > 0 => entry.closing = Some(ticket),
@@ -59,14 +60,6 @@ impl LaneRegions {
                 ticket.complete(());
             }
             None => ticket.complete(()),
-        }
-    }
-
-    /// Takes back a `close` that has not completed.
-    pub(crate) fn reopen(&mut self, region: &Arc<RegionInner>) {
-        match self.entry(region.key()) {
-            Some(entry) => entry.closing = None,
-            None => self.add(region.clone()),
         }
     }
 
@@ -223,17 +216,16 @@ mod tests {
     }
 
     #[test]
-    fn a_close_that_is_taken_back_leaves_the_region_usable() {
+    fn a_close_that_is_repeated_completes_the_ticket_that_somebody_waits_for() {
         let mut table = LaneRegions::default();
         let own = region(0, Access::READ_WRITE);
         table.add(own.clone());
-        let first = table.use_own(&own).unwrap();
-        let ticket = Ticket::new();
-        table.close(&own, ticket.clone());
-        table.reopen(&own);
-        table.release([first]);
-        assert!(!ticket.is_complete());
-        let again = table.use_own(&own).unwrap();
-        table.release([again]);
+        let used = table.use_own(&own).unwrap();
+        let (given_up, waited_for) = (Ticket::new(), Ticket::new());
+        table.close(&own, given_up);
+        table.close(&own, waited_for.clone());
+        assert!(table.use_own(&own).is_none() && !waited_for.is_complete());
+        table.release([used]);
+        assert!(waited_for.is_complete());
     }
 }

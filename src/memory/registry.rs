@@ -50,11 +50,6 @@ impl RegionInner {
         self.copies.fetch_or(CLOSED, Ordering::AcqRel) & !CLOSED == 0
     }
 
-    /// Takes a `close_to_copies` back.
-    fn open_to_copies(&self) {
-        self.copies.fetch_and(!CLOSED, Ordering::AcqRel);
-    }
-
     pub(crate) fn slot(&self) -> usize {
         self.descriptor.key.slot()
     }
@@ -69,6 +64,8 @@ enum State {
     Live,
     /// A deregistration is under way: not found by new plans.
     Closing,
+    /// One was given up: still not found, to be deregistered again.
+    Busy,
 }
 
 struct Entry {
@@ -134,38 +131,35 @@ impl Registry {
         self.used |= 1 << class;
     }
 
-    /// Hides a live region from new plans; false: it is not registered, or already closing.
+    /// Hides a region from new plans; false: it is not registered, or another thread deregisters it now.
     pub(crate) fn close(&mut self, region: &Arc<RegionInner>) -> bool {
-        match self.entries.get_mut(region.slot()) {
-            Some(entry) if Arc::ptr_eq(&entry.region, region) && entry.state == State::Live => {
-                entry.state = State::Closing;
-                let class = length_class(region.descriptor.len);
-                self.by_length[class].remove(&(region.descriptor.base, region.slot()));
-                if self.by_length[class].is_empty() {
-                    self.used &= !(1 << class);
-                }
-                true
-            }
-            _ => false,
+        match self.entry(region) {
+            Some(entry) if entry.state != State::Closing => entry.state = State::Closing,
+            _ => return false,
+        }
+        let class = length_class(region.descriptor.len);
+        self.by_length[class].remove(&(region.descriptor.base, region.slot()));
+        if self.by_length[class].is_empty() {
+            self.used &= !(1 << class);
+        }
+        true
+    }
+
+    /// A closed region could not be removed in time: it may be closed again.
+    pub(crate) fn give_up(&mut self, region: &Arc<RegionInner>) {
+        if let Some(entry) = self.entry(region) {
+            entry.state = State::Busy;
         }
     }
 
-    /// Takes back a `close`.
-    pub(crate) fn reopen(&mut self, region: &Arc<RegionInner>) {
-        if let Some(entry) = self.entries.get_mut(region.slot())
-            && Arc::ptr_eq(&entry.region, region)
-        {
-            entry.state = State::Live;
-            region.open_to_copies();
-            self.publish(region);
-        }
+    fn entry(&mut self, region: &Arc<RegionInner>) -> Option<&mut Entry> {
+        self.entries.get_mut(region.slot()).filter(|entry| Arc::ptr_eq(&entry.region, region))
     }
 
     /// Forgets a closed region: its slot may be used again (under another key).
     pub(crate) fn remove(&mut self, region: &Arc<RegionInner>) {
-        let slot = region.slot();
-        if self.entries.get(slot).is_some_and(|entry| Arc::ptr_eq(&entry.region, region)) {
-            self.entries.remove(slot);
+        if self.entry(region).is_some() {
+            self.entries.remove(region.slot());
         }
     }
 
@@ -236,8 +230,11 @@ mod tests {
         assert!(Arc::ptr_eq(registry.find(1505, 5).unwrap(), &narrow));
         assert!(registry.close(&wide));
         assert!(registry.find(1600, 1).is_none());
-        registry.reopen(&wide);
-        assert!(registry.find(1600, 1).is_some());
+        registry.give_up(&wide);
+        assert!(registry.find(1600, 1).is_none() && !registry.is_live(&wide));
+        assert!(registry.close(&wide) && !registry.close(&wide));
+        registry.remove(&wide);
+        assert_eq!(registry.len(), 1);
     }
 
     #[test]

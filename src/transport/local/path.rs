@@ -218,7 +218,7 @@ impl LocalPath {
             } else if self.copy_mapped(plan, local, remote, streaming) {
                 Ok(())
             } else {
-                self.copy_process(plan.operation, local, remote)
+                self.copy_process(plan, local, remote)
             }
         };
         drop(in_use);
@@ -300,7 +300,7 @@ impl LocalPath {
     /// As for `copy`.
     unsafe fn copy_process(
         &self,
-        operation: Operation,
+        plan: &PlanInner,
         local: &[IoSegment],
         remote: &[IoSegment],
     ) -> Result<(), Error> {
@@ -308,19 +308,19 @@ impl LocalPath {
             return Err(self.gone("its process cannot be reached"));
         };
         let bytes: usize = remote.iter().map(IoSegment::len).sum();
-        let small = match operation {
+        let small = match plan.operation {
             Operation::Read => SMALL_READ,
             Operation::Write => SMALL_WRITE,
         };
-        let call = Call { path: self, pid: *pid, local, remote };
+        let call = Call { path: self, plan, pid: *pid, local, remote };
         // SAFETY: the caller's promise.
         unsafe {
-            match (operation, memory) {
+            match (plan.operation, memory) {
                 (_, Some(memory)) if remote.len() == 1 && bytes <= small => {
-                    call.by_file(operation, memory, bytes)
+                    call.by_file(memory, bytes)
                 }
                 (Operation::Write, Some(memory)) if self.parts.strict_writes => {
-                    call.by_file(operation, memory, bytes)
+                    call.by_file(memory, bytes)
                 }
                 (Operation::Read, _) => call.read(bytes),
                 (Operation::Write, memory) => call.write(memory.as_deref(), bytes),
@@ -348,6 +348,7 @@ unsafe fn copy_within(
 /// One chunk between this process and another.
 struct Call<'a> {
     path: &'a LocalPath,
+    plan: &'a PlanInner,
     pid: Pid,
     local: &'a [IoSegment],
     remote: &'a [IoSegment],
@@ -375,12 +376,8 @@ impl Call<'_> {
     ///
     /// # Safety
     /// As for `LocalPath::copy`.
-    unsafe fn by_file(
-        &self,
-        operation: Operation,
-        memory: &ProcessMemory,
-        bytes: usize,
-    ) -> Result<(), Error> {
+    unsafe fn by_file(&self, memory: &ProcessMemory, bytes: usize) -> Result<(), Error> {
+        let operation = self.plan.operation;
         let mut done = 0;
         while done < bytes {
             let (mut local, mut remote) = (CallList::new(), CallList::new());
@@ -391,7 +388,10 @@ impl Call<'_> {
             let moved = match operation {
                 // SAFETY: the caller's promise.
                 Operation::Read => unsafe { memory.read(&local, range.addr()) },
-                Operation::Write => memory.write(&local, range.addr()),
+                Operation::Write => {
+                    self.still_open()?;
+                    memory.write(&local, range.addr())
+                }
             };
             match moved {
                 Ok(0) => return Err(self.path.gone("its process has ended")),
@@ -456,6 +456,7 @@ impl Call<'_> {
                 Some(_) => return Err(self.path.gone("it has left this connection")),
                 None => self.confirm()?,
             }
+            self.still_open()?;
             match cma::write(self.pid, &local, &remote) {
                 Ok(0) => {
                     let fault = io::Error::from_raw_os_error(libc::EFAULT);
@@ -466,6 +467,13 @@ impl Call<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Looks at the peer's table once more before a call that writes: a process that was stopped here for
+    /// longer than the peer could wait must not write into what the peer has taken back. Some loads.
+    #[inline]
+    fn still_open(&self) -> Result<(), Error> {
+        self.path.check(self.plan)
     }
 
     /// The process ID still is the peer's.

@@ -231,16 +231,21 @@ fn a_target_takes_its_memory_back_from_an_initiator_that_died() {
 
 #[test]
 fn a_target_takes_its_memory_back_from_an_initiator_that_is_stopped() {
-    // Over `local` it writes by itself, and what it has begun before it was stopped nobody can take from it.
-    let settings = params(&[TCP, ("liveness_ms", "1000"), ("deregister_timeout_ms", "20000")]);
-    let (agent, memory, mut writer) = hammered(&settings);
-    writer.process.freeze();
-    agent.deregister(&memory).unwrap();
-    assert_quiet_memory(&memory);
-    writer.process.thaw();
-    assert_quiet_memory(&memory);
-    // Its transfers have ended, one way or the other.
-    writer.process.try_ask("stop-hammers").unwrap_err();
+    // Over `local` it writes by itself. Stopped amid that, it does not let go of the memory: the agent goes on
+    // without, and once it runs again it finds the region closed.
+    let by_itself = [("deregister_timeout_ms", "50"), ("operation_timeout_ms", "100")];
+    let over_tcp = [TCP, ("liveness_ms", "1000"), ("deregister_timeout_ms", "20000")];
+    for settings in [params(&over_tcp), params(&by_itself), params(&by_itself), params(&by_itself)]
+    {
+        let (agent, memory, mut writer) = hammered(&settings);
+        writer.process.freeze();
+        agent.deregister(&memory).unwrap();
+        assert_quiet_memory(&memory);
+        writer.process.thaw();
+        assert_quiet_memory(&memory);
+        // Its transfers have ended, one way or the other.
+        writer.process.try_ask("stop-hammers").unwrap_err();
+    }
 }
 
 #[test]
