@@ -40,6 +40,8 @@ impl LaneSpec {
 pub enum TransportKind {
     /// Between engines of one host: copies by the initiator, notifications in shared memory.
     Local,
+    /// RDMA READ and WRITE over reliable connections, where both hosts have a verbs device.
+    Rdma,
     /// Requests over TCP, served by the remote lane straight out of registered memory.
     Tcp,
 }
@@ -49,6 +51,7 @@ impl TransportKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Local => "local",
+            Self::Rdma => "rdma",
             Self::Tcp => "tcp",
         }
     }
@@ -57,6 +60,7 @@ impl TransportKind {
         match self {
             Self::Tcp => 1,
             Self::Local => 2,
+            Self::Rdma => 4,
         }
     }
 }
@@ -73,9 +77,77 @@ impl std::str::FromStr for TransportKind {
     fn from_str(s: &str) -> Result<Self> {
         match s {
             "local" => Ok(Self::Local),
+            "rdma" => Ok(Self::Rdma),
             "tcp" => Ok(Self::Tcp),
-            other => Err(Error::Config(format!("unknown transport `{other}` (known: local, tcp)"))),
+            other => {
+                Err(Error::Config(format!("unknown transport `{other}` (known: local, rdma, tcp)")))
+            }
         }
+    }
+}
+
+/// How transport `rdma` uses the verbs devices of this host. What is not said here follows from the devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RdmaConfig {
+    /// Devices with their ports, such as `mlx5_0:1` or `rxe0` (port 1), in order of preference: each is a rail, and large
+    /// transfers use all of them. Empty: the devices with an active port that are nearest to the lanes' cores.
+    pub devices: Vec<String>,
+    /// Index of the GID to use; `None`: the first RoCE v2 one with an IPv4 address, else the first of RoCE v2, else 0.
+    pub gid_index: Option<u8>,
+    /// Service level (InfiniBand) or priority, 0..=15.
+    pub service_level: u8,
+    /// Traffic class of the packets: for RoCE v2 the DSCP in the upper six bits.
+    pub traffic_class: u8,
+    /// How long a packet may stay unacknowledged before it is sent again: 4.096 us times two to the power of this, 1..=31.
+    /// Default 14, 67 ms.
+    pub timeout: u8,
+    /// How often it is sent again before the peer counts as gone, 0..=6 (7 would be for ever). Default 6.
+    pub retry_count: u8,
+    /// Queue pairs for large transfers, to each peer on each rail, 1..=16; small ones and notifications have one of their own.
+    /// Default 1.
+    pub bulk_queue_pairs: usize,
+    /// Bytes that one work request of a transfer that uses several rails moves at most. Default 1 MiB.
+    pub stripe_bytes: usize,
+    /// Let the device write payload out of order where it can, which is faster on some platforms; completions still come
+    /// last. Default true.
+    pub relaxed_ordering: bool,
+    /// Register memory without pinning it (on-demand paging), where the device can. Default false.
+    pub on_demand_paging: bool,
+}
+
+impl Default for RdmaConfig {
+    fn default() -> Self {
+        Self {
+            devices: Vec::new(),
+            gid_index: None,
+            service_level: 0,
+            traffic_class: 0,
+            timeout: 14,
+            retry_count: 6,
+            bulk_queue_pairs: 1,
+            stripe_bytes: 1 << 20,
+            relaxed_ordering: true,
+            on_demand_paging: false,
+        }
+    }
+}
+
+impl RdmaConfig {
+    fn validate(&self) -> Result<()> {
+        let bounds = [
+            ("rdma.service_level", u64::from(self.service_level), 0..=15),
+            ("rdma.timeout", u64::from(self.timeout), 1..=31),
+            ("rdma.retry_count", u64::from(self.retry_count), 0..=6),
+            ("rdma.bulk_queue_pairs", self.bulk_queue_pairs as u64, 1..=16),
+            ("rdma.stripe_bytes", self.stripe_bytes as u64, 4096..=1 << 30),
+        ];
+        for (name, value, range) in bounds {
+            if !range.contains(&value) {
+                let (low, high) = range.into_inner();
+                return Err(Error::Config(format!("{name}={value} is outside {low}..={high}")));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -155,6 +227,8 @@ pub struct EngineConfig {
     /// The transports that may be used; to one peer, the best that both sides allow and that works.
     /// Default: all.
     pub transports: Vec<TransportKind>,
+    /// Transport `rdma`.
+    pub rdma: RdmaConfig,
     /// Transport `local`: write to a peer's process only by ways on which no other process could be
     /// reached, had the peer just ended and its process ID been given to another. Half the speed from
     /// 64 KiB on. Default false: such a write begins within a microsecond after a look that it is the
@@ -203,7 +277,8 @@ impl Default for EngineConfig {
             lanes: LaneSpec::Auto { count: 1 },
             spin: Spin::For(Duration::from_micros(50)),
             assist: AssistMode::Auto,
-            transports: vec![TransportKind::Local, TransportKind::Tcp],
+            transports: vec![TransportKind::Local, TransportKind::Rdma, TransportKind::Tcp],
+            rdma: RdmaConfig::default(),
             strict_writes: false,
             any_tracer: false,
             listen: Listen::default(),
@@ -255,8 +330,9 @@ impl EngineConfig {
             }
         }
         if self.transports.is_empty() {
-            return refuse("the list of transports is empty (known: local, tcp)".into());
+            return refuse("the list of transports is empty (known: local, rdma, tcp)".into());
         }
+        self.rdma.validate()?;
         if !(1..=64).contains(&self.streams) {
             return refuse(format!("streams={} is outside 1..=64", self.streams));
         }

@@ -70,6 +70,8 @@
     clippy::must_use_candidate,
     clippy::missing_panics_doc
 )]
+// The protocol knows of transport `rdma` whether it was built or not.
+#![cfg_attr(not(feature = "rdma"), allow(dead_code, unused_imports))]
 
 mod config;
 mod engine;
@@ -84,11 +86,13 @@ mod sync;
 mod sys;
 mod transfer;
 mod transport;
+#[cfg(feature = "rdma")]
+mod verbs;
 mod wire;
 
 pub use config::{
     AssistMode, EngineConfig, LaneSpec, Limits, Listen, MAX_AGENT_NAME, MAX_NOTIFICATION_BYTES,
-    Spin, TransportKind,
+    RdmaConfig, Spin, TransportKind,
 };
 pub use engine::{Engine, LocalEngine, Task};
 pub use error::{Error, Result};

@@ -57,6 +57,8 @@ counters! {
     notifications_sent,
     /// Notifications dropped because their session ended before they were acknowledged.
     notifications_dropped,
+    /// Connections whose queue pairs failed and were made anew, or given up (transport `rdma`).
+    rdma_failures,
     /// Links (TCP connections) that came up.
     links_up,
     /// Links that went down.

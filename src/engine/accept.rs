@@ -166,7 +166,14 @@ impl LaneDriver {
         if self.engine.is_stopping() {
             return Err(Refusal::ShuttingDown);
         }
-        let slot = self.peer_slot(hello)?;
+        let slot = match self.peer_slot(hello) {
+            Err(Refusal::NameInUse) => {
+                // Its owner may have died just now, and this is who was started in its place.
+                self.look_for_end_of(&hello.name, cx);
+                self.peer_slot(hello)?
+            }
+            found => found?,
+        };
         let liveness = self.engine.identity.liveness_ms;
         let number = u64::from_le_bytes(sys::random().map_err(|_| Refusal::Limit)?);
         let welcome = self.with_core(slot, cx, |core, env| match hello.kind {
@@ -192,6 +199,9 @@ impl LaneDriver {
         let phase = Phase::Standby { peer: slot, kind: hello.kind };
         let id = self.add_link(fd, remote, phase, Interest::READABLE, cx);
         let frames = self.frames_allowed(hello.transports);
+        if let Some(peer) = self.peers.get_mut(slot).filter(|_| hello.kind == LinkKind::Session) {
+            peer.transports = hello.transports;
+        }
         self.with_core(slot, cx, |core, env| match hello.kind {
             LinkKind::Session => {
                 core.set_frames_allowed(frames);

@@ -74,7 +74,7 @@ impl LaneDriver {
             // Only an engine of this host, and of this network namespace, answers there.
             untried.push_back(Remote::Unix(metadata.incarnation));
         }
-        if common & TransportKind::Tcp.bit() != 0 {
+        if common & (TransportKind::Tcp.bit() | TransportKind::Rdma.bit()) != 0 {
             let own = addresses::own_addresses(None).unwrap_or_default();
             let inet = addresses::preferred(&metadata.addresses, &own);
             untried.extend(inet.into_iter().map(Remote::Inet));

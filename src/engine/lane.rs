@@ -24,6 +24,7 @@ use crate::sync::Ticket;
 use crate::transfer::TransferShared;
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
+use crate::transport::rdma::{AsyncEvent, LaneRdma, Link as RdmaLink};
 
 /// What other threads send to a lane.
 pub(crate) enum Message {
@@ -46,6 +47,8 @@ pub(crate) enum Message {
     Copied(Arc<TransferShared>),
     /// A link that another lane accepted and that belongs here.
     Adopt(Box<Adopted>),
+    /// Something has happened to an RDMA device.
+    Rdma(Box<(String, AsyncEvent)>),
     /// The application has made room for notifications.
     Drain,
     /// The engine shuts down: leave all peers.
@@ -58,6 +61,11 @@ pub(super) const PEER_TIMER: u64 = 1 << 63;
 pub(super) const CONNECT_TIMER: u64 = 1 << 62;
 /// Something waits for the notification ring of a peer on this host.
 pub(super) const LOCAL_TIMER: u64 = 1 << 61;
+/// Queue pairs to a peer should be there by now, or are tried again.
+pub(super) const RDMA_TIMER: u64 = 1 << 60;
+/// Descriptors: the events of a device, and the completion channel of a rail.
+pub(super) const RDMA_EVENTS: u64 = 1 << 62;
+pub(super) const RDMA_CHANNEL: u64 = RDMA_EVENTS | 1 << 61;
 /// Both tags of timers: a listener that rests is watched again.
 const LISTENER_TIMER: u64 = PEER_TIMER | CONNECT_TIMER;
 const TAGS: u64 = LISTENER | CONNECT_TIMER;
@@ -82,6 +90,10 @@ pub(super) struct LanePeer {
     unload: bool,
     /// What is shared with a peer on this host.
     pub(super) local: Option<Box<Attachment>>,
+    /// The queue pairs to it.
+    pub(super) rdma: Option<Box<RdmaLink>>,
+    /// The transports that it allows.
+    pub(super) transports: u32,
 }
 
 impl LanePeer {
@@ -116,6 +128,7 @@ pub(crate) struct LaneDriver {
     /// Links that have not proven anything yet, oldest first.
     pub(super) half_open: VecDeque<LinkId>,
     pub(super) mirror: Option<usize>,
+    pub(super) rdma: LaneRdma,
     leaving: bool,
 }
 
@@ -137,7 +150,8 @@ impl LaneDriver {
             })
             .collect();
         let counters = engine.counters[index].clone();
-        Self {
+        let rdma = LaneRdma::new(engine.rails.clone());
+        let mut driver = Self {
             engine,
             index,
             counters,
@@ -155,8 +169,11 @@ impl LaneDriver {
             asleep: false,
             half_open: VecDeque::new(),
             mirror: None,
+            rdma,
             leaving: false,
-        }
+        };
+        driver.rdma_start(cx);
+        driver
     }
 
     pub(super) fn listener(&self, number: usize) -> Option<&OwnedFd> {
@@ -204,6 +221,8 @@ impl LaneDriver {
             unsaid_failures: 0,
             unload: false,
             local: None,
+            rdma: None,
+            transports: 0,
         });
         peer.slot.store(slot as u32, Ordering::Relaxed);
         slot
@@ -215,6 +234,7 @@ impl LaneDriver {
             self.close_link(link, "the peer was unloaded", cx);
         }
         self.detach(slot, cx);
+        self.rdma_detach(slot, "the peer was unloaded", cx);
         self.abort_connect(slot, cx);
         // Those on their way would come up for whoever gets the place next.
         for link in self.links_of(slot) {
@@ -294,6 +314,7 @@ impl LaneDriver {
                     }
                     self.close_link(link, &reason, cx);
                 }
+                Event::StopWired { key, stuck } => self.stop_wired(slot, key, stuck, cx),
                 Event::Left => {
                     if self.peers.get(slot).is_some_and(|peer| peer.unload) {
                         return self.remove_peer(slot, cx);
@@ -365,7 +386,10 @@ impl LaneDriver {
 
     fn fail_everything(&mut self, error: &Error) {
         self.copies.clear();
-        for (_, peer) in &self.peers {
+        // Nothing moves any more once the queue pairs are destroyed.
+        self.rdma.clear();
+        for (_, peer) in &mut self.peers {
+            peer.rdma = None;
             peer.core.peer.set_path(None);
         }
         let Self { peers, regions, engine, counters, .. } = self;
@@ -465,6 +489,7 @@ impl Driver for LaneDriver {
             Message::Help(transfer) => self.add_copy(transfer),
             Message::Copied(transfer) => self.copied(&transfer, cx),
             Message::Adopt(adopted) => self.adopt(*adopted, cx),
+            Message::Rdma(event) => self.on_rdma_event(&event.0, event.1, cx),
             Message::Drain => self.drain(cx),
             Message::Leave => self.leave(cx),
         }
@@ -474,6 +499,9 @@ impl Driver for LaneDriver {
         if token & LISTENER != 0 {
             return self.accept((token & !TAGS) as usize, cx);
         }
+        if token & RDMA_EVENTS != 0 {
+            return self.on_rdma_fd(token, cx);
+        }
         self.on_link(token, readiness, cx)
     }
 
@@ -481,6 +509,8 @@ impl Driver for LaneDriver {
         let slot = (token & !TAGS) as usize;
         if token & LOCAL_TIMER != 0 {
             self.ring_timer((token & !LOCAL_TIMER) as usize);
+        } else if token & RDMA_TIMER != 0 {
+            self.rdma_timer((token & !RDMA_TIMER) as usize, cx);
         } else if token & TAGS == LISTENER_TIMER {
             if let Some((_, fd_id)) = self.listeners.get(slot) {
                 cx.set_interest(*fd_id, Interest::READABLE);
@@ -499,6 +529,7 @@ impl Driver for LaneDriver {
 
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {
         let mut worked = !self.rings.is_empty() && self.poll_rings(cx);
+        worked |= self.poll_rdma(cx);
         worked |= !self.dirty.is_empty() && self.service(cx);
         if self.run_copies(cx) {
             worked = true;
@@ -512,8 +543,8 @@ impl Driver for LaneDriver {
         !self.dirty.is_empty() || !self.copies.is_empty()
     }
 
-    fn before_sleep(&mut self, _: &mut Cx<'_>) -> bool {
-        self.rings_before_sleep()
+    fn before_sleep(&mut self, cx: &mut Cx<'_>) -> bool {
+        self.rdma_before_sleep(cx) && self.rings_before_sleep()
     }
 
     fn on_stop(&mut self, cx: &mut Cx<'_>) -> bool {

@@ -115,7 +115,7 @@ impl LaneDriver {
         interest: Interest,
         cx: &mut Cx<'_>,
     ) -> LinkId {
-        self.next_stamp = (self.next_stamp + 1) & 0x1fff_ffff;
+        self.next_stamp = (self.next_stamp + 1) & 0x0fff_ffff;
         let (stamp, slot) = (self.next_stamp, self.links.vacant_key());
         let id = u64::from(stamp) << 32 | slot as u64;
         let fd_id = cx.add_fd(fd.as_raw_fd(), id, interest, Start::Quiet);
@@ -223,8 +223,15 @@ impl LaneDriver {
             && let Phase::Open { receiver, .. } = &mut link.phase
         {
             let frames = receiver.take_local();
+            let rdma = receiver.take_rdma();
             if !frames.is_empty() {
                 self.on_local_frames(slot, id, frames, cx);
+            }
+            for header in rdma {
+                if let Err(reason) = self.on_rdma_frame(slot, id, &header, cx) {
+                    self.close_link(id, &format!("protocol error: {reason}"), cx);
+                    break;
+                }
             }
         }
         if worked || unblocked {
@@ -235,7 +242,7 @@ impl LaneDriver {
 
     /// Sends what a peer's core has for its links.
     pub(super) fn flush_peer(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
-        let mut worked = self.flush_ring(slot, cx);
+        let mut worked = self.flush_ring(slot, cx) | self.rdma_flush(slot, cx);
         let mut at = 0;
         // By index: a link that breaks takes itself out of the list.
         while let Some(&id) = self.peers.get(slot).and_then(|peer| peer.links.get(at)) {
@@ -309,6 +316,7 @@ impl LaneDriver {
         peer.links.retain(|known| *known != id);
         if kind == LinkKind::Session {
             self.detach(slot, cx);
+            self.rdma_detach(slot, reason, cx);
         }
         let Self { peers, regions, engine, counters, .. } = self;
         let Some(peer) = peers.get_mut(slot) else { return };
@@ -351,7 +359,11 @@ impl LaneDriver {
     ) {
         let on_this_host = self.link(id).is_some_and(|link| link.remote.is_unix());
         let theirs = self.peers.get(slot).and_then(|peer| peer.core.peer.metadata());
-        let frames = self.frames_allowed(theirs.map_or(0, |metadata| metadata.transports));
+        let theirs = theirs.map_or(0, |metadata| metadata.transports);
+        let frames = self.frames_allowed(theirs);
+        if let Some(peer) = self.peers.get_mut(slot).filter(|_| kind == LinkKind::Session) {
+            peer.transports = theirs;
+        }
         let refused = self.with_core(slot, cx, |core, env| match kind {
             LinkKind::Session => {
                 core.set_frames_allowed(frames);
@@ -401,7 +413,11 @@ impl LaneDriver {
         peer.links.push(id);
         match kind {
             LinkKind::Session if unix => self.attach(slot, id, cx),
-            LinkKind::Session => self.log_connected(id, slot, ours),
+            LinkKind::Session => {
+                if !self.rdma_attach(slot, id, cx) {
+                    self.log_connected(id, slot, ours);
+                }
+            }
             LinkKind::Bulk => {}
         }
         self.mark(slot);

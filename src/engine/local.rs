@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use corelane_runtime::{Cx, Lane};
 use smallvec::SmallVec;
 
-use super::lane::{LANE_TURN, LOCAL_TIMER, LaneDriver, Message};
+use super::lane::{LANE_TURN, LOCAL_TIMER, LaneDriver, LanePeer, Message};
 use super::links::Phase;
 use crate::config::TransportKind;
 use crate::error::Error;
@@ -23,8 +23,8 @@ use crate::session::{LinkId, RingState};
 use crate::sys;
 use crate::transfer::TransferShared;
 use crate::transport::local::{
-    self, Consumer, LAYOUT, LocalPath, Mapping, Message as RingMessage, PathParts, PeerMemory,
-    PeerProcess, Producer, Pushed, SharedFd, TableView, Uses,
+    self, Consumer, LAYOUT, LocalPath, MAX_RING_PAYLOAD, Mapping, Message as RingMessage,
+    PathParts, PeerMemory, PeerProcess, Producer, Pushed, SharedFd, TableView, Uses,
 };
 use crate::transport::receive::LocalFrame;
 use crate::wire::Access;
@@ -132,7 +132,7 @@ pub(super) struct Attachment {
 }
 
 impl Attachment {
-    fn is_up(&self) -> bool {
+    pub(super) fn is_up(&self) -> bool {
         self.taken && self.theirs.is_some()
     }
 }
@@ -388,7 +388,18 @@ impl LaneDriver {
             peer.core.peer.set_path(Some(path.clone()));
         }
         self.log_local(slot, outcome.as_ref().err().map(String::as_str));
+        let session = peer_session(self.peers.get(slot));
+        if !outcome.as_ref().is_ok_and(|path| path.reaches_all())
+            && let Some(session) = session.filter(|session| self.is_ours(slot, *session))
+        {
+            // The next best way. The other side comes along if it is offered.
+            self.rdma_attach(slot, session, cx);
+        }
         self.with_core(slot, cx, |core, env| core.local_resolved(outcome, env));
+    }
+
+    fn is_ours(&self, slot: usize, session: LinkId) -> bool {
+        self.peers.get(slot).is_some_and(|peer| peer.core.is_link_ours(session))
     }
 
     /// The line that says how bytes will go to and from a peer on this host.
@@ -502,7 +513,8 @@ impl LaneDriver {
                 Ok(has_room) => has_room,
                 Err(broken) => break Err(broken),
             };
-            peer.core.set_ring(Some(RingState { has_room, is_empty: false }));
+            let state = RingState { has_room, is_empty: false, longest: MAX_RING_PAYLOAD };
+            peer.core.set_ring(Some(state));
             let message = if has_room { peer.core.next_ring_message(&mut env) } else { None };
             let Some(message) = message else {
                 // Only what may have to take the other way makes it worth a look at the peer's cache line.
@@ -510,7 +522,7 @@ impl LaneDriver {
                     break Ok(());
                 }
                 break attachment.ring.is_empty().map(|is_empty| {
-                    peer.core.set_ring(Some(RingState { has_room, is_empty }));
+                    peer.core.set_ring(Some(RingState { is_empty, ..state }));
                 });
             };
             let message = match &message {
@@ -702,6 +714,20 @@ impl LaneDriver {
         }
     }
 
+    /// Finds out whether the peers of this name are still there; those of this lane.
+    pub(super) fn look_for_end_of(&mut self, name: &str, cx: &mut Cx<'_>) {
+        let named: Vec<(usize, LinkId)> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| &*peer.core.peer.name == name)
+            .filter_map(|(slot, peer)| Some((slot, *peer.links.first()?)))
+            .collect();
+        for (slot, link) in named {
+            self.look_for_end(slot, cx);
+            self.receive_last(link, cx);
+        }
+    }
+
     /// The peer's memory is out of reach: whoever is told of that finds the connection in the same state.
     fn look_for_end(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let attachment = |driver: &Self| {
@@ -720,6 +746,11 @@ impl LaneDriver {
     pub(super) fn frames_allowed(&self, theirs: u32) -> bool {
         theirs & self.engine.identity.transports & TransportKind::Tcp.bit() != 0
     }
+}
+
+/// The session's link.
+fn peer_session(peer: Option<&LanePeer>) -> Option<LinkId> {
+    peer?.core.session_link()
 }
 
 fn take_share(theirs: &Theirs, header: &Header, fds: &sys::Fds) -> Result<(), String> {

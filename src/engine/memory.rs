@@ -69,6 +69,10 @@ impl Engine {
         wide[..12].copy_from_slice(&random);
         let random = u128::from_le_bytes(wide);
         let incarnation = shared.identity.incarnation;
+        // SAFETY: whoever registers memory keeps it mapped until it has been deregistered, or the engine's own keeps itself.
+        // Pages are pinned here, outside all locks.
+        let registrations = unsafe { shared.rails.register(base, len, access) };
+        let rail_keys = registrations.remote_keys().clone();
         let describe = |slot| RegionDescriptor {
             incarnation,
             key: RegionKey::new(slot, random),
@@ -76,8 +80,9 @@ impl Engine {
             len,
             kind,
             access,
+            rail_keys,
         };
-        let region = shared.registry_mut().insert(describe, memory)?;
+        let region = shared.registry_mut().insert(describe, memory, registrations)?;
         for lane in shared.lanes() {
             if lane.submit(Message::AddRegion(region.clone())).is_err() {
                 let mut registry = shared.registry_mut();
@@ -167,6 +172,8 @@ impl Engine {
             ticket.wait(deadline, assist).is_some() || !lane.is_alive()
         });
         if quiet && shared.wait_for_copies_of(&region.inner, deadline) {
+            // Peers that use it by RDMA are refused by the device from here on.
+            region.inner.registrations.give_back();
             shared.registry_mut().remove(&region.inner);
             return Ok(());
         }

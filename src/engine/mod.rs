@@ -9,6 +9,11 @@ mod memory;
 mod notifications;
 mod peers;
 mod plans;
+#[cfg(feature = "rdma")]
+mod rdma;
+#[cfg(not(feature = "rdma"))]
+#[path = "no_rdma.rs"]
+mod rdma;
 mod shared;
 mod start;
 

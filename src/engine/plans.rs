@@ -93,6 +93,7 @@ impl Engine {
             latency_bytes: shared.config.latency_bytes as u64,
             max_descriptors: shared.config.limits.descriptors,
             local: shared.may_be_local(&peer.shared),
+            rdma: shared.may_be_rdma(&peer.shared),
         };
         let plan = Plan { inner: Arc::new(build(&builder)?), engine: shared.clone() };
         drop(registry);

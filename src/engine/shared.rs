@@ -17,6 +17,7 @@ use crate::peer::{Arrivals, PeerShared, PeerTable};
 use crate::session::handshake::Identity;
 use crate::stats::{Counters, InlineCounters};
 use crate::transport::local::Table;
+use crate::transport::rdma::Rails;
 
 /// Counts forks: an engine of another generation belongs to a parent process.
 pub(super) static FORKS: AtomicU64 = AtomicU64::new(0);
@@ -78,6 +79,8 @@ pub(crate) struct EngineShared {
     /// The regions, for peers on this host; `None`: transport `local` is not allowed.
     pub(super) table: Option<Table>,
     pub(super) accessors: Accessors,
+    /// The RDMA devices; none, where transport `rdma` is not allowed or not there.
+    pub(crate) rails: Arc<Rails>,
     pub(super) forks: u64,
     pub(super) state: AtomicU32,
 }
@@ -176,6 +179,12 @@ impl EngineShared {
         theirs & self.identity.transports & TransportKind::Local.bit() != 0
     }
 
+    /// Whether transfers to this peer may come to be RDMA requests.
+    pub(crate) fn may_be_rdma(&self, peer: &PeerShared) -> bool {
+        let theirs = peer.metadata().map_or(u32::MAX, |metadata| metadata.transports);
+        theirs & self.identity.transports & TransportKind::Rdma.bit() != 0
+    }
+
     pub(crate) fn set_failed(&self) {
         let _ = self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Relaxed);
     }
@@ -218,6 +227,11 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
         if let Err(error) = lane.stop(deadline) {
             outcome = Err(error.into());
         }
+    }
+    if outcome.is_ok() {
+        // The lanes have destroyed their queue pairs, so that no peer is on the way to this memory.
+        let regions: Vec<Arc<RegionInner>> = shared.registry().all().cloned().collect();
+        regions.iter().for_each(|region| region.registrations.give_back());
     }
     if !wait_for_copies(shared) && outcome.is_ok() {
         outcome = Err(Error::Busy {

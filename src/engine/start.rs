@@ -19,6 +19,7 @@ use crate::stats::{Counters, InlineCounters};
 use crate::sys;
 use crate::transport::addresses;
 use crate::transport::local::Table;
+use crate::transport::rdma::Rails;
 use crate::wire::Metadata;
 
 /// The core of one lane, and the lock that keeps other engines off it.
@@ -48,12 +49,41 @@ fn places(spec: &LaneSpec) -> Vec<Place> {
     }
 }
 
+/// The RDMA devices, where they are allowed. That there are none is an error only where they were asked for by name, or
+/// nothing else is allowed.
+fn open_rails(config: &EngineConfig) -> Result<Rails> {
+    if !config.transports.contains(&TransportKind::Rdma) {
+        return Ok(Rails::default());
+    }
+    let node = match &config.lanes {
+        LaneSpec::Cores(cores) => cores.first().copied().and_then(crate::transport::local::node_of),
+        LaneSpec::Auto { .. } | LaneSpec::Unpinned { .. } => None,
+    };
+    match Rails::open(&config.rdma, node) {
+        Ok(rails) => Ok(rails),
+        Err(reason) if !config.rdma.devices.is_empty() => {
+            Err(Error::Config(format!("rdma_devices={}: {reason}", config.rdma.devices.join(","))))
+        }
+        Err(reason) if config.transports == [TransportKind::Rdma] => {
+            Err(Error::Config(format!("no RDMA, the only transport allowed: {reason}")))
+        }
+        Err(reason) => {
+            tracing::debug!(reason, "no RDMA");
+            Ok(Rails::default())
+        }
+    }
+}
+
 pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<EngineShared>> {
     let random = |what| move |e| Error::io(format!("reading random bytes for {what}"), e);
     let incarnation = u128::from_le_bytes(sys::random().map_err(random("the incarnation"))?).max(1);
     let secret = sys::random().map_err(random("the secret"))?;
-    let transports =
+    let mut transports =
         config.transports.iter().fold(0, |bits, kind: &TransportKind| bits | kind.bit());
+    let rails = open_rails(&config)?;
+    if rails.is_empty() {
+        transports &= !TransportKind::Rdma.bit();
+    }
     let identity = Identity {
         name: agent_name.to_owned(),
         incarnation,
@@ -64,7 +94,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
     let lanes = config.lanes.count();
     let allowed = |kind: TransportKind| transports & kind.bit() != 0;
     let (mut listeners, mut advertised) = (Vec::new(), Vec::new());
-    if allowed(TransportKind::Tcp) {
+    if allowed(TransportKind::Tcp) || allowed(TransportKind::Rdma) {
         let bound = addresses::listen(&config.listen)?;
         advertised = addresses::advertised(&config.listen, &bound)?;
         listeners.extend(bound.into_iter().map(|listener| listener.socket));
@@ -103,6 +133,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         inline: InlineCounters::default(),
         table,
         accessors: Accessors::default(),
+        rails: Arc::new(rails),
         forks: FORKS.load(Ordering::Relaxed),
         state: AtomicU32::new(RUNNING),
         config,
@@ -113,13 +144,19 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         .iter()
         .map(|lane| lane.core().map_or("unpinned".into(), |core| core.to_string()))
         .collect();
-    let transport_names: Vec<&str> =
-        shared.config.transports.iter().map(|kind| kind.name()).collect();
+    let transport_names: Vec<&str> = shared
+        .config
+        .transports
+        .iter()
+        .filter(|kind| allowed(**kind))
+        .map(|kind| kind.name())
+        .collect();
     tracing::info!(
         agent = agent_name,
         lanes = shared.lanes().len(),
         cores = %cores.join(", "),
         transports = %transport_names.join(","),
+        rails = shared.rails.names(),
         addresses = ?advertised,
         "engine started"
     );

@@ -154,8 +154,13 @@ mod tests {
             len: 100,
             kind: MemoryKind::Dram,
             access,
+            rail_keys: crate::wire::RailKeys::new(),
         };
-        Arc::new(RegionInner::new(descriptor, None))
+        Arc::new(RegionInner::new(
+            descriptor,
+            None,
+            crate::transport::rdma::Registrations::default(),
+        ))
     }
 
     fn segment(of: &RegionInner, addr: u64, len: u64) -> WireSegment {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Error, Result};
 use crate::transport::local::OwnMemory;
+use crate::transport::rdma::Registrations;
 use crate::wire::{RegionDescriptor, RegionKey};
 
 /// A registered region. Lanes, plans and the application share it.
@@ -16,6 +17,8 @@ pub(crate) struct RegionInner {
     copies: AtomicU32,
     /// Memory of the engine that the region is.
     pub(crate) memory: Option<OwnMemory>,
+    /// On the rails of the engine.
+    pub(crate) registrations: Registrations,
 }
 
 /// No more copies may begin.
@@ -33,8 +36,12 @@ impl Drop for RegionCopy<'_> {
 }
 
 impl RegionInner {
-    pub(crate) fn new(descriptor: RegionDescriptor, memory: Option<OwnMemory>) -> Self {
-        Self { descriptor, copies: AtomicU32::new(0), memory }
+    pub(crate) fn new(
+        descriptor: RegionDescriptor,
+        memory: Option<OwnMemory>,
+        registrations: Registrations,
+    ) -> Self {
+        Self { descriptor, copies: AtomicU32::new(0), memory, registrations }
     }
 
     /// Begins a copy; `None`: the region is being deregistered. Two uncontended atomic operations.
@@ -109,6 +116,7 @@ impl Registry {
         &mut self,
         make: impl FnOnce(u32) -> RegionDescriptor,
         memory: Option<OwnMemory>,
+        registrations: Registrations,
     ) -> Result<Arc<RegionInner>> {
         if self.entries.len() >= self.limit {
             return Err(Error::Limit {
@@ -119,7 +127,7 @@ impl Registry {
         }
         let vacant = self.entries.vacant_entry();
         let slot = vacant.key();
-        let region = Arc::new(RegionInner::new(make(slot as u32), memory));
+        let region = Arc::new(RegionInner::new(make(slot as u32), memory, registrations));
         vacant.insert(Entry { region: region.clone(), state: State::Live });
         self.publish(&region);
         Ok(region)
@@ -214,15 +222,19 @@ mod tests {
             len,
             kind: MemoryKind::Dram,
             access: Access::READ_WRITE,
+            rail_keys: crate::wire::RailKeys::new(),
         }
     }
 
     #[test]
     fn overlapping_repeated_and_adjacent_registrations_are_told_apart() {
         let mut registry = Registry::new(10);
-        let wide = registry.insert(|s| descriptor(s, 1000, 1000), None).unwrap();
-        let narrow = registry.insert(|s| descriptor(s, 1500, 10), None).unwrap();
-        let again = registry.insert(|s| descriptor(s, 1500, 10), None).unwrap();
+        let wide =
+            registry.insert(|s| descriptor(s, 1000, 1000), None, Registrations::default()).unwrap();
+        let narrow =
+            registry.insert(|s| descriptor(s, 1500, 10), None, Registrations::default()).unwrap();
+        let again =
+            registry.insert(|s| descriptor(s, 1500, 10), None, Registrations::default()).unwrap();
         assert!(Arc::ptr_eq(registry.find(1505, 100).unwrap(), &wide));
         assert!(registry.find(1995, 10).is_none(), "past the end of everything");
         assert!(registry.close(&again) && !registry.close(&again));
@@ -240,8 +252,11 @@ mod tests {
     #[test]
     fn the_limit_is_a_typed_error() {
         let mut registry = Registry::new(1);
-        registry.insert(|s| descriptor(s, 0, 1), None).unwrap();
-        assert!(matches!(registry.insert(|s| descriptor(s, 0, 1), None), Err(Error::Limit { .. })));
+        registry.insert(|s| descriptor(s, 0, 1), None, Registrations::default()).unwrap();
+        assert!(matches!(
+            registry.insert(|s| descriptor(s, 0, 1), None, Registrations::default()),
+            Err(Error::Limit { .. })
+        ));
     }
 
     proptest! {
@@ -252,7 +267,7 @@ mod tests {
         ) {
             let mut registry = Registry::new(100);
             for &(base, size) in &regions {
-                registry.insert(|s| descriptor(s, base, size), None).unwrap();
+                registry.insert(|s| descriptor(s, base, size), None, Registrations::default()).unwrap();
             }
             let expected = regions.iter().any(|&(b, s)| addr >= b && addr + len <= b + s);
             prop_assert_eq!(registry.find(addr, len).is_some(), expected);

@@ -39,6 +39,8 @@ pub(crate) struct PeerShared {
     pub(crate) connected: AtomicBool,
     /// It is known which way transfers go over the session that is up.
     pub(crate) settled: AtomicBool,
+    /// They go by RDMA.
+    pub(crate) wired: AtomicBool,
     /// The application has loaded other metadata under this name.
     replaced: AtomicBool,
     in_flight: AtomicUsize,
@@ -80,6 +82,7 @@ impl PeerShared {
             metadata: Mutex::new(metadata),
             connected: AtomicBool::new(false),
             settled: AtomicBool::new(false),
+            wired: AtomicBool::new(false),
             replaced: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             unacknowledged: AtomicUsize::new(0),
@@ -143,7 +146,8 @@ impl PeerShared {
         }
         let settled =
             self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
-        settled.then_some(TransportKind::Tcp)
+        let wired = self.wired.load(Ordering::Acquire);
+        settled.then_some(if wired { TransportKind::Rdma } else { TransportKind::Tcp })
     }
 
     /// Marks the peer as announced; false: it was.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::rdma::{RdmaBuilder, RdmaRequests};
 use super::{Chunk, Class, Operation, Piece, PlanInner};
 use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, Region, RegionInner, Registry, RemoteSegment};
@@ -67,6 +68,8 @@ pub(crate) struct PlanBuilder<'e> {
     pub(crate) max_descriptors: usize,
     /// The peer may be on this host: lists for copying by ourselves are wanted.
     pub(crate) local: bool,
+    /// The peer may be reached by RDMA: requests for that are wanted.
+    pub(crate) rdma: bool,
 }
 
 /// Bytes that one thread copies at a time by itself: some 50 us, so that whoever is fair can be.
@@ -89,6 +92,7 @@ struct Output {
     remote: Vec<IoSegment>,
     remote_ends: Vec<u32>,
     ranges: Vec<RemoteRange>,
+    rdma: Option<RdmaBuilder>,
     bodies: Vec<u8>,
     regions: SmallVec<[Arc<RegionInner>; 2]>,
     /// One bit for each slot of a region that is in `regions`.
@@ -135,7 +139,7 @@ impl PlanBuilder<'_> {
                 limit: self.max_descriptors as u64,
             });
         }
-        let mut out = Output::new(count);
+        let mut out = Output::new(count, self.rdma);
         let (mut found, mut named, mut checked) = (None, None, None);
         for index in 0..count {
             let DescriptorPair { local, region, remote } = pair(index)?;
@@ -150,7 +154,7 @@ impl PlanBuilder<'_> {
                 None => self.find_local(index, &local, &mut found)?,
                 Some(region) => self.check_local(&local, &region.inner, &mut named)?,
             };
-            out.add_region(own);
+            let own_index = out.add_region(own);
             let crosses = MemoryKind::Dram;
             if own.descriptor.kind != crosses || remote.region.kind != crosses {
                 return Err(Error::InvalidArgument(format!(
@@ -158,6 +162,9 @@ impl PlanBuilder<'_> {
                 )));
             }
             self.add_pair(&mut out, local.addr, own, &remote);
+            if let Some(rdma) = &mut out.rdma {
+                rdma.add(local.addr, own_index, &remote);
+            }
         }
         self.finish_piece(&mut out);
         Ok(self.finish(out, count))
@@ -322,6 +329,7 @@ impl PlanBuilder<'_> {
             regions: out.regions,
             chunks: chunks(&out.pieces, &out.remote_ends),
             remote_ranges: out.ranges.into_boxed_slice(),
+            rdma: out.rdma.map_or_else(RdmaRequests::default, RdmaBuilder::finish),
             pieces: out.pieces.into_boxed_slice(),
             local: out.local.into_boxed_slice(),
             remote: out.remote.into_boxed_slice(),
@@ -358,8 +366,9 @@ fn out_of_bounds(side: &'static str, addr: u64, len: u64, region: &RegionDescrip
 }
 
 impl Output {
-    fn new(descriptors: usize) -> Self {
+    fn new(descriptors: usize, rdma: bool) -> Self {
         Self {
+            rdma: rdma.then(|| RdmaBuilder::new(descriptors)),
             pieces: Vec::new(),
             local: Vec::with_capacity(descriptors),
             remote: Vec::new(),
@@ -384,9 +393,11 @@ impl Output {
         local >= MAX_SEGMENTS || self.open.segments.len() >= MAX_SEGMENTS
     }
 
-    fn add_region(&mut self, region: &Arc<RegionInner>) {
+    /// Adds a region that is not there yet; the answer is its index.
+    fn add_region(&mut self, region: &Arc<RegionInner>) -> usize {
+        let count = self.regions.len();
         if self.regions.last().is_some_and(|last| Arc::ptr_eq(last, region)) {
-            return;
+            return count - 1;
         }
         let (word, bit) = (region.slot() / 64, 1 << (region.slot() % 64));
         if self.seen.len() <= word {
@@ -395,7 +406,9 @@ impl Output {
         if self.seen[word] & bit == 0 {
             self.seen[word] |= bit;
             self.regions.push(region.clone());
+            return count;
         }
+        self.regions.iter().rposition(|known| Arc::ptr_eq(known, region)).unwrap_or(0)
     }
 
     /// The peer's ranges of the open request once more, for copying by ourselves.

@@ -24,6 +24,7 @@ fn descriptor(
         len,
         kind: MemoryKind::Dram,
         access,
+        rail_keys: crate::wire::RailKeys::new(),
     }
 }
 
@@ -37,7 +38,9 @@ struct World {
 fn world() -> World {
     let mut registry = Registry::new(10);
     for base in [0x10000, 0x20000] {
-        registry.insert(|s| descriptor(1, s, base, 0x10000, Access::LOCAL), None).unwrap();
+        registry
+            .insert(|s| descriptor(1, s, base, 0x10000, Access::LOCAL), None, Default::default())
+            .unwrap();
     }
     let remote = [0x80000, 0x90000]
         .iter()
@@ -58,6 +61,7 @@ impl World {
             latency_bytes: 4096,
             max_descriptors: 10_000,
             local: true,
+            rdma: true,
         }
     }
 

@@ -4,12 +4,14 @@
 //! plan touches nothing but what is sent.
 
 mod build;
+mod rdma;
 mod strided;
 
 pub use build::DescriptorPair;
 pub use strided::{LocalBlocks, RemoteBlocks};
 
 pub(crate) use build::{LocalList, PlanBuilder, RemoteList};
+pub(crate) use rdma::RdmaRequests;
 
 use std::sync::Arc;
 
@@ -70,6 +72,7 @@ pub(crate) struct PlanInner {
     pub(crate) chunks: Box<[Chunk]>,
     /// What the chunks touch of the peer's memory, by key.
     pub(crate) remote_ranges: Box<[RemoteRange]>,
+    pub(crate) rdma: RdmaRequests,
     local: Box<[IoSegment]>,
     remote: Box<[IoSegment]>,
     bodies: Box<[u8]>,

@@ -125,6 +125,11 @@ impl Inbox {
         Ok(())
     }
 
+    /// Takes a notification that came behind its data, on a way that keeps order and counts what is there.
+    pub(crate) fn bound(&mut self, payload: Vec<u8>) {
+        self.make_ready(None, payload);
+    }
+
     fn make_ready(&mut self, seq: Option<u64>, payload: Vec<u8>) {
         self.ready_bytes += payload.len();
         if seq.is_none() {

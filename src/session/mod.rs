@@ -18,6 +18,6 @@ mod liveness;
 mod outbox;
 
 pub(crate) use core::{
-    ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, LinkId, RingState, TxFrame,
-    TxPayload,
+    ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, LinkId, RailPairs,
+    RingState, TxFrame, TxPayload, Wired, WiredEnd,
 };

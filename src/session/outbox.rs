@@ -118,6 +118,11 @@ impl Outbox {
         self.acknowledged
     }
 
+    /// Whether nothing is on the wire that the peer has not acknowledged.
+    pub(crate) fn is_all_acknowledged(&self) -> bool {
+        self.sent == 0 && self.sent_bytes == 0
+    }
+
     /// Whether something is not wholly on the wire.
     pub(crate) fn has_unsent(&self) -> bool {
         self.sent < self.queue.len()

@@ -33,6 +33,8 @@ pub(crate) struct Receiver {
     /// On a Unix socket: descriptors that came with the header, and frames about shared memory, which
     /// are not the core's.
     unix: Option<Box<UnixSide>>,
+    /// Frames about queue pairs, which are not the core's either.
+    rdma: Vec<Header>,
 }
 
 #[derive(Default)]
@@ -51,6 +53,7 @@ impl Receiver {
     pub(crate) fn new(unix: bool) -> Self {
         Self {
             unix: unix.then(Box::default),
+            rdma: Vec::new(),
             last: (FrameKind::Pong, 0),
             header: [0; HEADER_BYTES],
             body: Vec::new(),
@@ -113,6 +116,11 @@ impl Receiver {
         self.unix.as_mut().map(|unix| std::mem::take(&mut unix.frames)).unwrap_or_default()
     }
 
+    /// The frames about queue pairs that have arrived; to be taken after each call of `receive`.
+    pub(crate) fn take_rdma(&mut self) -> Vec<Header> {
+        std::mem::take(&mut self.rdma)
+    }
+
     fn end_of_stream(&self) -> &'static str {
         match &self.state {
             Rx::Payload { dest: Dest::Request(_), .. } => {
@@ -170,6 +178,10 @@ impl Receiver {
         }
         if self.unix.as_ref().is_some_and(|unix| !unix.fds.is_empty()) {
             return Err(MISPLACED.to_owned().into());
+        }
+        if header.kind.is_rdma() {
+            self.rdma.push(*header);
+            return Ok(());
         }
         if header.body == 0 {
             return self.frame(id, header, core, env);

@@ -67,6 +67,10 @@ pub(crate) enum FrameKind {
     Share = 13,
     /// On a Unix socket: it is shared no more.
     Unshare = 14,
+    /// A queue pair for transport `rdma`: offered, or what came of the offer.
+    QueuePair = 15,
+    /// Where transport `rdma` stands at the sender.
+    Rdma = 16,
 }
 
 impl FrameKind {
@@ -86,6 +90,8 @@ impl FrameKind {
             12 => Self::Attached,
             13 => Self::Share,
             14 => Self::Unshare,
+            15 => Self::QueuePair,
+            16 => Self::Rdma,
             _ => return None,
         })
     }
@@ -93,6 +99,11 @@ impl FrameKind {
     /// Whether the frame is about shared memory, and so between engines of one host only.
     pub(crate) fn is_local(self) -> bool {
         matches!(self, Self::Attach | Self::Attached | Self::Share | Self::Unshare)
+    }
+
+    /// Whether the frame is about queue pairs.
+    pub(crate) fn is_rdma(self) -> bool {
+        matches!(self, Self::QueuePair | Self::Rdma)
     }
 
     /// Whether `len` bytes of payload follow header and body.

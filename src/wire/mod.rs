@@ -8,12 +8,13 @@ mod codec;
 pub(crate) mod frame;
 pub(crate) mod hello;
 mod metadata;
+pub(crate) mod rdma;
 mod region;
 
 pub(crate) use codec::{Reader, Writer};
 pub(crate) use metadata::Metadata;
-pub(crate) use region::RegionKey;
 pub use region::{Access, MemoryKind, RegionDescriptor};
+pub(crate) use region::{MAX_RAILS, RailKeys, RegionKey};
 
 /// The first 32 bits of the SHA-256 of `bytes`: tells damaged bytes from whole ones (not from
 /// forged ones: that is what the keyed proof of the handshake is for).

@@ -1,5 +1,7 @@
 //! The public form of a registered region.
 
+use smallvec::SmallVec;
+
 use super::{Reader, Writer, checksum};
 use crate::error::{Error, Result};
 
@@ -90,7 +92,15 @@ pub struct RegionDescriptor {
     pub(crate) len: u64,
     pub(crate) kind: MemoryKind,
     pub(crate) access: Access,
+    /// Its key on each of the owner's rails, for transport `rdma`; 0: it is not registered there.
+    pub(crate) rail_keys: RailKeys,
 }
+
+/// A key for each rail of an engine.
+pub(crate) type RailKeys = SmallVec<[u32; 2]>;
+
+/// More rails than any host has.
+pub(crate) const MAX_RAILS: usize = 16;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"CLRD");
 const FORMAT: u8 = 1;
@@ -135,6 +145,10 @@ impl RegionDescriptor {
         let mut w = Writer::new();
         w.u32(MAGIC).u8(FORMAT).u8(kind).u8(self.access.0).u8(0).u32(device);
         w.u128(self.incarnation).u128(self.key.0).u64(self.base).u64(self.len);
+        w.u8(self.rail_keys.len() as u8);
+        for key in &self.rail_keys {
+            w.u32(*key);
+        }
         let sum = checksum(w.as_bytes());
         w.u32(sum);
         w.finish()
@@ -176,7 +190,12 @@ impl RegionDescriptor {
         let (incarnation, key) = (r.u128()?, RegionKey(r.u128()?));
         let (base, len) = (r.u64()?, r.u64()?);
         base.checked_add(len)?;
-        r.is_empty().then_some(Self { incarnation, key, base, len, kind, access })
+        let rails = usize::from(r.u8()?);
+        if rails > MAX_RAILS {
+            return None;
+        }
+        let rail_keys = (0..rails).map(|_| r.u32()).collect::<Option<RailKeys>>()?;
+        r.is_empty().then_some(Self { incarnation, key, base, len, kind, access, rail_keys })
     }
 }
 
@@ -193,6 +212,7 @@ mod tests {
             len: 4096,
             kind: MemoryKind::Vram { device: 2 },
             access: Access::READ_WRITE,
+            rail_keys: [7, 0, 9].into_iter().collect(),
         }
     }
 

@@ -56,9 +56,14 @@ impl Core {
         self.links.iter_mut().find(|link| link.id == id)
     }
 
-    pub(super) fn session_link(&self) -> Option<LinkId> {
+    pub(crate) fn session_link(&self) -> Option<LinkId> {
         let mut open = self.links.iter().filter(|link| !link.closing);
         open.find(|link| link.kind == LinkKind::Session).map(|link| link.id)
+    }
+
+    /// Whether this side has opened a link.
+    pub(crate) fn is_link_ours(&self, id: LinkId) -> bool {
+        self.links.iter().any(|link| link.id == id && link.ours)
     }
 
     pub(super) fn own_bulk_links(&self) -> usize {
@@ -252,7 +257,7 @@ impl Core {
     /// Opens bulk links when something waits for them.
     pub(super) fn want_bulk(&mut self) {
         let ready = matches!(self.phase, Phase::Up) && self.session_link().is_some();
-        if !ready || self.bulk.is_empty() || self.bulk_over_session || self.is_local_pending() {
+        if !ready || self.bulk.is_empty() || self.bulk_over_session || self.is_way_pending() {
             return;
         }
         if self.own_bulk_links() + self.bulk_connecting == 0 {

@@ -15,7 +15,7 @@ use crate::plan::Class;
 use crate::session::inbox::Arrival;
 use crate::session::outbox::Fragment;
 use crate::transfer::TransferShared;
-use crate::transport::local::{LocalPath, MAX_RING_PAYLOAD, Message};
+use crate::transport::local::{LocalPath, Message};
 
 /// Whether transfers are copied by this side.
 #[derive(Debug, Default)]
@@ -35,6 +35,8 @@ pub(crate) struct RingState {
     pub(crate) has_room: bool,
     /// The peer has taken everything.
     pub(crate) is_empty: bool,
+    /// The longest notification that it takes.
+    pub(crate) longest: usize,
 }
 
 impl Core {
@@ -49,6 +51,10 @@ impl Core {
         self.frames_allowed = allowed;
     }
 
+    pub(crate) fn are_frames_allowed(&self) -> bool {
+        self.frames_allowed
+    }
+
     /// Whether it is being found out how to reach the peer's memory.
     pub(super) fn is_local_pending(&self) -> bool {
         matches!(self.local, Local::Pending)
@@ -60,11 +66,7 @@ impl Core {
         self.socket_until = 0;
         // Those that were never begun take whatever way the next link has.
         while let Some(key) = self.copies.pop_front() {
-            match self.live(key).map(|active| active.plan().class) {
-                Some(Class::Latency) => self.latency.push_back(key),
-                Some(Class::Bulk) => self.bulk.push_back(key),
-                None => {}
-            }
+            self.enqueue_for_links(key);
         }
     }
 
@@ -85,6 +87,11 @@ impl Core {
             }
         };
         self.peer.settled.store(true, Ordering::Release);
+        self.enqueue_waiting(env);
+    }
+
+    /// Transfers that waited for it to be known which way they go.
+    pub(super) fn enqueue_waiting(&mut self, env: &mut Env<'_>) {
         let waiting: Vec<ActiveKey> = self.latency.drain(..).chain(self.bulk.drain(..)).collect();
         for key in waiting {
             self.enqueue(key, env);
@@ -92,33 +99,56 @@ impl Core {
         self.want_bulk();
     }
 
+    /// Puts a transfer where links take it up.
+    pub(super) fn enqueue_for_links(&mut self, key: ActiveKey) {
+        match self.live(key).map(|active| active.plan().class) {
+            Some(Class::Latency) => self.latency.push_back(key),
+            Some(Class::Bulk) => self.bulk.push_back(key),
+            None => {}
+        }
+    }
+
     /// Puts a transfer where it is taken up: by the driver to copy it, or by a link. One that nothing may
     /// carry ends.
     pub(super) fn enqueue(&mut self, key: ActiveKey, env: &mut Env<'_>) {
         let Some(active) = self.live(key) else { return };
-        let (plan, class) = (active.plan(), active.plan().class);
+        // A transfer that some of is done may have begun as requests over a link: it goes on there.
+        let plan = active.plan();
         let copied = matches!(&self.local, Local::Up(path) if path.carries(plan));
         if copied {
             return self.copies.push_back(key);
         }
-        let connected = self.session_link().is_some() && !self.is_local_pending();
+        if self.is_wired(plan) && !active.has_begun() {
+            return self.wired.push_back(key);
+        }
+        let connected = self.session_link().is_some() && !self.is_way_pending();
         if connected && !self.frames_allowed {
             let reason = match &self.local {
                 Local::Up(path) => format!(
                     "its memory cannot be reached from this process ({}), and transport `tcp` is not allowed",
                     path.reason().unwrap_or("no reason is known"),
                 ),
-                _ => {
-                    format!("transport `local`, the only one allowed, fails: {}", self.local_reason)
-                }
+                _ => self.why_no_way(),
             };
             let error = Error::Connect { peer: self.peer.name.clone(), reason };
             return self.fail(key.slot, error, env);
         }
-        match class {
-            Class::Latency => self.latency.push_back(key),
-            Class::Bulk => self.bulk.push_back(key),
+        self.enqueue_for_links(key);
+    }
+
+    fn why_no_way(&self) -> String {
+        let mut reasons = Vec::new();
+        if !self.local_reason.is_empty() {
+            reasons.push(format!("transport `local` fails: {}", self.local_reason));
         }
+        if !self.rdma_reason.is_empty() {
+            reasons.push(format!("transport `rdma` fails: {}", self.rdma_reason));
+        }
+        if reasons.is_empty() {
+            reasons.push("the memory is not registered for transport `rdma`".into());
+        }
+        reasons.push("no other transport is allowed".into());
+        reasons.join("; ")
     }
 
     /// The next transfer to copy: its job is open, and `copied` is called once nothing is left of it.
@@ -153,8 +183,9 @@ impl Core {
         if self.session == 0 || !self.confirmed {
             return None;
         }
+        let longest = self.ring.map_or(0, |ring| ring.longest);
         if self.outbox.acknowledged() >= self.socket_until
-            && let Some(Fragment { seq, payload, .. }) = self.outbox.next_whole(MAX_RING_PAYLOAD)
+            && let Some(Fragment { seq, payload, .. }) = self.outbox.next_whole(longest)
         {
             env.counters.notifications_sent.add(1);
             let ack = self.acknowledgement(true, env).unwrap_or(0);
@@ -166,9 +197,7 @@ impl Core {
     /// Whether the next notification may go over the socket now.
     pub(super) fn may_use_socket(&self) -> bool {
         let Some(ring) = self.ring else { return true };
-        let for_ring = self.outbox.is_next_whole(MAX_RING_PAYLOAD)
-            && self.outbox.acknowledged() >= self.socket_until;
-        !for_ring && (ring.is_empty || self.outbox.is_between_fragments())
+        !self.may_use_ring() && (ring.is_empty || self.outbox.is_between_fragments())
     }
 
     /// Whether acknowledgements go through the ring.
@@ -188,8 +217,9 @@ impl Core {
         })
     }
 
+    /// Whether the next notification is one for the ring.
     fn may_use_ring(&self) -> bool {
-        self.outbox.is_next_whole(MAX_RING_PAYLOAD)
+        self.ring.is_some_and(|ring| self.outbox.is_next_whole(ring.longest))
             && self.outbox.acknowledged() >= self.socket_until
     }
 

@@ -2,6 +2,7 @@
 
 mod links;
 mod local;
+mod rdma;
 mod requests;
 mod serve;
 mod session;
@@ -14,6 +15,7 @@ use slab::Slab;
 
 use self::links::CoreLink;
 use self::local::Local;
+use self::rdma::Rdma;
 use self::requests::{Active, ActiveKey, Request};
 use super::inbox::{Inbox, InboxError};
 use super::liveness::Liveness;
@@ -29,6 +31,7 @@ use crate::wire::frame::{FrameError, HEADER_BYTES, Header};
 use crate::wire::hello::LinkKind;
 
 pub(crate) use self::local::RingState;
+pub(crate) use self::rdma::{RailPairs, Wired, WiredEnd};
 pub(crate) use self::serve::Dest;
 pub(crate) use self::session::ConnectFailure;
 
@@ -81,6 +84,8 @@ pub(crate) enum Event {
     AbortConnect,
     /// Close the link; `after_flush`: once all frames taken so far are sent. Answer: `link_down`.
     Close { link: LinkId, reason: String, after_flush: bool },
+    /// End a transfer that the driver has posted; `stuck`: whatever it costs.
+    StopWired { key: u64, stuck: bool },
     /// The session has been left as asked.
     Left,
     /// Nothing depends on the peer, and it is not loaded (any more).
@@ -210,6 +215,10 @@ pub(crate) struct Core {
     local: Local,
     /// Why the last session on this host has no way to the peer's memory.
     local_reason: String,
+    /// Transfers that go by RDMA, and that the driver has not taken up.
+    wired: VecDeque<ActiveKey>,
+    rdma: Rdma,
+    rdma_reason: String,
     frames_allowed: bool,
     ring: Option<RingState>,
     /// The ring is used again when all notifications below are acknowledged.
@@ -259,6 +268,9 @@ impl Core {
             copies: VecDeque::new(),
             local: Local::Off,
             local_reason: String::new(),
+            wired: VecDeque::new(),
+            rdma: Rdma::Off,
+            rdma_reason: String::new(),
             frames_allowed: true,
             ring: None,
             socket_until: 0,

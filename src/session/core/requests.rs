@@ -25,6 +25,16 @@ pub(super) struct ActiveKey {
     stamp: u32,
 }
 
+impl ActiveKey {
+    pub(super) fn to_bits(self) -> u64 {
+        u64::from(self.stamp) << 32 | self.slot as u64 & u64::from(u32::MAX)
+    }
+
+    pub(super) fn from_bits(bits: u64) -> Self {
+        Self { slot: bits as u32 as usize, stamp: (bits >> 32) as u32 }
+    }
+}
+
 /// Which transfers a link may take requests from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Queue {
@@ -54,6 +64,8 @@ pub(super) struct Active {
     counted: bool,
     /// It is copied by this side: its job is open, or not quiet.
     copying: bool,
+    /// The driver has posted it to a device, or is about to: only it knows when its memory is quiet.
+    wired: bool,
     uses: RegionUses,
 }
 
@@ -68,6 +80,32 @@ impl Active {
         self.next_piece = self.plan.pieces.len() as u32;
         self.shared.copy.open(path, self.plan.chunks.len());
         self.shared.clone()
+    }
+
+    /// The driver takes it up; it looks at the notification, and may send it with the data.
+    #[inline]
+    pub(super) fn begin_wired(&mut self) -> (Arc<PlanInner>, Option<Arc<[u8]>>) {
+        self.wired = true;
+        (self.plan.clone(), self.notification.clone())
+    }
+
+    /// The driver is done with it. The answer is the length of its notification, if that was sent.
+    #[inline]
+    pub(super) fn end_wired(&mut self, notified: bool) -> Option<usize> {
+        self.wired = false;
+        if !notified {
+            return None;
+        }
+        self.notification.take().map(|payload| payload.len())
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.is_some()
+    }
+
+    /// Whether requests of it went over a link.
+    pub(super) fn has_begun(&self) -> bool {
+        self.next_piece > 0
     }
 
     /// Closes that job; false: a thread is still copying.
@@ -133,6 +171,7 @@ impl Core {
             notified: None,
             counted: false,
             copying: false,
+            wired: false,
             uses,
         });
         let key = ActiveKey { slot, stamp };
@@ -152,6 +191,11 @@ impl Core {
     pub(super) fn live(&self, key: ActiveKey) -> Option<&Active> {
         let active = self.active.get(key.slot)?;
         (active.stamp == key.stamp && active.ending.is_none()).then_some(active)
+    }
+
+    /// A transfer that has not ended.
+    pub(super) fn active_mut(&mut self, key: ActiveKey) -> Option<&mut Active> {
+        self.active.get_mut(key.slot).filter(|active| active.stamp == key.stamp)
     }
 
     pub(super) fn live_mut(&mut self, key: ActiveKey) -> Option<&mut Active> {
@@ -264,9 +308,13 @@ impl Core {
             for (_, request) in &mut self.requests {
                 request.orphan |= request.active == key;
             }
+            if self.active[slot].wired {
+                let stuck = matches!(self.active[slot].ending, Some(Error::Timeout { .. }));
+                self.stop_wired(key, stuck);
+            }
         }
         let active = &mut self.active[slot];
-        let quiet = !active.copying || active.stop_copy();
+        let quiet = (!active.copying || active.stop_copy()) && !active.wired;
         if quiet && active.unsent == 0 {
             self.finish(slot, env);
         }
@@ -323,7 +371,7 @@ impl Core {
         window: usize,
         env: &mut Env<'_>,
     ) -> Option<TxFrame> {
-        if self.links[link].outstanding >= window || self.is_local_pending() {
+        if self.links[link].outstanding >= window || self.is_way_pending() {
             return None;
         }
         let key = loop {
@@ -415,7 +463,7 @@ impl Core {
             && active.stamp == key.stamp
         {
             active.unsent -= 1;
-            if active.unsent == 0 && active.ending.is_some() && !active.copying {
+            if active.unsent == 0 && active.ending.is_some() && !active.copying && !active.wired {
                 self.finish(key.slot, env);
             }
         }
@@ -582,12 +630,13 @@ impl Core {
         self.latency.clear();
         self.bulk.clear();
         self.copies.clear();
+        self.wired.clear();
     }
 
-    /// The sockets are gone for good: no frame reads local memory any more.
+    /// The sockets and queue pairs are gone for good: no frame reads local memory any more.
     pub(super) fn drop_unsent(&mut self) {
         for (_, active) in &mut self.active {
-            active.unsent = 0;
+            (active.unsent, active.wired) = (0, false);
         }
         for (_, request) in &mut self.requests {
             request.unsent = false;

@@ -279,6 +279,7 @@ impl Core {
         }
         self.fail_begun(reason, env);
         self.local_off();
+        self.rdma_off();
         self.outbox.rewind();
         self.inbox.rewind();
     }

@@ -161,6 +161,7 @@ mod tests {
             len: 100,
             kind: MemoryKind::Dram,
             access,
+            rail_keys: crate::wire::RailKeys::new(),
         }
     }
 

@@ -43,6 +43,7 @@ impl World {
                     }
                     self.close_end(wire, side, &reason);
                 }
+                Event::StopWired { .. } => panic!("no transfer of this world goes by RDMA"),
                 Event::Left => self.nodes[node].left += 1,
                 Event::Forget => {}
             }

@@ -216,8 +216,9 @@ impl World {
                 len,
                 kind: MemoryKind::Dram,
                 access,
+                rail_keys: crate::wire::RailKeys::new(),
             };
-            registry.insert(make, None).unwrap()
+            registry.insert(make, None, Default::default()).unwrap()
         });
         regions.add(buffer.region.clone());
         buffers.push(buffer);
@@ -269,6 +270,7 @@ impl World {
             latency_bytes: SMALL as u64,
             max_descriptors: 10_000,
             local: false,
+            rdma: false,
         };
         Arc::new(builder.build(&local[..], &remote[..]).unwrap())
     }

@@ -1,0 +1,384 @@
+//! The queue pairs of one connection, and the transfers that are on their way over them.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use slab::Slab;
+use smallvec::SmallVec;
+
+use super::lane::PairId;
+use super::pair::{CHAIN, Pair};
+use crate::plan::{Class, Operation, PlanInner, RdmaRequests};
+use crate::session::LinkId;
+use crate::verbs::SendList;
+use crate::wire::rdma::{MAX_MESSAGE_PAYLOAD, MAX_QUEUE_PAIRS};
+
+/// A transfer that is shared by several rails has so many stripes at least.
+const SHARED_STRIPES: u64 = 2;
+
+/// A place in the requests of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Cursor {
+    run: u32,
+    /// Bytes of the run that are behind it.
+    run_done: u32,
+    piece: u32,
+    piece_done: u32,
+}
+
+/// A part of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Span {
+    from: Cursor,
+    to: Cursor,
+}
+
+impl Span {
+    fn of(requests: &RdmaRequests) -> Self {
+        let to = Cursor {
+            run: requests.runs.len() as u32,
+            piece: requests.pieces.len() as u32,
+            ..Cursor::default()
+        };
+        Self { from: Cursor::default(), to }
+    }
+
+    fn is_empty(&self) -> bool {
+        (self.from.run, self.from.run_done) == (self.to.run, self.to.run_done)
+    }
+}
+
+/// A transfer on its way.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// How the session's core names it.
+    pub(crate) key: u64,
+    plan: Arc<PlanInner>,
+    /// What is still to be issued.
+    todo: SmallVec<[Span; 1]>,
+    /// Chains that have not completed.
+    outstanding: u32,
+    /// Goes behind the last request, if all are on one queue pair.
+    notification: Option<Arc<[u8]>>,
+    notified: bool,
+    /// Nothing more is issued: it ends when nothing is outstanding.
+    stopped: bool,
+    /// How often it was begun again.
+    pub(crate) tries: u8,
+    /// Queue pairs that it may use.
+    alone: bool,
+}
+
+impl Job {
+    pub(crate) fn new(key: u64, plan: Arc<PlanInner>, notification: Option<Arc<[u8]>>) -> Self {
+        let todo = SmallVec::from_buf([Span::of(&plan.rdma)]);
+        let notification = notification.filter(|payload| {
+            payload.len() <= MAX_MESSAGE_PAYLOAD && plan.operation == Operation::Write
+        });
+        Self {
+            key,
+            plan,
+            todo,
+            outstanding: 0,
+            notification,
+            notified: false,
+            stopped: false,
+            tries: 0,
+            alone: true,
+        }
+    }
+
+    fn is_issued(&self) -> bool {
+        self.todo.is_empty()
+    }
+
+    fn is_over(&self) -> bool {
+        self.outstanding == 0 && (self.is_issued() || self.stopped)
+    }
+
+    /// Whether anything was issued that the peer may have seen.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.outstanding > 0 || self.notified || self.todo[..] != [Span::of(&self.plan.rdma)]
+    }
+
+    /// Whether its notification may have been seen.
+    pub(crate) fn is_notified(&self) -> bool {
+        self.notified
+    }
+}
+
+/// A job that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct EndedJob {
+    pub(crate) key: u64,
+    /// Its notification has arrived with it.
+    pub(crate) notified: bool,
+    pub(crate) stopped: bool,
+}
+
+/// Where a connection's queue pairs stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// There are none.
+    Off,
+    /// Offered, or waited for.
+    Connecting,
+    Up,
+    /// They have failed, and the peer does not know yet, or has not said so.
+    Down,
+}
+
+/// The RDMA side of one session.
+#[derive(Debug)]
+pub(crate) struct Link {
+    /// The session's link that it is agreed on over.
+    pub(crate) session: LinkId,
+    /// This side offers.
+    pub(crate) offers: bool,
+    pub(crate) generation: u32,
+    pub(crate) phase: Phase,
+    /// By index; those that do not work are not there.
+    pub(crate) pairs: SmallVec<[(u8, PairId); 4]>,
+    /// Offered, and still undecided.
+    pub(crate) undecided: u64,
+    pub(crate) jobs: Slab<Job>,
+    /// Those that wait for queue pairs.
+    pub(crate) parked: Vec<usize>,
+    stripe: u32,
+    /// Failures since it last was up for a while.
+    pub(crate) failures: u32,
+    pub(crate) up_since: Option<Instant>,
+    /// When what is under way is over, or is begun again.
+    pub(crate) deadline: Option<Instant>,
+    /// An ACK_REQUEST is on its way.
+    pub(crate) asked: bool,
+    /// Rails of ours that did not answer: not offered while there are others.
+    pub(crate) suspects: u32,
+}
+
+impl Link {
+    pub(crate) fn new(session: LinkId, offers: bool, stripe_bytes: usize) -> Self {
+        Self {
+            session,
+            offers,
+            generation: 0,
+            phase: Phase::Connecting,
+            pairs: SmallVec::new(),
+            undecided: 0,
+            jobs: Slab::new(),
+            parked: Vec::new(),
+            stripe: stripe_bytes.min(1 << 30) as u32,
+            failures: 0,
+            up_since: None,
+            deadline: None,
+            asked: false,
+            suspects: 0,
+        }
+    }
+
+    /// The queue pair for small transfers and messages.
+    #[inline]
+    pub(crate) fn first(&self) -> Option<PairId> {
+        self.pairs.first().map(|(_, id)| *id)
+    }
+
+    pub(crate) fn pair_at(&self, index: u8) -> Option<PairId> {
+        self.pairs.iter().find(|(known, _)| *known == index).map(|(_, id)| *id)
+    }
+
+    /// One bit for each that there is.
+    pub(crate) fn mask(&self) -> u64 {
+        self.pairs
+            .iter()
+            .fold(0, |mask, (index, _)| mask | 1 << (u32::from(*index) % MAX_QUEUE_PAIRS as u32))
+    }
+
+    /// Adds a job; the answer is its place. It is issued on the queue pairs that it is given to.
+    pub(crate) fn add(&mut self, job: Job) -> usize {
+        self.jobs.insert(job)
+    }
+
+    /// Says how many queue pairs a job may use: with several, its notification waits for all of it.
+    pub(super) fn share(&mut self, slot: usize, over: usize) {
+        if let Some(job) = self.jobs.get_mut(slot) {
+            job.alone = over == 1;
+        }
+    }
+
+    /// Whether a job is so large that every rail is to have a share; `None`: it is a small one.
+    pub(super) fn is_large(&self, slot: usize) -> Option<bool> {
+        let job = self.jobs.get(slot)?;
+        (job.plan.class == Class::Bulk)
+            .then(|| job.plan.bytes >= SHARED_STRIPES * u64::from(self.stripe))
+    }
+
+    /// Issues chains of the jobs that wait for a queue pair, in turns, while it has room.
+    pub(super) fn issue(&mut self, pair: &mut Pair, list: &mut SendList) -> io::Result<bool> {
+        let mut posted = false;
+        while let Some(&slot) = pair.waiting.front() {
+            let room = pair.room().min(CHAIN);
+            if room == 0 {
+                break;
+            }
+            let Some(job) = self.jobs.get_mut(slot).filter(|job| !job.is_issued()) else {
+                pair.waiting.pop_front();
+                continue;
+            };
+            job.issue(slot, pair, list, room, self.stripe)?;
+            posted = true;
+            if job.is_issued() {
+                pair.waiting.pop_front();
+            } else if pair.waiting.len() > 1 {
+                pair.waiting.rotate_left(1);
+            }
+        }
+        Ok(posted)
+    }
+
+    /// A chain of a job has completed; the answer is the job, if that was the last.
+    #[inline]
+    pub(crate) fn chain_ended(&mut self, slot: usize) -> Option<EndedJob> {
+        let job = self.jobs.get_mut(slot)?;
+        job.outstanding = job.outstanding.saturating_sub(1);
+        if job.is_over() { self.end(slot) } else { None }
+    }
+
+    /// Takes a job out.
+    pub(crate) fn end(&mut self, slot: usize) -> Option<EndedJob> {
+        let job = self.jobs.try_remove(slot)?;
+        Some(EndedJob { key: job.key, notified: job.notified, stopped: job.stopped })
+    }
+
+    /// Issues no more of a job; the answer is the job, if nothing is outstanding.
+    pub(crate) fn stop(&mut self, key: u64) -> Option<EndedJob> {
+        let slot = self.jobs.iter().find(|(_, job)| job.key == key)?.0;
+        self.parked.retain(|parked| *parked != slot);
+        let job = &mut self.jobs[slot];
+        job.stopped = true;
+        job.todo.clear();
+        if job.is_over() { self.end(slot) } else { None }
+    }
+
+    /// The jobs that were told to end, and of which nothing is outstanding.
+    pub(crate) fn take_stopped(&mut self) -> SmallVec<[EndedJob; 4]> {
+        let over =
+            |(slot, job): (usize, &Job)| (job.stopped && job.outstanding == 0).then_some(slot);
+        let slots: SmallVec<[usize; 4]> = self.jobs.iter().filter_map(over).collect();
+        self.parked.retain(|parked| !slots.contains(parked));
+        slots.into_iter().filter_map(|slot| self.end(slot)).collect()
+    }
+
+    /// A queue pair is gone, and with it these chains, which may have been carried out or not. What they were to move is to
+    /// be moved again.
+    pub(crate) fn chains_lost(&mut self, pair: &Pair) {
+        for chain in pair.chains() {
+            let Some(job) = chain.job.and_then(|slot| self.jobs.get_mut(slot)) else { continue };
+            job.outstanding = job.outstanding.saturating_sub(1);
+            if !chain.span.is_empty() && !job.stopped {
+                job.todo.push(chain.span);
+            }
+        }
+    }
+}
+
+impl Job {
+    /// Posts one chain of at most `room` requests.
+    fn issue(
+        &mut self,
+        slot: usize,
+        pair: &mut Pair,
+        list: &mut SendList,
+        room: usize,
+        stripe: u32,
+    ) -> io::Result<()> {
+        let Some(span) = self.todo.last_mut() else { return Ok(()) };
+        list.clear();
+        let from = span.from;
+        let longest = if self.alone { pair.longest } else { pair.longest.min(stripe) };
+        // A chain of a job that others share the work of moves a stripe, so that each gets some.
+        let most = if self.alone { u64::MAX } else { u64::from(stripe) };
+        fill(&self.plan, span, pair, list, room, longest, most);
+        let done = Span { from, to: span.from };
+        if span.is_empty() {
+            self.todo.pop();
+        }
+        let last = self.todo.is_empty();
+        // All of the job is on this queue pair, and what follows it there follows all of it.
+        let in_band = last && self.alone && pair.can_send();
+        let notification = self.notification.take_if(|_| in_band);
+        let notified = notification.is_some();
+        if let Some(payload) = &notification {
+            pair.add_bound(list, payload);
+        }
+        list.signal_last();
+        self.outstanding += 1;
+        self.notified |= notified;
+        // SAFETY: the plan's regions are counted as used until the transfer ends, which is not before its chains have
+        // completed or their queue pair has been destroyed.
+        unsafe { pair.post(list, true, Some(slot), done) }
+    }
+}
+
+/// Turns the part of a plan into requests, as far as the list has room, and moves its beginning on.
+#[inline]
+fn fill(
+    plan: &PlanInner,
+    span: &mut Span,
+    pair: &Pair,
+    list: &mut SendList,
+    room: usize,
+    longest: u32,
+    most: u64,
+) {
+    let write = plan.operation == Operation::Write;
+    let requests = &plan.rdma;
+    let max_sge = if write { pair.max_sge } else { pair.max_sge_read };
+    let (rail, peer_rail) = (pair.rail, pair.peer_rail);
+    let key_of = |region: u32| {
+        plan.regions.get(region as usize).map_or(0, |region| region.registrations.key(rail))
+    };
+    // Nearly always all are of one region.
+    let mut known = requests.pieces.get(span.from.piece as usize).map_or(0, |piece| piece.region);
+    let mut lkey = key_of(known);
+    let mut moved = 0;
+    let at = &mut span.from;
+    while list.len() < room
+        && moved < most
+        && (at.run, at.run_done) != (span.to.run, span.to.run_done)
+    {
+        let Some(run) = requests.runs.get(at.run as usize) else { break };
+        let end = if at.run == span.to.run { span.to.run_done } else { run.len };
+        let mut left = (end - at.run_done).min(longest);
+        let rkey = requests
+            .keys
+            .get(run.region as usize)
+            .and_then(|keys| keys.get(peer_rail))
+            .copied()
+            .unwrap_or(0);
+        list.rdma(write, pair.id_behind(list.len()), run.addr + u64::from(at.run_done), rkey);
+        let mut entries = 0;
+        while left > 0 && entries < max_sge {
+            let Some(piece) = requests.pieces.get(at.piece as usize) else { break };
+            if piece.region != known {
+                (known, lkey) = (piece.region, key_of(piece.region));
+            }
+            let len = (piece.len - at.piece_done).min(left);
+            list.piece(piece.addr + u64::from(at.piece_done), len, lkey);
+            entries += 1;
+            left -= len;
+            moved += u64::from(len);
+            at.run_done += len;
+            at.piece_done += len;
+            if at.piece_done == piece.len {
+                (at.piece, at.piece_done) = (at.piece + 1, 0);
+            }
+        }
+        if at.run_done == run.len {
+            (at.run, at.run_done) = (at.run + 1, 0);
+        } else if entries == 0 {
+            // A plan without a piece for a run: there is none.
+            break;
+        }
+    }
+}

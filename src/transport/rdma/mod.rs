@@ -1,0 +1,20 @@
+//! RDMA READ and WRITE by reliable-connection queue pairs.
+//!
+//! An engine opens its devices once: each is a rail, with one protection domain in which every region is registered. A lane
+//! polls completion queues of its own. A connection has one queue pair for small transfers and messages, and some on each rail
+//! for large transfers; all belong to the lane that owns the peer.
+//!
+//! What is sent when is decided here ([`Link`]); that the session agrees on it is the business of the engine's lane.
+
+mod buffers;
+mod lane;
+mod link;
+mod pair;
+mod rails;
+
+pub(crate) use lane::{LaneRdma, PairId, WorkId};
+pub(crate) use link::{EndedJob, Job, Link, Phase};
+pub(crate) use pair::Pair;
+pub(crate) use rails::{Rails, Registrations};
+
+pub(crate) use crate::verbs::AsyncEvent;

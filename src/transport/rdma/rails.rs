@@ -1,0 +1,298 @@
+//! The devices of an engine, and its memory on them.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use smallvec::SmallVec;
+
+use crate::config::RdmaConfig;
+use crate::verbs::{self, Device, Gid, MemoryAccess, MemoryRegion, ProtectionDomain};
+use crate::wire::{Access, MAX_RAILS, RailKeys};
+
+/// Rails that are chosen without being asked for, at most: those of one NUMA node.
+const MAX_CHOSEN: usize = 8;
+
+/// A port of a device that this engine uses.
+#[derive(Debug)]
+pub(crate) struct Rail {
+    pub(crate) device: Arc<Device>,
+    pub(crate) pd: Arc<ProtectionDomain>,
+    pub(crate) port: u8,
+    pub(crate) gid_index: u8,
+    pub(crate) gid: Gid,
+    pub(crate) ethernet: bool,
+    pub(crate) lid: u16,
+    pub(crate) mtu: u8,
+    pub(crate) max_msg_sz: u32,
+    /// The device is gone: no queue pair is made on it any more.
+    dead: AtomicBool,
+    /// Its port is down, as far as its events say.
+    down: AtomicBool,
+}
+
+impl Rail {
+    /// `mlx5_0:1`, as in the options.
+    pub(crate) fn name(&self) -> String {
+        format!("{}:{}", self.device.name(), self.port)
+    }
+
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.dead.load(Ordering::Relaxed) && !self.down.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_dead(&self) {
+        self.dead.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_down(&self, down: bool) {
+        self.down.store(down, Ordering::Relaxed);
+    }
+
+    fn open(device: &Arc<Device>, port: u8, config: &RdmaConfig) -> Result<Self, String> {
+        let state = device.port(port)?;
+        let name = device.name();
+        if !state.active {
+            return Err(format!("{name}:{port} is not active"));
+        }
+        let gid_index = match config.gid_index {
+            Some(index) => index,
+            None => choose_gid(device, port, state.ethernet, state.gids),
+        };
+        let gid = device.gid(port, gid_index);
+        if state.ethernet && gid.is_none() {
+            return Err(format!("{name}:{port} has no GID at index {gid_index}"));
+        }
+        let pd = ProtectionDomain::new(device)
+            .map_err(|e| format!("a protection domain of {name}: {e}"))?;
+        Ok(Self {
+            device: device.clone(),
+            pd,
+            port,
+            gid_index,
+            gid: gid.unwrap_or_default(),
+            ethernet: state.ethernet,
+            lid: state.lid,
+            mtu: state.mtu,
+            max_msg_sz: state.max_msg_sz,
+            dead: AtomicBool::new(false),
+            down: AtomicBool::new(false),
+        })
+    }
+}
+
+/// RoCE v2 with an IPv4 address, where there is one: what networks route.
+fn choose_gid(device: &Device, port: u8, ethernet: bool, gids: u32) -> u8 {
+    if !ethernet {
+        return 0;
+    }
+    let places = || 0..gids.min(256) as u8;
+    let v2 = |index: &u8| device.gid(port, *index).is_some() && device.is_roce_v2(port, *index);
+    let v4 = |index: &u8| {
+        device
+            .gid(port, *index)
+            .is_some_and(|gid| std::net::Ipv6Addr::from(gid.0).to_ipv4_mapped().is_some())
+    };
+    let mut all = places().filter(v2);
+    let first = all.clone().next();
+    all.find(v4).or(first).unwrap_or(0)
+}
+
+/// The rails of an engine, in order of preference.
+#[derive(Debug, Default)]
+pub(crate) struct Rails {
+    all: Vec<Rail>,
+    relaxed_ordering: bool,
+    on_demand: bool,
+    /// That memory could not be registered is said once.
+    complained: AtomicBool,
+}
+
+impl Rails {
+    /// Opens the devices that are asked for, or those near `node`.
+    ///
+    /// # Errors
+    /// Why there is no rail; with devices that were asked for, what is wrong with the first that cannot be used.
+    pub(crate) fn open(config: &RdmaConfig, node: Option<usize>) -> Result<Self, String> {
+        let known = verbs::devices()?;
+        let all = if config.devices.is_empty() {
+            Self::choose(config, &known, node)?
+        } else {
+            config.devices.iter().map(|name| named(name, config)).collect::<Result<_, _>>()?
+        };
+        if all.len() > MAX_RAILS {
+            return Err(format!("{} devices are asked for; {MAX_RAILS} are possible", all.len()));
+        }
+        Ok(Self {
+            all,
+            relaxed_ordering: config.relaxed_ordering,
+            on_demand: config.on_demand_paging,
+            complained: AtomicBool::new(false),
+        })
+    }
+
+    fn choose(
+        config: &RdmaConfig,
+        known: &[String],
+        node: Option<usize>,
+    ) -> Result<Vec<Rail>, String> {
+        if known.is_empty() {
+            return Err("there is no RDMA device".into());
+        }
+        let mut found: Vec<(usize, Rail)> = Vec::new();
+        let mut reasons = Vec::new();
+        for name in known {
+            let device = match Device::open(name) {
+                Ok(device) => device,
+                Err(reason) => {
+                    reasons.push(reason);
+                    continue;
+                }
+            };
+            let distance = match (node, device.numa_node()) {
+                (Some(ours), Some(its)) if ours == its => 0,
+                (Some(_), Some(_)) => 2,
+                _ => 1,
+            };
+            for port in 1..=device.limits().ports {
+                match Rail::open(&device, port, config) {
+                    Ok(rail) => found.push((distance, rail)),
+                    Err(reason) => reasons.push(reason),
+                }
+            }
+        }
+        let nearest = found.iter().map(|(distance, _)| *distance).min();
+        let mut near: Vec<Rail> = found
+            .into_iter()
+            .filter(|(distance, _)| Some(*distance) == nearest)
+            .map(|(_, rail)| rail)
+            .collect();
+        near.truncate(MAX_CHOSEN);
+        if near.is_empty() { Err(reasons.join("; ")) } else { Ok(near) }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    pub(crate) fn all(&self) -> &[Rail] {
+        &self.all
+    }
+
+    pub(crate) fn get(&self, rail: usize) -> Option<&Rail> {
+        self.all.get(rail)
+    }
+
+    /// What the log calls them.
+    pub(crate) fn names(&self) -> String {
+        self.all.iter().map(Rail::name).collect::<Vec<_>>().join(",")
+    }
+
+    /// Registers memory on every rail; where that fails the memory is reached by other transports.
+    ///
+    /// # Safety
+    /// The memory stays mapped until the registrations have been given back.
+    pub(crate) unsafe fn register(&self, base: u64, len: u64, access: Access) -> Registrations {
+        let mut made = SmallVec::new();
+        for rail in &self.all {
+            // SAFETY: the caller's promise.
+            let region = unsafe { self.register_on(rail, base, len, access) };
+            if let Err(error) = &region
+                && !self.complained.swap(true, Ordering::Relaxed)
+            {
+                let hint = match error.raw_os_error() {
+                    Some(libc::ENOMEM) => " (raise RLIMIT_MEMLOCK: `ulimit -l unlimited`)",
+                    _ => "",
+                };
+                tracing::warn!(
+                    rail = rail.name(),
+                    len,
+                    "memory cannot be registered for RDMA and is reached by other transports: {error}{hint}"
+                );
+            }
+            made.push(region.ok());
+        }
+        Registrations::new(made)
+    }
+
+    /// # Safety
+    /// As for `register`.
+    unsafe fn register_on(
+        &self,
+        rail: &Rail,
+        base: u64,
+        len: u64,
+        access: Access,
+    ) -> io::Result<MemoryRegion> {
+        let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let wanted = MemoryAccess {
+            local_write: true,
+            remote_read: access.allows(Access::REMOTE_READ),
+            remote_write: access.allows(Access::REMOTE_WRITE),
+            relaxed_ordering: self.relaxed_ordering,
+            on_demand: self.on_demand,
+        };
+        // SAFETY: the caller's promise, as for the others.
+        let register = |access| unsafe { MemoryRegion::new(&rail.pd, base, len, access) };
+        let mut outcome = register(wanted);
+        if outcome.is_err() && wanted.on_demand {
+            outcome = register(MemoryAccess { on_demand: false, ..wanted });
+        }
+        if outcome.is_err() && !wanted.remote_write {
+            // Memory that may not be written at all can still be read by peers.
+            let read_only = MemoryAccess { local_write: false, on_demand: false, ..wanted };
+            if let Ok(region) = register(read_only) {
+                return Ok(region);
+            }
+        }
+        outcome
+    }
+}
+
+fn named(name: &str, config: &RdmaConfig) -> Result<Rail, String> {
+    let (device, port) = match name.split_once(':') {
+        None => (name, 1),
+        Some((device, port)) => {
+            let port = port.parse().map_err(|_| format!("`{name}` names no port: DEVICE:1"))?;
+            (device, port)
+        }
+    };
+    Rail::open(&Device::open(device)?, port, config)
+}
+
+/// A region on the rails of its engine.
+#[derive(Debug, Default)]
+pub(crate) struct Registrations {
+    regions: Mutex<SmallVec<[Option<MemoryRegion>; 2]>>,
+    local: RailKeys,
+    remote: RailKeys,
+}
+
+impl Registrations {
+    fn new(regions: SmallVec<[Option<MemoryRegion>; 2]>) -> Self {
+        let keys = |key: fn(&MemoryRegion) -> u32| -> RailKeys {
+            regions.iter().map(|region| region.as_ref().map_or(0, key)).collect()
+        };
+        let (local, remote) = (keys(MemoryRegion::lkey), keys(MemoryRegion::rkey));
+        Self { regions: Mutex::new(regions), local, remote }
+    }
+
+    /// The key for our own work requests on a rail; 0: it is not registered there. Stays the same when it has been
+    /// given back: transfers count the region as used before they ask.
+    #[inline]
+    pub(crate) fn key(&self, rail: usize) -> u32 {
+        self.local.get(rail).copied().unwrap_or(0)
+    }
+
+    /// The keys for peers.
+    pub(crate) fn remote_keys(&self) -> &RailKeys {
+        &self.remote
+    }
+
+    /// Gives the registrations back: when this returns no device touches the memory any more.
+    pub(crate) fn give_back(&self) {
+        let regions =
+            std::mem::take(&mut *self.regions.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(regions);
+    }
+}
