@@ -15,8 +15,9 @@ readonly host_packages=(qemu-system-x86 seabios kmod xz-utils zstd busybox-stati
 readonly guest_packages=(bash busybox-static kmod iproute2 perftest rdmacm-utils ibverbs-utils ibverbs-providers libibverbs1
     libstdc++6 libgcc-s1)
 
-# Debian's, and Ubuntu's: the first that exists. Both pull in the kernel proper by a name with its version in it.
-readonly kernel_packages=(linux-image-amd64 linux-image-generic)
+# Debian's, and Ubuntu's: the first that exists (the plain one of 22.04 is older than corelane takes). They pull in the kernel
+# proper by a name with its version in it.
+readonly kernel_packages=(linux-image-amd64 linux-image-generic-hwe-22.04 linux-image-generic)
 
 readonly wanted_modules=(rdma_rxe rdma_ucm veth sch_netem sch_tbf virtio_pci 9p 9pnet_virtio)
 # Part of some kernels, and a module of others.

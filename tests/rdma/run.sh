@@ -119,8 +119,6 @@ choose_accelerator() {
 }
 
 emulator() {
-    local loader
-    mapfile -t loader < <(tool_loader)
     QEMU_MODULE_DIR=$tools/usr/lib/x86_64-linux-gnu/qemu \
         timeout --foreground --kill-after=5 "$limit_seconds" "${loader[@]}" "$tools/usr/bin/qemu-system-x86_64" "$@"
 }

@@ -109,7 +109,7 @@ read_outcomes() {
 write_results() {
     read_outcomes >"$results/outcomes"
     awk '
-        FNR == NR { outcome[$2 " " $3] = $1; next }
+        FILENAME == ARGV[1] { outcome[$2 " " $3] = $1; next }
         { print ($0 in outcome ? outcome[$0] : "missing"), $0 }
     ' "$results/outcomes" "$results/expected" >"$results/results.txt"
     rm -f -- "$results/outcomes"
@@ -119,11 +119,12 @@ count() {
     grep -c "^$1 " "$results/results.txt" || true
 }
 
+# Not in libtest's words, which are counted where they are.
 print_summary() {
     local place="on this machine"
     [[ -z $rig ]] || place="in the RDMA rig"
     grep -E '^(FAILED|missing) ' "$results/results.txt" || true
-    printf 'test result: %d passed; %d failed; %d missing; %d ignored; of %d programs, %s, in %d s; %s\n' \
+    printf 'tests of RDMA: %d passed; %d failed; %d missing; %d ignored; of %d programs, %s, in %d s; %s\n' \
         "$(count ok)" "$(count FAILED)" "$(count missing)" "$(count ignored)" "$(wc -l <"$results/plan")" \
         "$place" "$SECONDS" "$results/results.txt"
 }
