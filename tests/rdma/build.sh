@@ -166,7 +166,7 @@ make_guest() {
     link_busybox
     printf 'root:x:0:0::/root:/bin/bash\n' >"$work/guest/etc/passwd"
     printf 'root:x:0:\n' >"$work/guest/etc/group"
-    printf '127.0.0.1 localhost\n::1 localhost\n' >"$work/guest/etc/hosts"
+    printf '127.0.0.1 localhost rig\n::1 localhost\n' >"$work/guest/etc/hosts"
     install -m 755 -- "$here/init" "$work/guest/init"
 }
 
@@ -217,6 +217,7 @@ main() {
             return
             ;;
     esac
+    command -v apt-get >/dev/null || fail "it is made of Debian's packages, and this system has no apt-get"
     mkdir -p -- "$1"
     rig=$(realpath -- "$1")
     work=$rig/work

@@ -97,7 +97,7 @@ describe_machine() {
         share_with_machine "share$index" "${shares[index]}" ,readonly=on
     done
     if [[ $interactive == yes ]]; then
-        machine+=(-serial stdio)
+        machine+=(-chardev "stdio,id=terminal,signal=off" -serial chardev:terminal)
     fi
 }
 
