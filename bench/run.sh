@@ -6,6 +6,8 @@ set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/setup.sh"
 # shellcheck source=scripts/nixl.sh
 . "$repo_root/scripts/nixl.sh"
+# shellcheck source=scripts/rdma.sh
+. "$repo_root/scripts/rdma.sh"
 
 usage() {
     cat <<'TEXT'
@@ -25,12 +27,15 @@ TEXT
 }
 
 build_bench() {
-    cargo build --release --locked --manifest-path "$repo_root/Cargo.toml" --package corelane-bench "$@"
+    cargo build --release --locked --manifest-path "$repo_root/Cargo.toml" --package corelane-bench \
+        "${cargo_features[@]}" "$@"
 }
 
 measure_loopback() {
     local bench
+    want_rdma
     prepare_machine
+    choose_cargo_features
     build_bench
     bench=$(target_dir)/release/corelane-bench
     remove_scratch_dir
@@ -44,7 +49,9 @@ measure_nixl() {
     need "a C++ compiler" can_compile_cxx g++
     need "libclang with its headers" have_libclang libclang-dev
     need_nixl "$nixl_newest"
+    want_rdma
     prepare_machine
+    choose_cargo_features
     ensure_nixl "$nixl_newest" || give_up "cannot measure through NIXL: $nixl_problem"
     build_bench --package corelane-nixl --features corelane-bench/nixl
     bench=$(target_dir)/release/corelane-bench

@@ -68,18 +68,6 @@ python_version() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-# The crate nixl-sys, which drives NIXL from Rust, generates its bindings by libclang, with the headers that belong to it.
-have_libclang() {
-    local place
-    for place in "${LIBCLANG_PATH:-}" /usr/lib/llvm-*/lib /usr/lib64 /usr/lib /usr/local/lib; do
-        if [[ -n $place ]] && [[ -n $(compgen -G "$place/libclang.so*" || compgen -G "$place/libclang-[0-9]*.so*") ]] &&
-            compgen -G "${place%64}/clang/*/include/stddef.h" >/dev/null; then
-            return 0
-        fi
-    done
-    return 1
-}
-
 # --- one environment
 
 # Prints the directory of version $1: venv/, mirror/ and the stamp `made`.

@@ -25,6 +25,18 @@ can_compile_cxx() {
     return 1
 }
 
+# Crates with generated bindings take libclang, with the headers that belong to it.
+have_libclang() {
+    local place
+    for place in "${LIBCLANG_PATH:-}" /usr/lib/llvm-*/lib /usr/lib64 /usr/lib /usr/local/lib; do
+        if [[ -n $place ]] && [[ -n $(compgen -G "$place/libclang.so*" || compgen -G "$place/libclang-[0-9]*.so*") ]] &&
+            compgen -G "${place%64}/clang/*/include/stddef.h" >/dev/null; then
+            return 0
+        fi
+    done
+    return 1
+}
+
 rust_found=no    # a Rust that is new enough
 crates_found=no  # every crate of Cargo.lock
 
