@@ -12,7 +12,7 @@ while IFS=$'\t' read -r -u 3 name program filter; do
     printf '=== %s\n' "$name"
     started=$SECONDS
     status=0
-    timeout -s KILL "$program_limit_seconds" "$program" "$filter" "$@" </dev/null || status=$?
+    timeout -s KILL "$program_limit_seconds" "$program" "$filter" --include-ignored "$@" </dev/null || status=$?
     printf -- '--- %s: exit status %d after %d s\n' "$name" "$status" $((SECONDS - started))
     ((status == 0)) || failed=1
 done 3<"$plan"

@@ -35,18 +35,29 @@ pub use proxy::{Passing, Proxy};
 pub use random::Random;
 pub use script::run_script;
 pub use settings::{
-    Configuration, apply, engine_on_a_known_port, local_config, needs_the_peer, tcp_config,
+    Configuration, apply, engine_on_a_known_port, local_config, needs_the_peer, rdma_config,
+    tcp_config,
 };
 pub use slots::{Slots, block_holds, fill_block, watch};
 pub use streams::{exchange, exchange_sizes, sized_payload};
 pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
 
-/// Makes tests of functions that take a [`Configuration`], `local::NAME` and `tcp::NAME`: of what each transport promises.
+/// Makes tests of functions that take a [`Configuration`], `local::NAME`, `rdma::NAME` and `tcp::NAME`: of what each transport
+/// promises. Those of `rdma` are ignored unless they are asked for, on a machine with a device: in the rig (tests/rdma).
 #[macro_export]
 macro_rules! over_each_transport {
     ($($test:ident),+ $(,)?) => {
         $crate::over_each_transport!(@over local, local_config, $($test)+);
         $crate::over_each_transport!(@over tcp, tcp_config, $($test)+);
+        mod rdma {
+            $(
+                #[test]
+                #[ignore = "needs an RDMA device: tests/run.sh rdma"]
+                fn $test() {
+                    super::$test($crate::rdma_config);
+                }
+            )+
+        }
     };
     (@over $transport:ident, $config:ident, $($test:ident)+) => {
         mod $transport {

@@ -19,7 +19,14 @@ pub fn tcp_config() -> EngineConfig {
     config
 }
 
-/// How an engine of a test begins: `local_config` or `tcp_config`.
+/// As `local_config`, for engines that reach each other by RDMA only.
+pub fn rdma_config() -> EngineConfig {
+    let mut config = local_config();
+    config.transports = vec![TransportKind::Rdma];
+    config
+}
+
+/// How an engine of a test begins: `local_config`, `rdma_config` or `tcp_config`.
 pub type Configuration = fn() -> EngineConfig;
 
 /// Whether a peer that stands still holds transfers up: not where this side copies by itself.
@@ -80,6 +87,10 @@ fn set(config: &mut EngineConfig, key: &str, value: &str) -> Option<()> {
             let port = value.parse().ok()?;
             config.listen.ports = port..=port;
         }
+        "rdma_devices" => config.rdma.devices = value.split(',').map(str::to_owned).collect(),
+        "rdma_timeout" => config.rdma.timeout = value.parse().ok()?,
+        "rdma_bulk_queue_pairs" => config.rdma.bulk_queue_pairs = number()?,
+        "rdma_stripe_bytes" => config.rdma.stripe_bytes = number()?,
         "core" => config.lanes = LaneSpec::Cores(vec![number()?]),
         "transports" => {
             let kind = |name: &str| name.parse().ok();
