@@ -454,7 +454,9 @@ impl LaneDriver {
     fn rdma_fail(&mut self, slot: usize, blame: &Blame, reason: &str, cx: &mut Cx<'_>) {
         let now = cx.now();
         let Some(link) = self.rdma_link(slot) else { return };
-        if link.phase != Phase::Up {
+        // The side that offered may use them before this one has heard that they work.
+        let early = link.phase == Phase::Connecting && !link.offers && !link.pairs.is_empty();
+        if link.phase != Phase::Up && !early {
             return;
         }
         if link.up_since.is_some_and(|since| now.saturating_duration_since(since) > RAIL_PAUSE) {
@@ -832,8 +834,11 @@ impl LaneDriver {
         let index = pair.index;
         if !pair.works {
             pair.works = true;
-            let generation = self.rdma_link(slot).map_or(0, |link| link.generation);
-            self.rdma_decided(slot, generation, index, true, cx);
+            if let Some(generation) =
+                self.rdma_link(slot).filter(|l| l.offers).map(|l| l.generation)
+            {
+                self.rdma_decided(slot, generation, index, true, cx);
+            }
         }
         loop {
             let chain = self.rdma.pair(id).and_then(Pair::next_ended);
@@ -860,7 +865,7 @@ impl LaneDriver {
         let (index, rail) = (pair.index, pair.rail);
         let job = pair.job_of(number).filter(|_| !receive);
         let Some(link) = self.rdma_link(slot) else { return };
-        if link.phase == Phase::Connecting {
+        if link.phase == Phase::Connecting && link.offers {
             let generation = link.generation;
             return self.rdma_decided(slot, generation, index, false, cx);
         }

@@ -122,6 +122,12 @@ impl Core {
             return self.wired.push_back(key);
         }
         let connected = self.session_link().is_some() && !self.is_way_pending();
+        if connected && !self.frames_allowed && self.is_rdma_up() {
+            let reason = "the region is not registered for transport `rdma`, the only one allowed, or not \
+                          with this permission";
+            let error = Error::Permission { peer: self.peer.name.clone(), reason };
+            return self.fail(key.slot, error, env);
+        }
         if connected && !self.frames_allowed {
             let reason = match &self.local {
                 Local::Up(path) => format!(

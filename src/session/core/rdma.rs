@@ -103,6 +103,10 @@ impl Core {
             })
     }
 
+    pub(super) fn is_rdma_up(&self) -> bool {
+        matches!(self.rdma, Rdma::Up(_))
+    }
+
     /// The next transfer for the driver to post: it ends with `wired_ended`, or comes back by `wired_back`.
     #[inline]
     pub(crate) fn next_wired(&mut self) -> Option<Wired> {
