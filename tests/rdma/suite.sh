@@ -10,7 +10,8 @@ readonly repo_root
 readonly rig_failed=125
 
 filter=rdma
-skipped=()
+left_out=()
+skipped=() # the same, as options of libtest
 rig=""
 memory_mb=1536
 limit_seconds=900
@@ -35,7 +36,7 @@ parse_options() {
     while getopts hf:x:r:m:t: option; do
         case $option in
             f) filter=$OPTARG ;;
-            x) skipped+=(--skip "$OPTARG") ;;
+            x) left_out+=("$OPTARG") skipped+=(--skip "$OPTARG") ;;
             m) memory_mb=$OPTARG ;;
             r) rig=$OPTARG ;;
             t) limit_seconds=$OPTARG ;;
@@ -72,7 +73,7 @@ make_plan() {
         name=$(program_name "$program")
         words=$filter
         [[ $name != rdma_* ]] || words=""
-        "$program" --list "$words" "${skipped[@]}" 2>/dev/null | sed -n "s/: test\$//p" | sed "s/^/$name /" >"$results/listed"
+        "$program" --list "$words" "${skipped[@]}" | sed -n "s/: test\$//p" | sed "s/^/$name /" >"$results/listed"
         if [[ -s $results/listed ]]; then
             printf '%s\t%s\t%s\n' "$name" "$program" "$words" >>"$results/plan"
             cat -- "$results/listed" >>"$results/expected"
@@ -124,6 +125,7 @@ print_summary() {
     local place="on this machine"
     [[ -z $rig ]] || place="in the RDMA rig"
     grep -E '^(FAILED|missing) ' "$results/results.txt" || true
+    ((${#skipped[@]} == 0)) || printf 'left out: tests with one of these in the name: %s\n' "${left_out[*]}"
     printf 'tests of RDMA: %d passed; %d failed; %d missing; %d ignored; of %d programs, %s, in %d s; %s\n' \
         "$(count ok)" "$(count FAILED)" "$(count missing)" "$(count ignored)" "$(wc -l <"$results/plan")" \
         "$place" "$SECONDS" "$results/results.txt"
