@@ -504,7 +504,8 @@ impl LaneDriver {
         let slots: SmallVec<[usize; 16]> = link.jobs.iter().map(|(job, _)| job).collect();
         for job_slot in slots {
             let Some(job) = link.jobs.get_mut(job_slot) else { continue };
-            job.tries += 1;
+            // Where another job is to blame, this one is not tried in vain.
+            job.tries += u8::from(key.is_none());
             let blamed = key.filter(|(key, _)| *key == job.key).map(|(_, status)| status);
             let error = match blamed {
                 Some(WorkStatus::RemoteAccess | WorkStatus::RemoteInvalid) => {
@@ -608,6 +609,8 @@ impl LaneDriver {
         expects: u64,
         cx: &mut Cx<'_>,
     ) -> Result<(), String> {
+        // What this side's own completions say of it comes first: they name the transfer that is to blame.
+        self.poll_rdma(cx);
         let Some(link) = self.rdma_link(slot) else { return Ok(()) };
         if link.generation != generation {
             return Ok(());
