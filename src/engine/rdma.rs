@@ -1,8 +1,8 @@
 //! Peers that are reached by RDMA: queue pairs are agreed on over the session's link, completions are polled, transfers and
 //! notifications are posted.
 //!
-//! The side that opened the session's link offers. It makes its queue pairs and sends a QUEUE_PAIR for each; the other makes
-//! and connects one for each, and answers; then the first connects its own and sends a HELLO on each, whose completion shows
+//! The side that opened the session's link offers. It makes its queue pairs and sends a `QUEUE_PAIR` for each; the other makes
+//! and connects one for each, and answers; then the first connects its own and sends a `HELLO` on each, whose completion shows
 //! that packets go there and back. RDMA up says which of them work, and from then on transfers use them.
 //!
 //! When one fails, all of the connection are destroyed, and both sides tell each other so by RDMA down: only then no packet of
@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::session::{LinkId, RailPairs, RingState, Wired, WiredEnd};
 use crate::sys;
 use crate::transport::local::Message as RingMessage;
-use crate::transport::rdma::{EndedJob, Job, Link, Pair, PairId, Phase, WorkId};
+use crate::transport::rdma::{EndedJob, Job, Link, Pair, PairId, Phase, Rail, WorkId};
 use crate::verbs::{AsyncEvent, Completion, WorkStatus};
 use crate::wire::frame::{FrameKind, Header};
 use crate::wire::rdma::{MAX_MESSAGE_PAYLOAD, QueuePairFrame, RdmaFrame, RdmaMessage, Verdict};
@@ -127,7 +127,7 @@ impl LaneDriver {
         link.phase = Phase::Connecting;
         let (generation, suspects) = (link.generation, link.suspects);
         let rails = self.rdma.rails().clone();
-        let usable = |rail: &usize| rails.get(*rail).is_some_and(|rail| rail.is_usable());
+        let usable = |rail: &usize| rails.get(*rail).is_some_and(Rail::is_usable);
         let all: SmallVec<[usize; 8]> = (0..rails.all().len()).filter(usable).collect();
         let trusted: SmallVec<[usize; 8]> =
             all.iter().copied().filter(|rail| suspects >> rail & 1 == 0).collect();
@@ -146,7 +146,7 @@ impl LaneDriver {
             match self.rdma.add_pair(rail, slot, index, random_psn()) {
                 Ok(id) => made.push((index, id)),
                 Err(error) => {
-                    let name = rails.get(rail).map(|rail| rail.name()).unwrap_or_default();
+                    let name = rails.get(rail).map(Rail::name).unwrap_or_default();
                     failure = format!("a queue pair on {name}: {error}");
                 }
             }
@@ -390,7 +390,7 @@ impl LaneDriver {
         match outcome {
             Ok(rails) => {
                 let all = self.rdma.rails();
-                let named = |(own, _): &(usize, usize)| all.get(*own).map(|rail| rail.name());
+                let named = |(own, _): &(usize, usize)| all.get(*own).map(Rail::name);
                 let nics: Vec<String> = rails.iter().filter_map(named).collect();
                 let pairs = peer.rdma.as_ref().map_or(0, |link| link.pairs.len());
                 let (nics, lane) = (nics.join(","), self.index);
@@ -872,7 +872,7 @@ impl LaneDriver {
             let generation = link.generation;
             return self.rdma_decided(slot, generation, index, false, cx);
         }
-        let name = self.rdma.rails().get(rail).map(|rail| rail.name()).unwrap_or_default();
+        let name = self.rdma.rails().get(rail).map(Rail::name).unwrap_or_default();
         let blame = match (status, job) {
             (
                 WorkStatus::RemoteAccess

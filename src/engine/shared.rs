@@ -231,7 +231,9 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
     if outcome.is_ok() {
         // The lanes have destroyed their queue pairs, so that no peer is on the way to this memory.
         let regions: Vec<Arc<RegionInner>> = shared.registry().all().cloned().collect();
-        regions.iter().for_each(|region| region.registrations.give_back());
+        for region in regions {
+            region.registrations.give_back();
+        }
     }
     if !wait_for_copies(shared) && outcome.is_ok() {
         outcome = Err(Error::Busy {

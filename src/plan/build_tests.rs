@@ -39,7 +39,11 @@ fn world() -> World {
     let mut registry = Registry::new(10);
     for base in [0x10000, 0x20000] {
         registry
-            .insert(|s| descriptor(1, s, base, 0x10000, Access::LOCAL), None, Default::default())
+            .insert(
+                |s| descriptor(1, s, base, 0x10000, Access::LOCAL),
+                None,
+                crate::transport::rdma::Registrations::default(),
+            )
             .unwrap();
     }
     let remote = [0x80000, 0x90000]

@@ -246,12 +246,16 @@ impl Device {
                 | kind::IBV_EVENT_QP_ACCESS_ERR
                 | kind::IBV_EVENT_PATH_MIG_ERR => AsyncEvent::QueuePair((*event.element.qp).qp_num),
                 kind::IBV_EVENT_CQ_ERR => AsyncEvent::CompletionQueue,
-                kind::IBV_EVENT_PORT_ERR => AsyncEvent::PortDown(event.element.port_num as u8),
-                kind::IBV_EVENT_PORT_ACTIVE => AsyncEvent::PortUp(event.element.port_num as u8),
+                kind::IBV_EVENT_PORT_ERR => {
+                    AsyncEvent::PortDown(event.element.port_num.cast_unsigned() as u8)
+                }
+                kind::IBV_EVENT_PORT_ACTIVE => {
+                    AsyncEvent::PortUp(event.element.port_num.cast_unsigned() as u8)
+                }
                 kind::IBV_EVENT_GID_CHANGE
                 | kind::IBV_EVENT_LID_CHANGE
                 | kind::IBV_EVENT_PKEY_CHANGE => {
-                    AsyncEvent::PortChanged(event.element.port_num as u8)
+                    AsyncEvent::PortChanged(event.element.port_num.cast_unsigned() as u8)
                 }
                 kind::IBV_EVENT_DEVICE_FATAL => AsyncEvent::Fatal,
                 _ => AsyncEvent::Other,

@@ -1,7 +1,6 @@
 //! Registered memory.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use super::device::ProtectionDomain;
 
 /// What may be done with registered memory, besides reading it by this side.
 #[derive(Debug, Clone, Copy, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "independent rights, as the flags of verbs are")]
 pub(crate) struct MemoryAccess {
     pub(crate) local_write: bool,
     pub(crate) remote_read: bool,
@@ -64,39 +64,14 @@ impl MemoryRegion {
         // SAFETY: the kernel checks the range and the rights; the caller answers for what happens to its bytes. Access
         // flags that an old kernel does not know are only for the second entry point, which lets it ignore them.
         let mr = unsafe {
-            match api.ibv_reg_mr_iova2 {
-                Some(register) => register(pd.as_ptr(), start, len, addr, bits),
-                None => {
-                    let plain = MemoryAccess { relaxed_ordering: false, ..access }.bits();
-                    (api.ibv_reg_mr)(pd.as_ptr(), start, len, plain.cast_signed())
-                }
+            if let Some(register) = api.ibv_reg_mr_iova2 {
+                register(pd.as_ptr(), start, len, addr, bits)
+            } else {
+                let plain = MemoryAccess { relaxed_ordering: false, ..access }.bits();
+                (api.ibv_reg_mr)(pd.as_ptr(), start, len, plain.cast_signed())
             }
         };
         Self::of(mr, pd)
-    }
-
-    /// Registers memory that another driver has exported, such as a GPU's.
-    ///
-    /// # Safety
-    /// As for `new`; addresses count from `iova`.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for memory of GPUs, which no transport moves yet")
-    )]
-    pub(crate) unsafe fn of_dmabuf(
-        pd: &Arc<ProtectionDomain>,
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        len: usize,
-        iova: u64,
-        access: MemoryAccess,
-    ) -> io::Result<Self> {
-        let register = pd.device.api.ibv_reg_dmabuf_mr.ok_or_else(|| {
-            io::Error::new(io::ErrorKind::Unsupported, "this libibverbs cannot register a dmabuf")
-        })?;
-        let (fd, bits) = (fd.as_raw_fd(), access.bits().cast_signed());
-        // SAFETY: as for `new`.
-        Self::of(unsafe { register(pd.as_ptr(), offset, len, iova, fd, bits) }, pd)
     }
 
     fn of(mr: *mut sys::ibv_mr, pd: &Arc<ProtectionDomain>) -> io::Result<Self> {

@@ -146,7 +146,7 @@ pub(crate) struct Completion {
 }
 
 /// Completions taken by one call.
-const POLL_BATCH: usize = 32;
+const POLL_BATCH: i32 = 32;
 
 impl CompletionQueue {
     pub(crate) fn new(
@@ -181,12 +181,12 @@ impl CompletionQueue {
     /// Takes what is there, at most a batch; the answer is how many there were. An empty queue costs some 10 ns.
     #[inline]
     pub(crate) fn poll(&self, mut each: impl FnMut(Completion)) -> usize {
-        let mut batch = [const { std::mem::MaybeUninit::<sys::ibv_wc>::uninit() }; POLL_BATCH];
+        let mut batch =
+            [const { std::mem::MaybeUninit::<sys::ibv_wc>::uninit() }; POLL_BATCH as usize];
         // SAFETY: the queue exists, and the batch has room for what is asked for.
-        let count =
-            unsafe { (self.poll)(self.cq.as_ptr(), POLL_BATCH as i32, batch.as_mut_ptr().cast()) };
+        let count = unsafe { (self.poll)(self.cq.as_ptr(), POLL_BATCH, batch.as_mut_ptr().cast()) };
         // A queue that is broken has nothing; what depended on it ends by its timeouts.
-        let count = usize::try_from(count).unwrap_or(0).min(POLL_BATCH);
+        let count = usize::try_from(count).unwrap_or(0).min(batch.len());
         for entry in &batch[..count] {
             // SAFETY: the provider has filled the first `count`.
             let wc = unsafe { entry.assume_init_ref() };
@@ -422,22 +422,21 @@ impl QueuePair {
     /// have completed or this queue pair is dropped.
     #[inline]
     pub(crate) unsafe fn post_send(&self, list: &mut SendList) -> Result<(), (usize, io::Error)> {
-        let Some(last) = list.len.checked_sub(1) else { return Ok(()) };
-        let next = std::mem::replace(&mut list.requests[last].next, std::ptr::null_mut());
+        let Some(tail) = list.len.checked_sub(1) else { return Ok(()) };
+        let next = std::mem::replace(&mut list.requests[tail].next, std::ptr::null_mut());
         let mut bad = std::ptr::null_mut();
         // SAFETY: the list is a chain of `len` requests, whose entries live until the call returns; the caller answers for the
         // memory that they name.
         let code =
             unsafe { (self.post_send)(self.qp.as_ptr(), list.requests.as_mut_ptr(), &raw mut bad) };
-        list.requests[last].next = next;
+        list.requests[tail].next = next;
         if code == 0 {
             return Ok(());
         }
         let first = list.requests.as_ptr();
         // Where a provider does not say which, the first is the worst that is possible.
-        let posted =
-            (bad as usize).checked_sub(first as usize).unwrap_or(0) / size_of::<sys::ibv_send_wr>();
-        Err((posted.min(last), check(code).err().unwrap_or_else(io::Error::last_os_error)))
+        let posted = (bad as usize).saturating_sub(first as usize) / size_of::<sys::ibv_send_wr>();
+        Err((posted.min(tail), check(code).err().unwrap_or_else(io::Error::last_os_error)))
     }
 
     /// Posts one receive.

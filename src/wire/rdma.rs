@@ -36,7 +36,7 @@ pub(crate) const MAX_MESSAGE_PAYLOAD: usize = MESSAGE_BYTES - MESSAGE_HEADER;
 /// Queue pairs of one connection at most.
 pub(crate) const MAX_QUEUE_PAIRS: usize = 64;
 
-/// What a QUEUE_PAIR frame says of its queue pair.
+/// What a `QUEUE_PAIR` frame says of its queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// The sender wants to connect it.

@@ -145,14 +145,13 @@ impl LaneRdma {
         let lane = self.lanes.get_mut(rail_index).and_then(Option::as_mut).ok_or_else(gone)?;
         let share = Pair::share(rail);
         let room = |queue: &Queue| queue.taken + share <= queue.cq.capacity();
-        let queue = match lane.queues.iter().position(room) {
-            Some(queue) => queue,
-            None => {
-                let entries = QUEUE_ENTRIES.min(rail.device.limits().max_cqe).max(share);
-                let cq = CompletionQueue::new(&rail.device, &lane.channel, entries)?;
-                lane.queues.push(Queue { cq, taken: 0 });
-                lane.queues.len() - 1
-            }
+        let queue = if let Some(queue) = lane.queues.iter().position(room) {
+            queue
+        } else {
+            let entries = QUEUE_ENTRIES.min(rail.device.limits().max_cqe).max(share);
+            let cq = CompletionQueue::new(&rail.device, &lane.channel, entries)?;
+            lane.queues.push(Queue { cq, taken: 0 });
+            lane.queues.len() - 1
         };
         let slot = u16::try_from(self.pairs.vacant_key())
             .map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;

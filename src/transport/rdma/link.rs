@@ -151,7 +151,7 @@ pub(crate) struct Link {
     pub(crate) up_since: Option<Instant>,
     /// When what is under way is over, or is begun again.
     pub(crate) deadline: Option<Instant>,
-    /// An ACK_REQUEST is on its way.
+    /// An `ACK_REQUEST` is on its way.
     pub(crate) asked: bool,
     /// Rails of ours that did not answer: not offered while there are others.
     pub(crate) suspects: u32,
@@ -303,9 +303,9 @@ impl Job {
         if span.is_empty() {
             self.todo.pop();
         }
-        let last = self.todo.is_empty();
+        let is_whole = self.todo.is_empty();
         // All of the job is on this queue pair, and what follows it there follows all of it.
-        let in_band = last && self.alone && pair.can_send();
+        let in_band = is_whole && self.alone && pair.can_send();
         let notification = self.notification.take_if(|_| in_band);
         let notified = notification.is_some();
         if let Some(payload) = &notification {

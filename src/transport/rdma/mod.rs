@@ -15,6 +15,6 @@ mod rails;
 pub(crate) use lane::{LaneRdma, PairId, WorkId};
 pub(crate) use link::{EndedJob, Job, Link, Phase};
 pub(crate) use pair::Pair;
-pub(crate) use rails::{Rails, Registrations};
+pub(crate) use rails::{Rail, Rails, Registrations};
 
 pub(crate) use crate::verbs::AsyncEvent;

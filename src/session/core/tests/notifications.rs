@@ -283,7 +283,7 @@ fn a_passive_side_keeps_its_notifications_until_the_peer_comes_back() {
 fn a_goodbye_that_overtakes_an_acknowledgement_in_the_ring_loses_nothing() {
     let mut w = world(7);
     w.call(1, |core, _| {
-        core.set_ring(Some(RingState { has_room: true, is_empty: true, longest: 4096 }))
+        core.set_ring(Some(RingState { has_room: true, is_empty: true, longest: 4096 }));
     });
     w.notify(0, b"last words");
     assert_eq!(collect(&mut w, 1, 1), [b"last words"]);

@@ -218,7 +218,7 @@ impl World {
                 access,
                 rail_keys: crate::wire::RailKeys::new(),
             };
-            registry.insert(make, None, Default::default()).unwrap()
+            registry.insert(make, None, crate::transport::rdma::Registrations::default()).unwrap()
         });
         regions.add(buffer.region.clone());
         buffers.push(buffer);
