@@ -64,9 +64,9 @@ fn open_rails(config: &EngineConfig) -> Result<Rails> {
         Err(reason) if !config.rdma.devices.is_empty() => {
             Err(Error::Config(format!("rdma_devices={}: {reason}", config.rdma.devices.join(","))))
         }
-        Err(reason) if config.transports == [TransportKind::Rdma] => {
-            Err(Error::Config(format!("no RDMA, the only transport allowed: {reason}")))
-        }
+        Err(reason) if config.transports == [TransportKind::Rdma] => Err(Error::Config(format!(
+            "transports=rdma allows nothing else, and there is no RDMA: {reason}; add local, tcp or both"
+        ))),
         Err(reason) => {
             tracing::debug!(reason, "no RDMA");
             Ok(Rails::default())
