@@ -188,7 +188,7 @@ impl LaneDriver {
         if header.kind == FrameKind::QueuePair {
             let frame = QueuePairFrame::decode(header).ok_or_else(unknown)?;
             match frame.verdict {
-                Verdict::Offer if !offers => self.on_rdma_offer(slot, &frame, cx),
+                Verdict::Offer if !offers => return self.on_rdma_offer(slot, &frame, cx),
                 Verdict::Answer if offers => self.on_rdma_answer(slot, &frame, cx),
                 Verdict::Refused if offers => {
                     self.rdma_decided(slot, frame.generation, frame.index, false, cx);
@@ -214,8 +214,17 @@ impl LaneDriver {
     }
 
     /// The peer offers a queue pair: one is made for it.
-    fn on_rdma_offer(&mut self, slot: usize, offer: &QueuePairFrame, cx: &mut Cx<'_>) {
-        let Some(link) = self.rdma_link(slot) else { return };
+    fn on_rdma_offer(
+        &mut self,
+        slot: usize,
+        offer: &QueuePairFrame,
+        cx: &mut Cx<'_>,
+    ) -> Result<(), String> {
+        let Some(link) = self.rdma_link(slot) else { return Ok(()) };
+        let again = link.generation == offer.generation && link.pair_at(offer.index).is_some();
+        if again || matches!(link.phase, Phase::Up | Phase::Down) {
+            return Err("a queue pair is offered that there is already".into());
+        }
         if offer.generation != link.generation {
             // The first of a new generation. The one before has gone down on both sides, or never came up.
             link.generation = offer.generation;
@@ -235,6 +244,7 @@ impl LaneDriver {
             }
         };
         self.rdma_tell(slot, answer.encode());
+        Ok(())
     }
 
     fn rdma_accept(
@@ -655,7 +665,15 @@ impl LaneDriver {
         let slots: SmallVec<[usize; 16]> = link.jobs.iter().map(|(job, _)| job).collect();
         for job in slots {
             let Some(ended) = self.rdma_link(slot).and_then(|link| link.end(job)) else { continue };
-            self.with_core(slot, cx, |core, env| core.wired_back(ended.key, env));
+            self.with_core(slot, cx, |core, env| {
+                if ended.notified {
+                    // The peer may have seen the notification: it must not see it again.
+                    let error = core.peer.gone("RDMA was given up amid the transfer");
+                    core.wired_ended(ended.key, WiredEnd::Failed(error), env);
+                } else {
+                    core.wired_back(ended.key, env);
+                }
+            });
         }
     }
 

@@ -127,7 +127,7 @@ impl QueuePairFrame {
             && (1..=5).contains(&frame.mtu)
             && frame.receives > 0
             && frame.max_msg_sz >= 4096;
-        (plausible || verdict == Verdict::Refused).then_some(frame)
+        plausible.then_some(frame)
     }
 }
 
