@@ -103,6 +103,37 @@ options! {
         "any: let every process of this user reach into this one, which local needs on both sides \
          where kernel.yama.ptrace_scope is 1, for the whole process and its life; unchanged",
         |s, v| { s.config.any_tracer = any_tracer(v)?; Ok(()) };
+    "rdma_devices" = "",
+        "comma list of RDMA devices and ports such as mlx5_0:1, the first for small transfers; empty: those \
+         near the lanes",
+        |s, v| { s.config.rdma.devices = names(v)?; Ok(()) };
+    "rdma_gid_index" = "auto",
+        "index of the GID; auto: RoCE v2 with an IPv4 address where there is one",
+        |s, v| { s.config.rdma.gid_index = gid_index(v)?; Ok(()) };
+    "rdma_service_level" = "0",
+        "service level of RDMA packets, 0 to 15",
+        |s, v| { s.config.rdma.service_level = within(v, 0, 15)?; Ok(()) };
+    "rdma_traffic_class" = "0",
+        "traffic class of RDMA packets, 0 to 255; RoCE v2: the DSCP is its upper six bits",
+        |s, v| { s.config.rdma.traffic_class = within(v, 0, 255)?; Ok(()) };
+    "rdma_timeout" = "14",
+        "RDMA packets are sent again after 4.096 us times two to the power of this, 1 to 31",
+        |s, v| { s.config.rdma.timeout = within(v, 1, 31)?; Ok(()) };
+    "rdma_retry_count" = "6",
+        "how often RDMA packets are sent again before the way counts as broken, 0 to 6",
+        |s, v| { s.config.rdma.retry_count = within(v, 0, 6)?; Ok(()) };
+    "rdma_bulk_queue_pairs" = "1",
+        "queue pairs for large transfers to one peer on each device, 1 to 16",
+        |s, v| { s.config.rdma.bulk_queue_pairs = within(v, 1, 16)?.into(); Ok(()) };
+    "rdma_stripe_bytes" = "1M",
+        "bytes of one request of a transfer that several devices share, 4K to 1G",
+        |s, v| { s.config.rdma.stripe_bytes = bytes_within(v, 4 << 10, 1 << 30)?; Ok(()) };
+    "rdma_relaxed_ordering" = "true",
+        "true: devices may write payload out of order; false",
+        |s, v| { s.config.rdma.relaxed_ordering = switch(v)?; Ok(()) };
+    "rdma_on_demand_paging" = "false",
+        "true: register memory for RDMA without pinning it, where the device can; false",
+        |s, v| { s.config.rdma.on_demand_paging = switch(v)?; Ok(()) };
     "listen" = "",
         "comma list of IP addresses to listen on; empty: all",
         |s, v| { s.config.listen.addresses = list(v, "an IP address")?; Ok(()) };
@@ -154,6 +185,24 @@ options! {
     "log_level" = "info",
         "off, error, warn, info, debug or trace; on standard error, for the whole process",
         |s, v| { s.log_level = level(v)?; Ok(()) };
+}
+
+fn within(text: &str, least: u8, most: u8) -> Result<u8, String> {
+    match number(text) {
+        Ok(number) if (least..=most).contains(&number) => Ok(number),
+        _ => Err(format!("a number from {least} to {most} is needed")),
+    }
+}
+
+fn gid_index(text: &str) -> Result<Option<u8>, String> {
+    if text == "auto" {
+        return Ok(None);
+    }
+    number(text).map(Some).map_err(|_| "auto or a number from 0 to 255 is needed".to_owned())
+}
+
+fn names(text: &str) -> Result<Vec<String>, String> {
+    list(text, "a device such as mlx5_0:1")
 }
 
 fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {

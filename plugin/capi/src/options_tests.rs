@@ -22,6 +22,16 @@ fn every_option_reaches_the_configuration() {
         ("transports", "tcp"),
         ("strict_writes", "true"),
         ("ptracer", "any"),
+        ("rdma_devices", "mlx5_0:2, rxe0"),
+        ("rdma_gid_index", "3"),
+        ("rdma_service_level", "4"),
+        ("rdma_traffic_class", "104"),
+        ("rdma_timeout", "18"),
+        ("rdma_retry_count", "5"),
+        ("rdma_bulk_queue_pairs", "2"),
+        ("rdma_stripe_bytes", "64K"),
+        ("rdma_relaxed_ordering", "false"),
+        ("rdma_on_demand_paging", "true"),
         ("listen", "127.0.0.1, ::1"),
         ("interface", "eth0"),
         ("port_range", "18500-18599"),
@@ -48,6 +58,19 @@ fn every_option_reaches_the_configuration() {
     assert_eq!(c.assist, AssistMode::Never);
     assert_eq!(c.transports, [TransportKind::Tcp]);
     assert!(c.strict_writes && c.any_tracer);
+    let rdma = corelane::RdmaConfig {
+        devices: vec!["mlx5_0:2".into(), "rxe0".into()],
+        gid_index: Some(3),
+        service_level: 4,
+        traffic_class: 104,
+        timeout: 18,
+        retry_count: 5,
+        bulk_queue_pairs: 2,
+        stripe_bytes: 64 << 10,
+        relaxed_ordering: false,
+        on_demand_paging: true,
+    };
+    assert_eq!(c.rdma, rdma);
     assert_eq!(c.listen.addresses.len(), 2);
     assert_eq!(c.listen.interface.as_deref(), Some("eth0"));
     assert_eq!(c.listen.ports, 18500..=18599);
