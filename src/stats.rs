@@ -43,8 +43,12 @@ counters! {
     bytes_read,
     /// Bytes written to peers.
     bytes_written,
-    /// Requests sent to peers.
+    /// Requests sent to peers: frames, and work requests of transport `rdma`.
     requests_sent,
+    /// Calls that posted work requests of transfers to a device (transport `rdma`).
+    rdma_doorbells,
+    /// Completions of transfers' work requests that a device has told (transport `rdma`).
+    rdma_completions,
     /// Requests of peers served.
     requests_served,
     /// Requests of peers refused (key, bounds, permission).

@@ -716,7 +716,11 @@ impl LaneDriver {
             posted = true;
         }
         match self.rdma.issue_all(link) {
-            Ok(some) => posted |= some,
+            Ok(some) => {
+                posted |= some.doorbells > 0;
+                self.counters.requests_sent.add(some.requests);
+                self.counters.rdma_doorbells.add(some.doorbells);
+            }
             Err((rail, error)) => {
                 self.rdma_fail(slot, &Blame::Rail(rail), &format!("posting: {error}"), cx);
                 return true;
@@ -865,6 +869,7 @@ impl LaneDriver {
             let chain = self.rdma.pair(id).and_then(Pair::next_ended);
             let Some(chain) = chain else { break };
             let Some(job) = chain.job else { continue };
+            self.counters.rdma_completions.add(1);
             let Some(ended) = self.rdma_link(slot).and_then(|link| link.chain_ended(job)) else {
                 continue;
             };

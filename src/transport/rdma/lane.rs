@@ -6,7 +6,7 @@ use std::sync::Arc;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use super::link::Link;
+use super::link::{Link, Posted};
 use super::pair::{CHAIN, MAX_SGE, Pair};
 use super::rails::Rails;
 use crate::verbs::{Completion, CompletionChannel, CompletionQueue, SendList};
@@ -268,20 +268,22 @@ impl LaneRdma {
         rails.len()
     }
 
-    /// Issues what the link's jobs have, as far as there is room; true: something was posted.
+    /// Issues what the link's jobs have, as far as there is room.
     ///
     /// # Errors
     /// The rail whose queue pair takes nothing, and why.
     #[inline]
-    pub(crate) fn issue_all(&mut self, link: &mut Link) -> Result<bool, (usize, io::Error)> {
-        let mut posted = false;
+    pub(crate) fn issue_all(&mut self, link: &mut Link) -> Result<Posted, (usize, io::Error)> {
+        let mut posted = Posted::default();
         for index in 0..link.pairs.len() {
             let Some((_, id)) = link.pairs.get(index).copied() else { break };
             let entry = self.pairs.get_mut(usize::from(id.slot)).filter(|e| e.stamp == id.stamp);
             let Some(Entry { pair, .. }) = entry else { continue };
             if !pair.waiting.is_empty() {
                 let rail = pair.rail;
-                posted |= link.issue(pair, &mut self.list).map_err(|error| (rail, error))?;
+                let some = link.issue(pair, &mut self.list).map_err(|error| (rail, error))?;
+                posted.requests += some.requests;
+                posted.doorbells += some.doorbells;
             }
         }
         Ok(posted)

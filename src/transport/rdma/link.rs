@@ -117,6 +117,14 @@ pub(crate) struct EndedJob {
     pub(crate) stopped: bool,
 }
 
+/// What was posted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Posted {
+    pub(crate) requests: u64,
+    /// Calls that posted them.
+    pub(crate) doorbells: u64,
+}
+
 /// Where a connection's queue pairs stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -214,8 +222,8 @@ impl Link {
     }
 
     /// Issues chains of the jobs that wait for a queue pair, in turns, while it has room.
-    pub(super) fn issue(&mut self, pair: &mut Pair, list: &mut SendList) -> io::Result<bool> {
-        let mut posted = false;
+    pub(super) fn issue(&mut self, pair: &mut Pair, list: &mut SendList) -> io::Result<Posted> {
+        let mut posted = Posted::default();
         while let Some(&slot) = pair.waiting.front() {
             let room = pair.room().min(CHAIN);
             if room == 0 {
@@ -226,7 +234,8 @@ impl Link {
                 continue;
             };
             job.issue(slot, pair, list, room, self.stripe)?;
-            posted = true;
+            posted.requests += list.len() as u64;
+            posted.doorbells += 1;
             if job.is_issued() {
                 pair.waiting.pop_front();
             } else if pair.waiting.len() > 1 {
