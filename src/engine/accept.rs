@@ -198,13 +198,15 @@ impl LaneDriver {
     ) {
         let phase = Phase::Standby { peer: slot, kind: hello.kind };
         let id = self.add_link(fd, remote, phase, Interest::READABLE, cx);
-        let frames = self.frames_allowed(hello.transports);
+        let theirs = hello.transports;
+        let (frames, rdma) = (self.frames_allowed(theirs), self.rdma_expected(theirs));
         if let Some(peer) = self.peers.get_mut(slot).filter(|_| hello.kind == LinkKind::Session) {
             peer.transports = hello.transports;
         }
         self.with_core(slot, cx, |core, env| match hello.kind {
             LinkKind::Session => {
                 core.set_frames_allowed(frames);
+                core.set_rdma_expected(rdma);
                 core.session_up(id, welcome.liveness_ms, false, remote.is_unix(), env);
             }
             LinkKind::Bulk => core.bulk_up(id, false, env),

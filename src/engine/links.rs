@@ -360,13 +360,14 @@ impl LaneDriver {
         let on_this_host = self.link(id).is_some_and(|link| link.remote.is_unix());
         let theirs = self.peers.get(slot).and_then(|peer| peer.core.peer.metadata());
         let theirs = theirs.map_or(0, |metadata| metadata.transports);
-        let frames = self.frames_allowed(theirs);
+        let (frames, rdma) = (self.frames_allowed(theirs), self.rdma_expected(theirs));
         if let Some(peer) = self.peers.get_mut(slot).filter(|_| kind == LinkKind::Session) {
             peer.transports = theirs;
         }
         let refused = self.with_core(slot, cx, |core, env| match kind {
             LinkKind::Session => {
                 core.set_frames_allowed(frames);
+                core.set_rdma_expected(rdma);
                 core.session_welcomed(id, welcome, on_this_host, env)
             }
             LinkKind::Bulk => {

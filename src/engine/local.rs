@@ -742,6 +742,11 @@ impl LaneDriver {
         }
     }
 
+    /// Whether both sides have devices for transport `rdma`.
+    pub(super) fn rdma_expected(&self, theirs: u32) -> bool {
+        theirs & self.engine.identity.transports & TransportKind::Rdma.bit() != 0
+    }
+
     /// Whether both sides allow transfers as frames over a socket.
     pub(super) fn frames_allowed(&self, theirs: u32) -> bool {
         theirs & self.engine.identity.transports & TransportKind::Tcp.bit() != 0

@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 use corelane_runtime::{Cx, Interest, Lane, Start};
 use smallvec::SmallVec;
 
-use super::lane::{LaneDriver, LanePeer, Message, RDMA_CHANNEL, RDMA_EVENTS, RDMA_TIMER};
-use crate::config::TransportKind;
+use super::lane::{LaneDriver, Message, RDMA_CHANNEL, RDMA_EVENTS, RDMA_TIMER};
 use crate::error::Error;
 use crate::session::{LinkId, RailPairs, RingState, Wired, WiredEnd};
 use crate::sys;
@@ -66,9 +65,11 @@ impl LaneDriver {
     /// A session is up whose peer may be reached by RDMA: finds out whether it is.
     /// False: it may not.
     pub(super) fn rdma_attach(&mut self, slot: usize, session: LinkId, cx: &mut Cx<'_>) -> bool {
-        let bit = self.engine.identity.transports & TransportKind::Rdma.bit();
-        let allowed = |peer: &&mut LanePeer| peer.transports & bit != 0 && !peer.is_leaving();
-        let Some(peer) = self.peers.get_mut(slot).filter(allowed) else { return false };
+        let theirs = self.peers.get(slot).map_or(0, |peer| peer.transports);
+        if !self.rdma_expected(theirs) {
+            return false;
+        }
+        let Some(peer) = self.peers.get_mut(slot) else { return false };
         let ours = peer.core.is_link_ours(session);
         let stripe = self.engine.config.rdma.stripe_bytes;
         peer.rdma = Some(Box::new(Link::new(session, ours, stripe)));
@@ -94,10 +95,11 @@ impl LaneDriver {
     fn rdma_follow(&mut self, slot: usize, session: LinkId, header: &Header) -> bool {
         let offered =
             QueuePairFrame::decode(header).is_some_and(|frame| frame.verdict == Verdict::Offer);
-        let bit = self.engine.identity.transports & TransportKind::Rdma.bit();
+        let theirs = self.peers.get(slot).map_or(0, |peer| peer.transports);
+        let expected = self.rdma_expected(theirs);
         let stripe = self.engine.config.rdma.stripe_bytes;
         let Some(peer) = self.peers.get_mut(slot).filter(|_| offered) else { return false };
-        if peer.transports & bit == 0 || peer.core.session_link() != Some(session) {
+        if !expected || peer.core.session_link() != Some(session) {
             self.rdma_tell(slot, RdmaFrame::None.encode());
             return false;
         }

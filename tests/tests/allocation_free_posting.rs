@@ -3,7 +3,8 @@
 
 use corelane::{Access, AssistMode, Engine, Operation};
 use corelane_tests::{
-    Buffer, CountingAllocator, assert_allocation_free, end_of, local_config, target, tcp_config,
+    Buffer, Configuration, CountingAllocator, assert_allocation_free, end_of, local_config,
+    rdma_config, target, tcp_config,
 };
 
 #[global_allocator]
@@ -11,11 +12,25 @@ static ALLOCATIONS: CountingAllocator = CountingAllocator::new();
 
 #[test]
 fn posting_and_completing_a_prepared_transfer_allocates_nothing() {
+    allocates_nothing(&[local_config, tcp_config]);
+}
+
+mod rdma {
+    #[test]
+    #[ignore = "needs an RDMA device: tests/run.sh rdma"]
+    fn posting_and_completing_a_prepared_transfer_allocates_nothing() {
+        super::allocates_nothing(&[super::rdma_config]);
+    }
+}
+
+fn allocates_nothing(configurations: &[Configuration]) {
     let counted = ALLOCATIONS.count();
     drop(std::hint::black_box(vec![1u8; 100]));
     assert!(ALLOCATIONS.count() > counted, "the allocator does not count");
     let modes = [AssistMode::Auto, AssistMode::Always, AssistMode::Never];
-    let each = modes.into_iter().flat_map(|mode| [(mode, local_config()), (mode, tcp_config())]);
+    let each = modes
+        .into_iter()
+        .flat_map(|mode| configurations.iter().map(move |config| (mode, config())));
     for (assist, mut config) in each {
         config.assist = assist;
         let transports = config.transports.clone();

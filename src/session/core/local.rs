@@ -43,12 +43,21 @@ impl Core {
     /// The session's link is up on this host; `local_resolved` tells what came of it.
     pub(super) fn local_pending(&mut self, on_this_host: bool) {
         self.local = if on_this_host { Local::Pending } else { Local::Off };
-        self.peer.settled.store(!on_this_host, Ordering::Release);
+        if self.rdma_expected && !on_this_host {
+            self.rdma_pending();
+        } else {
+            self.peer.settled.store(!on_this_host, Ordering::Release);
+        }
     }
 
     /// Whether both sides allow transfers to go as frames over a socket.
     pub(crate) fn set_frames_allowed(&mut self, allowed: bool) {
         self.frames_allowed = allowed;
+    }
+
+    /// Whether both sides have devices, so that a session begins with finding out whether they reach each other.
+    pub(crate) fn set_rdma_expected(&mut self, expected: bool) {
+        self.rdma_expected = expected;
     }
 
     pub(crate) fn are_frames_allowed(&self) -> bool {

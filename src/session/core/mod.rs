@@ -218,6 +218,7 @@ pub(crate) struct Core {
     /// Transfers that go by RDMA, and that the driver has not taken up.
     wired: VecDeque<ActiveKey>,
     rdma: Rdma,
+    rdma_expected: bool,
     rdma_reason: String,
     frames_allowed: bool,
     ring: Option<RingState>,
@@ -270,6 +271,7 @@ impl Core {
             local_reason: String::new(),
             wired: VecDeque::new(),
             rdma: Rdma::Off,
+            rdma_expected: false,
             rdma_reason: String::new(),
             frames_allowed: true,
             ring: None,
