@@ -152,7 +152,6 @@ def test_an_empty_parameter_leaves_it_to_the_environment(make_process, unique):
         ("spin_us", "-1"),
         ("assist", "perhaps"),
         ("transports", "tcp,pigeon"),
-        ("transports", "rdma"),
         ("strict_writes", "maybe"),
         ("ptracer", "everyone"),
         ("listen", "not an address"),

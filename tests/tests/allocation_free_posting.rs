@@ -1,6 +1,8 @@
 //! Posting and completing a prepared transfer allocates nothing. Alone in its binary, since it counts what all threads
 //! of the process allocate.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
 use corelane::{Access, AssistMode, Engine, Operation};
 use corelane_tests::{
     Buffer, Configuration, CountingAllocator, assert_allocation_free, end_of, local_config,

@@ -8,8 +8,8 @@ use corelane::{
     Access, AssistMode, Engine, EngineConfig, LaneSpec, Operation, Region, Spin, Transfer,
 };
 use corelane_tests::{
-    Buffer, Configuration, Target, allowed_cores, collect, end_of, eventually, outcome,
-    over_each_transport, pin_process, target, to_hex,
+    Buffer, Configuration, PeerProcess, Target, allowed_cores, collect, end_of, eventually,
+    outcome, over_each_transport, pin_process, target, to_hex,
 };
 
 over_each_transport!(
@@ -303,4 +303,28 @@ fn several_lanes_of_one_engine_share_its_peers_and_its_notifications(config: Con
         hub.engine.stats().peers.iter().all(|peer| peer.in_flight == 0)
     });
     hub.engine.deregister(&hub.region).unwrap();
+}
+
+#[test]
+fn without_libibverbs_an_engine_goes_without_rdma_and_says_so_where_nothing_else_is_allowed() {
+    for (library, reason) in [
+        ("/nowhere/libibverbs.so.1", "/nowhere/libibverbs.so.1 not found"),
+        ("libc.so.6", "libc.so.6: ibv_get_device_list is missing in it"),
+    ] {
+        let variable = format!("CORELANE_LIBIBVERBS={library}");
+        let binary = env!("CARGO_BIN_EXE_corelane-test-peer");
+        let mut process = PeerProcess::start_by(&["env", &variable, binary]).unwrap();
+        for (settings, hint) in [
+            ("transports=rdma", "add local, tcp or both"),
+            ("rdma_devices=mlx5_0:1", "rdma_devices=mlx5_0:1"),
+        ] {
+            let error = process.try_ask(&format!("engine alone {settings}")).unwrap_err();
+            if cfg!(feature = "rdma") {
+                assert!(error.contains(reason), "{error}");
+            }
+            assert!(error.contains(hint), "{error}");
+        }
+        // What is allowed besides is there.
+        process.engine("together", "transports=local,rdma,tcp");
+    }
 }

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 23] = [
+const OPTIONS: [&str; 33] = [
     "lanes",
     "spin_us",
     "assist",
@@ -159,7 +159,6 @@ fn malformed_values_are_refused_by_name() {
         ("assist", "perhaps"),
         ("transports", "tcp,carrier-pigeon"),
         ("transports", ","),
-        ("transports", "rdma"),
         ("strict_writes", "yes"),
         ("ptracer", "all"),
         ("listen", "localhost.invalid"),

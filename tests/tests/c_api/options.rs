@@ -156,7 +156,6 @@ fn a_malformed_value_is_refused_with_what_is_valid() {
         ("assist", &["maybe", "AUTO", "on"], &["auto", "always", "never"]),
         ("transports", &["udp", "tcp,udp", ",", "tcp,tcp", "TCP", "tcp;rdma"], &["tcp"]),
         ("transports", &["locale", "local tcp", "Local", "local,"], &["local,rdma,tcp"]),
-        ("transports", &["rdma"], &["local", "tcp"]),
         ("strict_writes", &["yes", "1", "TRUE", "true,false"], &["true or false"]),
         ("ptracer", &["yes", "1", "Any", "all"], &["any or unchanged"]),
         ("rdma_devices", &["mlx5_99", "rxe0:x", "no:1"], &["rdma_devices"]),
