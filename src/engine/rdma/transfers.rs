@@ -1,0 +1,260 @@
+//! Transfers and messages are posted, completions taken.
+
+use corelane_runtime::Cx;
+
+use super::failure::Blame;
+use crate::engine::lane::{LaneDriver, env as lane_env};
+use crate::session::{RingState, Wired, WiredEnd};
+use crate::transport::local::Message as RingMessage;
+use crate::transport::rdma::{Job, Pair, Phase, Rail, WorkId};
+use crate::verbs::{Completion, WorkStatus};
+use crate::wire::rdma::{MAX_MESSAGE_PAYLOAD, RdmaMessage};
+
+fn reason_of(status: WorkStatus, rail: &str) -> String {
+    format!("RDMA over {rail} has failed: {status}")
+}
+
+impl LaneDriver {
+    /// Posts what the core has for the device, and sends its messages; true: something was.
+    pub(in crate::engine) fn rdma_flush(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
+        let Some(peer) = self.peers.get_mut(slot) else { return false };
+        let Some(link) = peer.rdma.as_deref_mut().filter(|link| link.phase == Phase::Up) else {
+            return false;
+        };
+        let mut posted = false;
+        while let Some(Wired { key, plan, notification }) = peer.core.next_wired() {
+            let job = link.add(Job::new(key, plan, notification));
+            self.rdma.assign(link, job);
+            posted = true;
+        }
+        match self.rdma.issue_all(link) {
+            Ok(some) => {
+                posted |= some.doorbells > 0;
+                self.counters.requests_sent.add(some.requests);
+                self.counters.rdma_doorbells.add(some.doorbells);
+            }
+            Err((rail, error)) => {
+                self.rdma_fail(slot, &Blame::Rail(rail), &format!("posting: {error}"), cx);
+                return true;
+            }
+        }
+        posted | self.rdma_flush_messages(slot, cx)
+    }
+
+    /// Sends notifications, acknowledgements and credits over the first queue pair.
+    pub(super) fn rdma_flush_messages(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
+        let now = cx.now();
+        let has_messages = self.has_rdma_messages(slot);
+        let Self { peers, regions, engine, counters, rdma, .. } = self;
+        let Some(peer) = peers.get_mut(slot) else { return false };
+        let Some(link) = peer.rdma.as_deref_mut().filter(|link| link.phase == Phase::Up) else {
+            return false;
+        };
+        let Some(first) = link.first() else { return false };
+        let mut env = lane_env(regions, engine, counters, now);
+        let mut moved = false;
+        let core = &mut peer.core;
+        let sent = rdma.with_list(first, |pair, list| {
+            if !has_messages {
+                return Ok(());
+            }
+            loop {
+                let has_room = pair.can_send();
+                let state = RingState { has_room, is_empty: false, longest: MAX_MESSAGE_PAYLOAD };
+                core.set_ring(Some(state));
+                let message = if has_room { core.next_ring_message(&mut env) } else { None };
+                let Some(message) = message else { break };
+                moved = true;
+                pair.send(
+                    list,
+                    &match &message {
+                        RingMessage::Notify { seq, ack, payload } => {
+                            RdmaMessage::Notify { seq: *seq, ack: *ack, payload }
+                        }
+                        RingMessage::Ack(below) => RdmaMessage::Ack(*below),
+                    },
+                )?;
+            }
+            // What is too long for it goes over the socket, once all that went before has arrived.
+            let is_empty = core.is_all_acknowledged();
+            core.set_ring(Some(RingState {
+                has_room: pair.can_send(),
+                is_empty,
+                longest: MAX_MESSAGE_PAYLOAD,
+            }));
+            link.asked &= !is_empty;
+            if core.has_unsent() && !is_empty && !link.asked && pair.can_send() {
+                link.asked = true;
+                pair.send(list, &RdmaMessage::AckRequest)?;
+            }
+            Ok(())
+        });
+        let backlogged = peer.core.is_backlogged();
+        let sent = sent.unwrap_or(Ok(())).and_then(|()| rdma.return_credits(link, backlogged));
+        if let Err(error) = sent {
+            self.rdma_fail(slot, &Blame::Nobody, &format!("sending a message: {error}"), cx);
+        }
+        moved
+    }
+
+    /// Jobs that waited for queue pairs have some.
+    pub(super) fn rdma_resume(&mut self, slot: usize) {
+        let Self { peers, rdma, .. } = self;
+        let Some(link) = peers.get_mut(slot).and_then(|peer| peer.rdma.as_deref_mut()) else {
+            return;
+        };
+        for job in std::mem::take(&mut link.parked) {
+            rdma.assign(link, job);
+        }
+        self.mark(slot);
+    }
+
+    /// A transfer is to end early.
+    pub(in crate::engine) fn stop_wired(
+        &mut self,
+        slot: usize,
+        key: u64,
+        stuck: bool,
+        cx: &mut Cx<'_>,
+    ) {
+        let Some(link) = self.rdma_link(slot) else { return };
+        if let Some(ended) = link.stop(key) {
+            self.with_core(slot, cx, |core, env| {
+                core.wired_ended(ended.key, WiredEnd::Stopped, env);
+            });
+        } else if stuck && link.phase == Phase::Up {
+            // Nothing else makes its memory quiet.
+            let reason = "a transfer passed the operation timeout";
+            self.rdma_fail(slot, &Blame::Nobody, reason, cx);
+        }
+    }
+
+    /// Looks into the completion queues; true: there was something.
+    #[inline]
+    pub(in crate::engine) fn poll_rdma(&mut self, cx: &mut Cx<'_>) -> bool {
+        if self.rdma.is_idle() {
+            return false;
+        }
+        let batch = self.rdma.poll();
+        let worked = !batch.is_empty();
+        self.on_completions(&batch, cx);
+        self.rdma.recycle(batch);
+        worked
+    }
+
+    /// Good news first: a failure destroys queue pairs, and with them what is known of their completions.
+    pub(super) fn on_completions(&mut self, batch: &[Completion], cx: &mut Cx<'_>) {
+        let mut failed = false;
+        for completion in batch {
+            if completion.status == WorkStatus::Success {
+                self.on_completion(completion, cx);
+            } else {
+                failed = true;
+            }
+        }
+        if failed {
+            let bad = batch.iter().filter(|completion| completion.status != WorkStatus::Success);
+            for completion in bad {
+                self.on_work_error(completion, cx);
+            }
+        }
+    }
+
+    pub(super) fn on_completion(&mut self, completion: &Completion, cx: &mut Cx<'_>) {
+        let (id, receive, number) = WorkId::split(completion.id);
+        // Of one that is gone: stale.
+        let Some((slot, pair)) = self.rdma.entry(id) else { return };
+        if receive {
+            match pair.received(number, completion.len) {
+                Ok((bytes, len)) => self.on_rdma_message(slot, &bytes[..len], cx),
+                Err(reason) => self.rdma_protocol_error(slot, reason, cx),
+            }
+            return;
+        }
+        pair.completed(number);
+        let index = pair.index;
+        if !pair.works {
+            pair.works = true;
+            if let Some(generation) =
+                self.rdma_link(slot).filter(|l| l.offers).map(|l| l.generation)
+            {
+                self.rdma_decided(slot, generation, index, true, cx);
+            }
+        }
+        loop {
+            let chain = self.rdma.pair(id).and_then(Pair::next_ended);
+            let Some(chain) = chain else { break };
+            let Some(job) = chain.job else { continue };
+            self.counters.rdma_completions.add(1);
+            let Some(ended) = self.rdma_link(slot).and_then(|link| link.chain_ended(job)) else {
+                continue;
+            };
+            let end = if ended.stopped {
+                WiredEnd::Stopped
+            } else {
+                WiredEnd::Done { notified: ended.notified }
+            };
+            self.with_core(slot, cx, |core, env| core.wired_ended(ended.key, end, env));
+        }
+        self.mark(slot);
+    }
+
+    #[cold]
+    pub(super) fn on_work_error(&mut self, completion: &Completion, cx: &mut Cx<'_>) {
+        let (id, receive, number) = WorkId::split(completion.id);
+        let status = completion.status;
+        let Some((slot, pair)) = self.rdma.entry(id) else { return };
+        let (index, rail) = (pair.index, pair.rail);
+        let job = pair.job_of(number).filter(|_| !receive);
+        let Some(link) = self.rdma_link(slot) else { return };
+        if link.phase == Phase::Connecting && link.offers {
+            let generation = link.generation;
+            return self.rdma_decided(slot, generation, index, false, cx);
+        }
+        let name = self.rdma.rails().get(rail).map(Rail::name).unwrap_or_default();
+        let blame = match (status, job) {
+            (
+                WorkStatus::RemoteAccess
+                | WorkStatus::RemoteInvalid
+                | WorkStatus::LocalProtection
+                | WorkStatus::Other(_),
+                Some(job),
+            ) => Blame::Job(job, status),
+            (WorkStatus::NoAnswer, _) => Blame::Rail(rail),
+            _ => Blame::Nobody,
+        };
+        self.rdma_fail(slot, &blame, &reason_of(status, &name), cx);
+    }
+
+    pub(super) fn on_rdma_message(&mut self, slot: usize, bytes: &[u8], cx: &mut Cx<'_>) {
+        let Some((message, _)) = RdmaMessage::decode(bytes) else { return };
+        let handled = self.with_core(slot, cx, |core, env| {
+            core.heard(env.now);
+            match message {
+                RdmaMessage::Hello | RdmaMessage::Credits => Ok(()),
+                RdmaMessage::AckRequest => {
+                    core.acknowledge_now();
+                    Ok(())
+                }
+                RdmaMessage::Ack(below) => core.on_ring_message(RingMessage::Ack(below), env),
+                RdmaMessage::Notify { seq, ack, payload } => {
+                    let payload = payload.to_vec();
+                    core.on_ring_message(RingMessage::Notify { seq, ack, payload }, env)
+                }
+                RdmaMessage::Bound { payload } => {
+                    core.on_bound(payload.to_vec(), env);
+                    Ok(())
+                }
+            }
+        });
+        if let Some(Err(error)) = handled {
+            self.rdma_protocol_error(slot, &error.to_string(), cx);
+        }
+    }
+
+    pub(super) fn rdma_protocol_error(&mut self, slot: usize, reason: &str, cx: &mut Cx<'_>) {
+        if let Some(session) = self.rdma_link(slot).map(|link| link.session) {
+            self.close_link(session, &format!("protocol error over RDMA: {reason}"), cx);
+        }
+    }
+}
