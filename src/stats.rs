@@ -139,8 +139,9 @@ pub struct PeerStats {
     pub name: String,
     /// Whether a session is up.
     pub connected: bool,
-    /// Which way transfers go now: `local` by copies of this side, `tcp` as requests over a socket. `None`
-    /// while there is no session, and while it is being found out.
+    /// Which way transfers go now: `local` by copies of this side, `rdma` by work requests of a device, `tcp` as
+    /// requests over a socket. `None` while there is no session, while it is being found out, and where none that is
+    /// allowed works.
     pub transport: Option<TransportKind>,
     /// Lane that owns the peer.
     pub lane: usize,

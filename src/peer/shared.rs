@@ -41,6 +41,8 @@ pub(crate) struct PeerShared {
     pub(crate) settled: AtomicBool,
     /// They go by RDMA.
     pub(crate) wired: AtomicBool,
+    /// Both sides allow them to go as frames over a socket.
+    pub(crate) framed: AtomicBool,
     /// The application has loaded other metadata under this name.
     replaced: AtomicBool,
     in_flight: AtomicUsize,
@@ -83,6 +85,7 @@ impl PeerShared {
             connected: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             wired: AtomicBool::new(false),
+            framed: AtomicBool::new(true),
             replaced: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             unacknowledged: AtomicUsize::new(0),
@@ -146,8 +149,10 @@ impl PeerShared {
         }
         let settled =
             self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
-        let wired = self.wired.load(Ordering::Acquire);
-        settled.then_some(if wired { TransportKind::Rdma } else { TransportKind::Tcp })
+        if settled && self.wired.load(Ordering::Acquire) {
+            return Some(TransportKind::Rdma);
+        }
+        (settled && self.framed.load(Ordering::Relaxed)).then_some(TransportKind::Tcp)
     }
 
     /// Marks the peer as announced; false: it was.

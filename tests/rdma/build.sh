@@ -19,7 +19,7 @@ readonly guest_packages=(bash busybox-static kmod iproute2 perftest rdmacm-utils
 # proper by a name with its version in it.
 readonly kernel_packages=(linux-image-amd64 linux-image-generic-hwe-22.04 linux-image-generic)
 
-readonly wanted_modules=(rdma_rxe rdma_ucm veth sch_netem sch_tbf virtio_pci 9p 9pnet_virtio)
+readonly wanted_modules=(rdma_rxe rdma_ucm veth dummy sch_netem sch_tbf virtio_pci 9p 9pnet_virtio)
 # Part of some kernels, and a module of others.
 readonly helpful_modules=(crc32_generic crc32c_generic ib_umad)
 

@@ -293,6 +293,8 @@ fn a_disconnect_ends_the_transfers_in_flight_on_both_sides(config: Configuration
             }
         }
         assert!(failed > 0 || by_peer, "nothing was in flight");
+        // What is posted before it has heard of that ends with the rest.
+        eventually("it knows that the session is over", || !peer.is_connected());
         near.memory.poison(0, LEN);
         near.assert_served_by(&far);
     }

@@ -86,11 +86,9 @@ impl LaneDriver {
             let blamed = key.filter(|(key, _)| *key == job.key).map(|(_, status)| status);
             let error = match blamed {
                 Some(WorkStatus::RemoteAccess | WorkStatus::RemoteInvalid) => {
-                    Some(Error::Permission {
-                        peer: name.clone(),
-                        reason: "the peer's device refused the access: the region is not registered (any more), or \
-                             not with this permission",
-                    })
+                    // So does a process whose memory is torn down: whether this one lives, its answer tells.
+                    job.refused = true;
+                    continue;
                 }
                 Some(_) => Some(Error::Permission {
                     peer: name.clone(),
@@ -119,6 +117,21 @@ impl LaneDriver {
         // Until it is known what the peer has, no notification is sent.
         let nothing = RingState { has_room: false, is_empty: false, longest: usize::MAX };
         self.rdma_set_ring(slot, Some(nothing));
+    }
+
+    /// The peer lives: it has refused what it has refused.
+    fn rdma_end_refused(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(link) = self.rdma_link(slot) else { return };
+        for ended in link.take_refused() {
+            self.with_core(slot, cx, |core, env| {
+                let error = Error::Permission {
+                    peer: core.peer.name.clone(),
+                    reason: "the peer's device refused the access: the region is not registered (any more), or not \
+                             with this permission",
+                };
+                core.wired_ended(ended.key, WiredEnd::Failed(error), env);
+            });
+        }
     }
 
     /// Whether notifications go over queue pairs: a peer on this host has a ring that is nearer.
@@ -205,6 +218,7 @@ impl LaneDriver {
         }
         let resync = self.with_core(slot, cx, |core, env| core.rdma_resync(expects, env));
         resync.unwrap_or(Ok(())).map_err(|error| error.to_string())?;
+        self.rdma_end_refused(slot, cx);
         let now = cx.now();
         let timeout = self.engine.config.connect_timeout;
         let Some(link) = self.rdma_link(slot) else { return Ok(()) };
@@ -227,6 +241,7 @@ impl LaneDriver {
 
     /// Jobs that waited for queue pairs which will not come take another way.
     pub(super) fn rdma_give_back_jobs(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        self.rdma_end_refused(slot, cx);
         let Some(link) = self.rdma_link(slot) else { return };
         link.parked.clear();
         let slots: SmallVec<[usize; 16]> = link.jobs.iter().map(|(job, _)| job).collect();

@@ -52,7 +52,7 @@ impl Core {
 
     /// Whether both sides allow transfers to go as frames over a socket.
     pub(crate) fn set_frames_allowed(&mut self, allowed: bool) {
-        self.frames_allowed = allowed;
+        self.peer.framed.store(allowed, Ordering::Relaxed);
     }
 
     /// Whether both sides have devices, so that a session begins with finding out whether they reach each other.
@@ -61,7 +61,7 @@ impl Core {
     }
 
     pub(crate) fn are_frames_allowed(&self) -> bool {
-        self.frames_allowed
+        self.peer.framed.load(Ordering::Relaxed)
     }
 
     /// Whether it is being found out how to reach the peer's memory.
@@ -131,13 +131,13 @@ impl Core {
             return self.wired.push_back(key);
         }
         let connected = self.session_link().is_some() && !self.is_way_pending();
-        if connected && !self.frames_allowed && self.is_rdma_up() {
+        if connected && !self.are_frames_allowed() && self.is_rdma_up() {
             let reason = "the region is not registered for transport `rdma`, the only one allowed, or not \
                           with this permission";
             let error = Error::Permission { peer: self.peer.name.clone(), reason };
             return self.fail(key.slot, error, env);
         }
-        if connected && !self.frames_allowed {
+        if connected && !self.are_frames_allowed() {
             let reason = match &self.local {
                 Local::Up(path) => format!(
                     "its memory cannot be reached from this process ({}), and transport `tcp` is not allowed",

@@ -220,7 +220,6 @@ pub(crate) struct Core {
     rdma: Rdma,
     rdma_expected: bool,
     rdma_reason: String,
-    frames_allowed: bool,
     ring: Option<RingState>,
     /// The ring is used again when all notifications below are acknowledged.
     socket_until: u64,
@@ -273,7 +272,6 @@ impl Core {
             rdma: Rdma::Off,
             rdma_expected: false,
             rdma_reason: String::new(),
-            frames_allowed: true,
             ring: None,
             socket_until: 0,
             deadlines: VecDeque::new(),

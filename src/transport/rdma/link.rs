@@ -66,6 +66,9 @@ pub(crate) struct Job {
     stopped: bool,
     /// How often it was begun again.
     pub(crate) tries: u8,
+    /// The peer's device has refused its access. Whether it was to blame, or the peer's process about to end, is known when the
+    /// peer answers.
+    pub(crate) refused: bool,
     /// Queue pairs that it may use.
     alone: bool,
 }
@@ -85,6 +88,7 @@ impl Job {
             notified: false,
             stopped: false,
             tries: 0,
+            refused: false,
             alone: true,
         }
     }
@@ -267,6 +271,13 @@ impl Link {
         job.stopped = true;
         job.todo.clear();
         if job.is_over() { self.end(slot) } else { None }
+    }
+
+    /// The jobs whose access the peer's device has refused.
+    pub(crate) fn take_refused(&mut self) -> SmallVec<[EndedJob; 4]> {
+        let refused = |(slot, job): (usize, &Job)| job.refused.then_some(slot);
+        let slots: SmallVec<[usize; 4]> = self.jobs.iter().filter_map(refused).collect();
+        slots.into_iter().filter_map(|slot| self.end(slot)).collect()
     }
 
     /// The jobs that were told to end, and of which nothing is outstanding.
