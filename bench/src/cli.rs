@@ -15,6 +15,7 @@ use crate::engine_side::parse_transport;
 use crate::measure::Stamp;
 use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
+use crate::posting::PostingArgs;
 use crate::units::{parse_bytes, parse_duration, parse_rate, parse_shape};
 
 /// Port of `server` and `client` when none is given.
@@ -52,6 +53,8 @@ pub(crate) enum Command {
     Loopback(LoopbackArgs),
     /// Measures backends of NIXL side by side, through its C API
     Nixl(NixlArgs),
+    /// Measures what posting RDMA requests costs, with a device that does nothing
+    Posting(PostingArgs),
     /// A process of `nixl`: one side of a pair
     #[cfg(feature = "nixl")]
     #[command(hide = true)]

@@ -37,6 +37,7 @@ mod nixl;
 mod pattern;
 mod pinning;
 mod polling;
+mod posting;
 mod process;
 mod progress;
 mod raw_local;
@@ -99,6 +100,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Client(options) => session::client(&options),
         Command::Loopback(options) => session::loopback(&options),
         Command::Nixl(options) => nixl::compare(&options),
+        Command::Posting(options) => Ok(posting::run(&options)?),
         #[cfg(feature = "nixl")]
         Command::NixlSide => Ok(nixl::serve_side()?),
         Command::Worker(options) => Ok(loopback::work(ClientOptions {

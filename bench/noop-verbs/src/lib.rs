@@ -1,0 +1,340 @@
+//! `libibverbs.so.1` for measurements: one device, `noop0`, whose work requests complete when they are polled and move nothing.
+//!
+//! What is left is what the engine spends on a transfer by itself. `corelane-bench posting` starts the engine with it; no
+//! program is linked with it.
+
+#![cfg(feature = "rdma")]
+#![allow(
+    clippy::missing_safety_doc,
+    reason = "the manual pages of verbs say what each caller has to keep to"
+)]
+
+use std::collections::VecDeque;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use ibverbs_sys as sys;
+
+/// As `struct ibv_wc` of verbs.h.
+#[repr(C)]
+struct WorkCompletion {
+    wr_id: u64,
+    status: u32,
+    opcode: u32,
+    vendor_err: u32,
+    byte_len: u32,
+    imm_data: u32,
+    qp_num: u32,
+    src_qp: u32,
+    wc_flags: u32,
+    pkey_index: u16,
+    slid: u16,
+    sl: u8,
+    dlid_path_bits: u8,
+}
+
+#[repr(C)]
+struct CompletionQueue {
+    public: sys::ibv_cq,
+    /// IDs of requests that were to tell of their end.
+    done: VecDeque<u64>,
+}
+
+#[repr(C)]
+struct QueuePair {
+    public: sys::ibv_qp,
+    done: *mut CompletionQueue,
+}
+
+/// Handed out, never used up.
+static NUMBERS: AtomicU32 = AtomicU32::new(1);
+
+fn number() -> u32 {
+    NUMBERS.fetch_add(1, Ordering::Relaxed) & 0xff_ffff
+}
+
+fn zeroed<T>() -> Box<T> {
+    // SAFETY: only for structures of C, for which zeros are valid.
+    unsafe { Box::new(std::mem::zeroed()) }
+}
+
+static NAME: &[u8] = b"noop0\0";
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_get_device_list(count: *mut c_int) -> *mut *mut sys::ibv_device {
+    // SAFETY: the caller's place for the count.
+    unsafe { *count = 1 };
+    // Its contents are looked at by nobody but this library.
+    let device: *mut sys::ibv_device = NAME.as_ptr().cast_mut().cast();
+    Box::into_raw(Box::new([device, std::ptr::null_mut()])).cast()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_free_device_list(list: *mut *mut sys::ibv_device) {
+    // SAFETY: made by `ibv_get_device_list`.
+    drop(unsafe { Box::from_raw(list.cast::<[*mut sys::ibv_device; 2]>()) });
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_get_device_name(_: *mut sys::ibv_device) -> *const c_char {
+    NAME.as_ptr().cast()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_open_device(device: *mut sys::ibv_device) -> *mut sys::ibv_context {
+    let mut context: Box<sys::ibv_context> = zeroed();
+    context.device = device;
+    // SAFETY: makes a descriptor.
+    context.async_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    context.ops.post_send = Some(post_send);
+    context.ops.post_recv = Some(post_recv);
+    context.ops.poll_cq = Some(poll_cq);
+    context.ops.req_notify_cq = Some(req_notify_cq);
+    Box::into_raw(context)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_close_device(context: *mut sys::ibv_context) -> c_int {
+    // SAFETY: made by `ibv_open_device`, and closed once.
+    unsafe {
+        libc::close((*context).async_fd);
+        drop(Box::from_raw(context));
+    }
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_query_device(
+    _: *mut sys::ibv_context,
+    attr: *mut sys::ibv_device_attr,
+) -> c_int {
+    // SAFETY: the caller's structure. The limits are those of a ConnectX-7.
+    let attr = unsafe { &mut *attr };
+    attr.max_qp_wr = 32_768;
+    attr.max_sge = 30;
+    attr.max_sge_rd = 30;
+    attr.max_cqe = 4_194_303;
+    attr.max_qp_rd_atom = 16;
+    attr.max_qp_init_rd_atom = 16;
+    attr.phys_port_cnt = 1;
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_query_port(
+    _: *mut sys::ibv_context,
+    _: u8,
+    attr: *mut sys::ibv_port_attr,
+) -> c_int {
+    // SAFETY: the caller's structure.
+    let attr = unsafe { &mut *attr };
+    attr.state = sys::ibv_port_state::IBV_PORT_ACTIVE;
+    attr.active_mtu = 5;
+    attr.max_msg_sz = 1 << 30;
+    attr.gid_tbl_len = 1;
+    attr.link_layer = sys::IBV_LINK_LAYER_ETHERNET as u8;
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_query_gid(
+    _: *mut sys::ibv_context,
+    _: u8,
+    _: c_int,
+    gid: *mut sys::ibv_gid,
+) -> c_int {
+    let address = std::net::Ipv4Addr::new(192, 0, 2, 1).to_ipv6_mapped();
+    // SAFETY: the caller's structure.
+    unsafe { (*gid).raw = address.octets() };
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_get_async_event(
+    _: *mut sys::ibv_context,
+    _: *mut sys::ibv_async_event,
+) -> c_int {
+    -1
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_ack_async_event(_: *mut sys::ibv_async_event) {}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_alloc_pd(context: *mut sys::ibv_context) -> *mut sys::ibv_pd {
+    let mut pd: Box<sys::ibv_pd> = zeroed();
+    pd.context = context;
+    Box::into_raw(pd)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_dealloc_pd(pd: *mut sys::ibv_pd) -> c_int {
+    // SAFETY: made by `ibv_alloc_pd`, and given back once.
+    drop(unsafe { Box::from_raw(pd) });
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_reg_mr(
+    pd: *mut sys::ibv_pd,
+    addr: *mut c_void,
+    len: usize,
+    _: c_int,
+) -> *mut sys::ibv_mr {
+    let mut mr: Box<sys::ibv_mr> = zeroed();
+    (mr.pd, mr.addr, mr.length) = (pd, addr, len);
+    (mr.lkey, mr.rkey) = (number(), number());
+    Box::into_raw(mr)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_dereg_mr(mr: *mut sys::ibv_mr) -> c_int {
+    // SAFETY: made by `ibv_reg_mr`, and given back once.
+    drop(unsafe { Box::from_raw(mr) });
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_create_comp_channel(
+    context: *mut sys::ibv_context,
+) -> *mut sys::ibv_comp_channel {
+    let mut channel: Box<sys::ibv_comp_channel> = zeroed();
+    channel.context = context;
+    // SAFETY: makes a descriptor.
+    channel.fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    Box::into_raw(channel)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_destroy_comp_channel(channel: *mut sys::ibv_comp_channel) -> c_int {
+    // SAFETY: made by `ibv_create_comp_channel`, and given back once.
+    unsafe {
+        libc::close((*channel).fd);
+        drop(Box::from_raw(channel));
+    }
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_create_cq(
+    context: *mut sys::ibv_context,
+    entries: c_int,
+    _: *mut c_void,
+    channel: *mut sys::ibv_comp_channel,
+    _: c_int,
+) -> *mut sys::ibv_cq {
+    // SAFETY: zeros are valid for the structure of C; the queue is written over at once, without being dropped.
+    let mut public: sys::ibv_cq = unsafe { std::mem::zeroed() };
+    (public.context, public.channel, public.cqe) = (context, channel, entries);
+    let done = VecDeque::with_capacity(usize::try_from(entries).unwrap_or(0));
+    Box::into_raw(Box::new(CompletionQueue { public, done })).cast()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_destroy_cq(cq: *mut sys::ibv_cq) -> c_int {
+    // SAFETY: made by `ibv_create_cq`, and given back once.
+    drop(unsafe { Box::from_raw(cq.cast::<CompletionQueue>()) });
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_get_cq_event(
+    _: *mut sys::ibv_comp_channel,
+    _: *mut *mut sys::ibv_cq,
+    _: *mut *mut c_void,
+) -> c_int {
+    -1
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_ack_cq_events(_: *mut sys::ibv_cq, _: c_uint) {}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_create_qp(
+    pd: *mut sys::ibv_pd,
+    attr: *mut sys::ibv_qp_init_attr,
+) -> *mut sys::ibv_qp {
+    // SAFETY: zeros are valid for the structure of C; the caller's domain and attributes exist.
+    let (mut public, context, cq) = unsafe {
+        let public: sys::ibv_qp = std::mem::zeroed();
+        (public, (*pd).context, (*attr).send_cq)
+    };
+    (public.context, public.pd, public.send_cq, public.qp_num) = (context, pd, cq, number());
+    Box::into_raw(Box::new(QueuePair { public, done: cq.cast() })).cast()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_modify_qp(
+    _: *mut sys::ibv_qp,
+    _: *mut sys::ibv_qp_attr,
+    _: c_int,
+) -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_destroy_qp(qp: *mut sys::ibv_qp) -> c_int {
+    // SAFETY: made by `ibv_create_qp`, and given back once.
+    drop(unsafe { Box::from_raw(qp.cast::<QueuePair>()) });
+    0
+}
+
+/// Walks the chain, as a provider has to, and keeps the IDs of those that tell of their end.
+unsafe extern "C" fn post_send(
+    qp: *mut sys::ibv_qp,
+    mut request: *mut sys::ibv_send_wr,
+    _: *mut *mut sys::ibv_send_wr,
+) -> c_int {
+    // SAFETY: made by `ibv_create_qp`; its completion queue outlives it, and one thread uses both.
+    let done = unsafe { &mut (*(*qp.cast::<QueuePair>()).done).done };
+    while !request.is_null() {
+        // SAFETY: the caller's chain.
+        let wr = unsafe { &*request };
+        if wr.send_flags & sys::ibv_send_flags::IBV_SEND_SIGNALED.0 != 0 {
+            done.push_back(wr.wr_id);
+        }
+        request = wr.next;
+    }
+    0
+}
+
+unsafe extern "C" fn post_recv(
+    _: *mut sys::ibv_qp,
+    _: *mut sys::ibv_recv_wr,
+    _: *mut *mut sys::ibv_recv_wr,
+) -> c_int {
+    0
+}
+
+unsafe extern "C" fn poll_cq(cq: *mut sys::ibv_cq, most: c_int, out: *mut sys::ibv_wc) -> c_int {
+    // SAFETY: made by `ibv_create_cq`, polled by one thread.
+    let done = unsafe { &mut (*cq.cast::<CompletionQueue>()).done };
+    let mut count = 0;
+    while count < most
+        && let Some(wr_id) = done.pop_front()
+    {
+        let completion = WorkCompletion {
+            wr_id,
+            status: 0,
+            opcode: 0,
+            vendor_err: 0,
+            byte_len: 0,
+            imm_data: 0,
+            qp_num: 0,
+            src_qp: 0,
+            wc_flags: 0,
+            pkey_index: 0,
+            slid: 0,
+            sl: 0,
+            dlid_path_bits: 0,
+        };
+        // SAFETY: the caller has room for `most`, in the layout of verbs.h.
+        unsafe { out.cast::<WorkCompletion>().offset(count as isize).write(completion) };
+        count += 1;
+    }
+    count
+}
+
+unsafe extern "C" fn req_notify_cq(_: *mut sys::ibv_cq, _: c_int) -> c_int {
+    0
+}
