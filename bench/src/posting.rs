@@ -30,6 +30,9 @@ pub(crate) struct PostingArgs {
     /// Descriptors of a transfer, as a comma list
     #[arg(long, value_delimiter = ',', default_value = "1,16,256,4096")]
     descriptors: Vec<usize>,
+    /// Only with what the last transfer has left in the caches
+    #[arg(long)]
+    warm: bool,
     /// Time for each figure
     #[arg(long, value_name = "TIME", value_parser = crate::units::parse_duration, default_value = "1s")]
     duration: Duration,
@@ -135,7 +138,7 @@ fn measure(options: &PostingArgs) -> Result<()> {
     for &descriptors in &options.descriptors {
         ensure!(descriptors > 0, "a transfer has a descriptor at least");
         let transfer = pair.transfer(descriptors)?;
-        for cold in [false, true] {
+        for cold in [false, true].into_iter().filter(|cold| !(*cold && options.warm)) {
             let before = pair.near.stats().totals;
             let mut times = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
             let start = Instant::now();

@@ -287,6 +287,10 @@ impl LaneDriver {
             return Ok(Flow::Idle);
         };
         let Some(peer) = peers.get_mut(slot) else { return Ok(Flow::Idle) };
+        if sender.is_empty() && peer.core.is_silent() {
+            // The rule where transfers go another way.
+            return Ok(Flow::Idle);
+        }
         let mut env = env(regions, engine, counters, now);
         let (flow, more) = sender.send(&link.fd, id, &mut peer.core, &mut env, scratch)?;
         match flow {

@@ -50,6 +50,11 @@ impl Sender {
         Self { frames: VecDeque::with_capacity(TX_FRAMES), sent: 0, alone: false }
     }
 
+    /// Whether it has no frame, not even one that the socket did not take.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
     /// Whether a frame that is not the core's may be sent now: none is partly sent.
     pub(crate) fn is_between_frames(&self) -> bool {
         self.sent == 0

@@ -61,6 +61,16 @@ impl Core {
         open.find(|link| link.kind == LinkKind::Session).map(|link| link.id)
     }
 
+    /// Whether there is nothing to send on any link.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.control.is_empty()
+            && self.latency.is_empty()
+            && self.bulk.is_empty()
+            && self.ack == AckPlan::None
+            && !self.has_unsent()
+            && self.links.iter().all(|link| link.replies.is_empty())
+    }
+
     /// Whether this side has opened a link.
     pub(crate) fn is_link_ours(&self, id: LinkId) -> bool {
         self.links.iter().any(|link| link.id == id && link.ours)

@@ -43,6 +43,7 @@ pub(super) enum Queue {
 }
 
 /// A posted transfer that has not ended.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(super) struct Active {
     shared: Arc<TransferShared>,
     plan: Arc<PlanInner>,
@@ -64,6 +65,8 @@ pub(super) struct Active {
     counted: bool,
     /// It is copied by this side: its job is open, or not quiet.
     copying: bool,
+    /// It was at some time.
+    copied: bool,
     /// The driver has posted it to a device, or is about to: only it knows when its memory is quiet.
     wired: bool,
     uses: RegionUses,
@@ -76,7 +79,7 @@ impl Active {
 
     /// Opens the job of copying it.
     pub(super) fn begin_copy(&mut self, path: Arc<LocalPath>) -> Arc<TransferShared> {
-        self.copying = true;
+        (self.copying, self.copied) = (true, true);
         self.next_piece = self.plan.pieces.len() as u32;
         self.shared.copy.open(path, self.plan.chunks.len());
         self.shared.clone()
@@ -171,6 +174,7 @@ impl Core {
             notified: None,
             counted: false,
             copying: false,
+            copied: false,
             wired: false,
             uses,
         });
@@ -323,7 +327,9 @@ impl Core {
     /// The one place where transfers end.
     pub(super) fn finish(&mut self, slot: usize, env: &mut Env<'_>) {
         let active = self.active.remove(slot);
-        active.shared.copy.reset();
+        if active.copied {
+            active.shared.copy.reset();
+        }
         env.regions.release(active.uses);
         self.peer.leave();
         match active.ending {
