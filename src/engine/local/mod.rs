@@ -4,41 +4,29 @@
 //! Each side sends ATTACH with its region table, its channel and its doorbell, and answers the other's
 //! with ATTACHED: from then on the other has mapped the channel, so that copies announced in it are seen.
 
+mod copies;
+mod memory;
+mod rings;
+
+use self::memory::take_share;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use corelane_runtime::{Cx, Lane};
 use smallvec::SmallVec;
 
-use super::lane::{LANE_TURN, LOCAL_TIMER, LaneDriver, LanePeer, Message};
-use super::links::Phase;
-use crate::config::TransportKind;
-use crate::error::Error;
-use crate::memory::RegionInner;
-use crate::plan::Class;
-use crate::session::{LinkId, RingState};
+use crate::engine::lane::{LaneDriver, LanePeer};
+use crate::engine::links::Phase;
+use crate::session::LinkId;
 use crate::sys;
-use crate::transfer::TransferShared;
 use crate::transport::local::{
-    self, Consumer, LAYOUT, LocalPath, MAX_RING_PAYLOAD, Mapping, Message as RingMessage,
-    PathParts, PeerMemory, PeerProcess, Producer, Pushed, SharedFd, TableView, Uses,
+    self, Consumer, LAYOUT, LocalPath, PathParts, PeerProcess, Producer, SharedFd, TableView, Uses,
 };
 use crate::transport::receive::LocalFrame;
-use crate::wire::Access;
 use crate::wire::RegionKey;
 use crate::wire::frame::{FrameKind, Header};
-
-/// Messages of one ring in one turn.
-const RING_BATCH: usize = 64;
-/// Rings that a turn looks at; with more peers they take turns.
-const RINGS_PER_TURN: usize = 64;
-/// How long what waits for a ring is tried every turn; afterwards it is tried every millisecond.
-const RING_PATIENCE: Duration = Duration::from_micros(200);
-/// Transfers of so many bytes are shared among the lanes.
-const SHARED_BYTES: u64 = 2 << 20;
 
 /// `status` of ATTACHED.
 const TAKEN: u16 = 0;
@@ -46,14 +34,14 @@ const REFUSED: u16 = 1;
 
 /// What a peer on this host does with our memory.
 #[derive(Debug)]
-pub(super) struct Accessor {
+pub(in crate::engine) struct Accessor {
     uses: Uses,
     process: PeerProcess,
 }
 
 /// All that have, or had, access.
 #[derive(Debug, Default)]
-pub(super) struct Accessors(Mutex<Vec<Arc<Accessor>>>);
+pub(in crate::engine) struct Accessors(Mutex<Vec<Arc<Accessor>>>);
 
 impl Accessors {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Accessor>>> {
@@ -72,7 +60,7 @@ impl Accessors {
 
     /// Waits until every copy that is in progress now has ended, or its process has; false: not in time.
     /// What it was that they must not touch any more has been taken out of the table before.
-    pub(super) fn wait_until_quiet(&self, deadline: Instant) -> bool {
+    pub(in crate::engine) fn wait_until_quiet(&self, deadline: Instant) -> bool {
         let mut waiting: Vec<_> = self
             .lock()
             .iter()
@@ -120,7 +108,7 @@ struct Theirs {
 }
 
 /// The shared memory of one session.
-pub(super) struct Attachment {
+pub(in crate::engine) struct Attachment {
     link: LinkId,
     ring: Producer,
     theirs: Option<Theirs>,
@@ -132,7 +120,7 @@ pub(super) struct Attachment {
 }
 
 impl Attachment {
-    pub(super) fn is_up(&self) -> bool {
+    pub(in crate::engine) fn is_up(&self) -> bool {
         self.taken && self.theirs.is_some()
     }
 }
@@ -150,7 +138,7 @@ fn frame(kind: FrameKind, status: u16) -> Outgoing {
 
 impl LaneDriver {
     /// A session has come up over a Unix socket: our side of the exchange.
-    pub(super) fn attach(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
+    pub(in crate::engine) fn attach(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
         let made = self.make_attachment(link);
         let Some(peer) = self.peers.get_mut(slot) else { return };
         match made {
@@ -193,7 +181,7 @@ impl LaneDriver {
     ///
     /// # Errors
     /// The link is broken.
-    pub(super) fn flush_local(&mut self, slot: usize, id: LinkId) -> Result<(), String> {
+    pub(in crate::engine) fn flush_local(&mut self, slot: usize, id: LinkId) -> Result<(), String> {
         let Self { links, peers, .. } = self;
         let Some(attachment) = peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {
             return Ok(());
@@ -224,7 +212,7 @@ impl LaneDriver {
     }
 
     /// Frames about shared memory have arrived.
-    pub(super) fn on_local_frames(
+    pub(in crate::engine) fn on_local_frames(
         &mut self,
         slot: usize,
         id: LinkId,
@@ -422,7 +410,7 @@ impl LaneDriver {
     }
 
     /// The session's link is going: what the peer has put into its ring is taken first.
-    pub(super) fn detach(&mut self, slot: usize, cx: &mut Cx<'_>) {
+    pub(in crate::engine) fn detach(&mut self, slot: usize, cx: &mut Cx<'_>) {
         self.drain_ring(slot, usize::MAX, cx);
         self.rings.retain(|known| *known != slot);
         let Some(peer) = self.peers.get_mut(slot) else { return };
@@ -436,364 +424,14 @@ impl LaneDriver {
     }
 
     /// No further transfer is copied by callers: the session is being left.
-    pub(super) fn close_path(&mut self, slot: usize) {
+    pub(in crate::engine) fn close_path(&mut self, slot: usize) {
         if let Some(peer) = self.peers.get(slot) {
             peer.core.peer.set_path(None);
         }
-    }
-
-    // --- notifications
-
-    /// Looks into the rings; true: there was something.
-    pub(super) fn poll_rings(&mut self, cx: &mut Cx<'_>) -> bool {
-        if self.asleep && cx.on_lane_thread() {
-            self.set_asleep(false);
-        }
-        let count = self.rings.len();
-        let mut worked = false;
-        for _ in 0..count.min(RINGS_PER_TURN) {
-            self.next_ring =
-                if self.next_ring + 1 < self.rings.len() { self.next_ring + 1 } else { 0 };
-            let Some(&slot) = self.rings.get(self.next_ring) else { break };
-            worked |= self.drain_ring(slot, RING_BATCH, cx);
-        }
-        worked
-    }
-
-    /// Takes messages of one ring.
-    fn drain_ring(&mut self, slot: usize, most: usize, cx: &mut Cx<'_>) -> bool {
-        let mut taken = 0;
-        while taken < most {
-            let Some(peer) = self.peers.get_mut(slot) else { break };
-            let Some(attachment) = peer.local.as_mut() else { break };
-            let Some(theirs) = attachment.theirs.as_mut() else { break };
-            if !theirs.ring.has_message() {
-                break;
-            }
-            let link = attachment.link;
-            let popped = theirs.ring.pop().map_err(|error| error.to_string());
-            let handled = popped.and_then(|message| {
-                let Some(message) = message else { return Ok(()) };
-                let handled =
-                    self.with_core(slot, cx, |core, env| core.on_ring_message(message, env));
-                handled.unwrap_or(Ok(())).map_err(|error| error.to_string())
-            });
-            if let Err(reason) = handled {
-                // Nothing of a ring that is broken is looked at again.
-                self.rings.retain(|known| *known != slot);
-                if let Some(peer) = self.peers.get_mut(slot) {
-                    peer.core.set_ring(None);
-                    peer.core.peer.set_path(None);
-                    if let Some(theirs) = peer.local.take().as_ref().and_then(|a| a.theirs.as_ref())
-                    {
-                        theirs.accessor.process.set_disconnected();
-                    }
-                }
-                self.close_link(link, &reason, cx);
-                return true;
-            }
-            taken += 1;
-        }
-        taken > 0
-    }
-
-    /// Puts what a peer's core has into the ring; true: it moved something.
-    pub(super) fn flush_ring(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
-        let now = cx.now();
-        let Self { peers, regions, engine, counters, busy, .. } = self;
-        let Some(peer) = peers.get_mut(slot) else { return false };
-        let Some(attachment) = peer.local.as_mut().filter(|attachment| attachment.is_up()) else {
-            return false;
-        };
-        let link = attachment.link;
-        let (mut moved, mut asleep) = (false, false);
-        let mut env = super::lane::env(regions, engine, counters, now);
-        let filled = loop {
-            let has_room = match attachment.ring.has_room() {
-                Ok(has_room) => has_room,
-                Err(broken) => break Err(broken),
-            };
-            let state = RingState { has_room, is_empty: false, longest: MAX_RING_PAYLOAD };
-            peer.core.set_ring(Some(state));
-            let message = if has_room { peer.core.next_ring_message(&mut env) } else { None };
-            let Some(message) = message else {
-                // Only what may have to take the other way makes it worth a look at the peer's cache line.
-                if !peer.core.has_unsent() {
-                    break Ok(());
-                }
-                break attachment.ring.is_empty().map(|is_empty| {
-                    peer.core.set_ring(Some(RingState { is_empty, ..state }));
-                });
-            };
-            let message = match &message {
-                RingMessage::Notify { seq, ack, payload } => {
-                    RingMessage::Notify { seq: *seq, ack: *ack, payload: &payload[..] }
-                }
-                RingMessage::Ack(below) => RingMessage::Ack(*below),
-            };
-            match attachment.ring.push(&message) {
-                Ok(pushed) => asleep |= pushed == Pushed::Asleep,
-                Err(broken) => break Err(broken),
-            }
-            moved = true;
-        };
-        if asleep && let Some(theirs) = &attachment.theirs {
-            sys::ring(theirs.doorbell.as_fd());
-        }
-        if peer.core.waits_for_ring() {
-            let (since, timer) = attachment.waiting.get_or_insert((now, false));
-            if now - *since < RING_PATIENCE {
-                busy.push(slot);
-            } else if !*timer {
-                *timer = true;
-                cx.set_timer(now + Duration::from_millis(1), LOCAL_TIMER | slot as u64);
-            }
-        } else {
-            attachment.waiting = None;
-        }
-        if let Err(broken) = filled {
-            self.close_link(link, &broken.to_string(), cx);
-        }
-        moved
-    }
-
-    /// Time to look again whether the ring has room.
-    pub(super) fn ring_timer(&mut self, slot: usize) {
-        if let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut())
-            && let Some((_, timer)) = attachment.waiting.as_mut()
-        {
-            *timer = false;
-        }
-        self.mark(slot);
-    }
-
-    fn set_asleep(&mut self, asleep: bool) {
-        self.asleep = asleep;
-        for &slot in &self.rings {
-            if let Some(theirs) =
-                self.peers.get(slot).and_then(|peer| peer.local.as_ref()?.theirs.as_ref())
-            {
-                theirs.ring.set_asleep(asleep);
-            }
-        }
-    }
-
-    /// Tells the peers on this host to ring; false: one of them has not seen it, and a message waits.
-    pub(super) fn rings_before_sleep(&mut self) -> bool {
-        if self.rings.is_empty() {
-            return true;
-        }
-        self.set_asleep(true);
-        // With the fence in `Producer::push`.
-        fence(Ordering::SeqCst);
-        let waits = self.rings.iter().any(|&slot| {
-            let theirs = self.peers.get(slot).and_then(|peer| peer.local.as_ref()?.theirs.as_ref());
-            theirs.is_some_and(|theirs| theirs.ring.has_message())
-        });
-        if waits {
-            self.set_asleep(false);
-        }
-        !waits
-    }
-
-    // --- memory of the engine
-
-    /// Tells a peer of all memory of this engine that it may map.
-    fn share_all(&mut self, slot: usize) {
-        let regions: Vec<Arc<RegionInner>> = self
-            .engine
-            .registry()
-            .all()
-            .filter(|region| region.memory.is_some())
-            .cloned()
-            .collect();
-        for region in regions {
-            self.share(slot, &region);
-        }
-    }
-
-    fn share(&mut self, slot: usize, region: &RegionInner) {
-        let descriptor = &region.descriptor;
-        let Some(memory) = region.memory.as_ref().filter(|_| descriptor.access != Access::LOCAL)
-        else {
-            return;
-        };
-        let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {
-            return;
-        };
-        let Ok(fd) = memory.fd_for_peers(descriptor.access.allows(Access::REMOTE_WRITE)) else {
-            // It is reached as other memory is.
-            return;
-        };
-        let mut share = frame(FrameKind::Share, u16::from(descriptor.access.bits()));
-        share.header.key = descriptor.key.0;
-        share.header.addr = descriptor.base;
-        share.header.id = descriptor.len;
-        share.fds.push(fd);
-        attachment.outgoing.push_back(share);
-        self.mark(slot);
-    }
-
-    pub(super) fn share_with_all(&mut self, region: &RegionInner) {
-        for slot in self.rings.clone() {
-            self.share(slot, region);
-        }
-    }
-
-    pub(super) fn unshare_with_all(&mut self, region: &RegionInner) {
-        if region.memory.is_none() {
-            return;
-        }
-        for slot in self.rings.clone() {
-            if let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut())
-            {
-                let mut unshare = frame(FrameKind::Unshare, 0);
-                unshare.header.key = region.descriptor.key.0;
-                attachment.outgoing.push_back(unshare);
-                self.mark(slot);
-            }
-        }
-    }
-
-    // --- copies
-
-    /// Takes up the transfers of a peer that are to be copied.
-    pub(super) fn take_copies(&mut self, slot: usize) {
-        while let Some(transfer) = self.peers.get_mut(slot).and_then(|peer| peer.core.next_copy()) {
-            if transfer.plan.bytes >= SHARED_BYTES {
-                for (index, lane) in self.engine.lanes().iter().enumerate() {
-                    if index != self.index {
-                        // One that is gone does not help.
-                        let _ = lane.try_submit(Message::Help(transfer.clone()));
-                    }
-                }
-            }
-            self.add_copy(transfer);
-        }
-    }
-
-    pub(super) fn add_copy(&mut self, transfer: Arc<TransferShared>) {
-        match transfer.plan.class {
-            Class::Latency => self.copies.push_front(transfer),
-            Class::Bulk => self.copies.push_back(transfer),
-        }
-    }
-
-    /// Copies for this lane's share of the turn, a chunk of each transfer in turn.
-    pub(super) fn run_copies(&mut self, cx: &mut Cx<'_>) -> bool {
-        if self.copies.is_empty() {
-            return false;
-        }
-        let began = Instant::now();
-        while let Some(transfer) = self.copies.pop_front() {
-            match transfer.copy_chunk() {
-                // Others have the rest.
-                None => continue,
-                Some(false) => self.copies.push_back(transfer),
-                Some(true) => self.copied(&transfer, cx),
-            }
-            if began.elapsed() >= LANE_TURN {
-                break;
-            }
-        }
-        true
-    }
-
-    /// Nothing may be left to copy of a transfer.
-    pub(super) fn copied(&mut self, transfer: &Arc<TransferShared>, cx: &mut Cx<'_>) {
-        let home = transfer.plan.peer.lane;
-        if home == self.index {
-            let Some(slot) = self.slot_of(&transfer.plan.peer) else { return };
-            if transfer.copy.error().is_some_and(|error| error.is_disconnect()) {
-                self.look_for_end(slot, cx);
-            }
-            self.with_core(slot, cx, |core, env| core.copied(transfer, env));
-        } else if let Ok(lane) = self.engine.lane(home) {
-            // A lane that is gone has ended the transfer itself.
-            let _ = lane.submit(Message::Copied(transfer.clone()));
-        }
-    }
-
-    /// Finds out whether the peers of this name are still there; those of this lane.
-    pub(super) fn look_for_end_of(&mut self, name: &str, cx: &mut Cx<'_>) {
-        let named: Vec<(usize, LinkId)> = self
-            .peers
-            .iter()
-            .filter(|(_, peer)| &*peer.core.peer.name == name)
-            .filter_map(|(slot, peer)| Some((slot, *peer.links.first()?)))
-            .collect();
-        for (slot, link) in named {
-            self.look_for_end(slot, cx);
-            self.receive_last(link, cx);
-        }
-    }
-
-    /// The peer's memory is out of reach: whoever is told of that finds the connection in the same state.
-    fn look_for_end(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        let attachment = |driver: &Self| {
-            let attachment = driver.peers.get(slot)?.local.as_ref()?;
-            Some((attachment.link, attachment.theirs.as_ref()?.accessor.clone()))
-        };
-        let Some((link, accessor)) = attachment(self) else { return };
-        // A goodbye, or the end of the stream, may be there and not read yet.
-        self.receive_last(link, cx);
-        if attachment(self).is_some() && accessor.process.is_gone() {
-            self.close_link(link, "its process has ended", cx);
-        }
-    }
-
-    /// Whether both sides have devices for transport `rdma`.
-    pub(super) fn rdma_expected(&self, theirs: u32) -> bool {
-        theirs & self.engine.identity.transports & TransportKind::Rdma.bit() != 0
-    }
-
-    /// Whether both sides allow transfers as frames over a socket.
-    pub(super) fn frames_allowed(&self, theirs: u32) -> bool {
-        theirs & self.engine.identity.transports & TransportKind::Tcp.bit() != 0
     }
 }
 
 /// The session's link.
 fn peer_session(peer: Option<&LanePeer>) -> Option<LinkId> {
     peer?.core.session_link()
-}
-
-fn take_share(theirs: &Theirs, header: &Header, fds: &sys::Fds) -> Result<(), String> {
-    let [fd] = &fds[..] else { return Err("SHARE without its descriptor".into()) };
-    let writable = header.status & u16::from(Access::REMOTE_WRITE.bits()) != 0;
-    let len = usize::try_from(header.id).map_err(|_| "SHARE of more than fits".to_owned())?;
-    let most = len.saturating_add(4 << 20);
-    match Mapping::received(fd.as_fd(), len.max(1)..=most, writable, theirs.same_user) {
-        Ok(map) => {
-            let memory = PeerMemory { map, base: header.addr, len: header.id };
-            theirs.path.map(RegionKey(header.key), memory);
-        }
-        // It is reached as other memory is.
-        Err(reason) => tracing::debug!(reason, "memory of a peer's engine is not mapped"),
-    }
-    Ok(())
-}
-
-impl TransferShared {
-    /// Copies one chunk, if one is left to claim: true when it may have been the last. Any thread.
-    pub(crate) fn copy_chunk(&self) -> Option<bool> {
-        let plan = &self.plan;
-        let (chunk, path) = self.copy.claim(plan.chunks.len())?;
-        // SAFETY: a claimed chunk holds the transfer's end off, and with it the uses of its regions that
-        // its lane counts.
-        let outcome = unsafe { path.copy_patiently(plan, chunk) };
-        Some(self.copy.finish(outcome, plan.chunks.len()))
-    }
-}
-
-impl From<local::CopyError> for Error {
-    fn from(error: local::CopyError) -> Self {
-        match error {
-            local::CopyError::Failed(error) => error,
-            local::CopyError::Busy => Error::Busy {
-                what: "every place for a copy to the peer",
-                hint: "; too many threads copy at the same time",
-            },
-        }
-    }
 }

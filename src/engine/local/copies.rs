@@ -1,0 +1,138 @@
+//! Transfers that are copied.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use corelane_runtime::Cx;
+
+use crate::config::TransportKind;
+use crate::engine::lane::{LANE_TURN, LaneDriver, Message};
+use crate::error::Error;
+use crate::plan::Class;
+use crate::session::LinkId;
+use crate::transfer::TransferShared;
+use crate::transport::local::{self};
+
+/// Transfers of so many bytes are shared among the lanes.
+const SHARED_BYTES: u64 = 2 << 20;
+
+impl LaneDriver {
+    /// Takes up the transfers of a peer that are to be copied.
+    pub(in crate::engine) fn take_copies(&mut self, slot: usize) {
+        while let Some(transfer) = self.peers.get_mut(slot).and_then(|peer| peer.core.next_copy()) {
+            if transfer.plan.bytes >= SHARED_BYTES {
+                for (index, lane) in self.engine.lanes().iter().enumerate() {
+                    if index != self.index {
+                        // One that is gone does not help.
+                        let _ = lane.try_submit(Message::Help(transfer.clone()));
+                    }
+                }
+            }
+            self.add_copy(transfer);
+        }
+    }
+
+    pub(in crate::engine) fn add_copy(&mut self, transfer: Arc<TransferShared>) {
+        match transfer.plan.class {
+            Class::Latency => self.copies.push_front(transfer),
+            Class::Bulk => self.copies.push_back(transfer),
+        }
+    }
+
+    /// Copies for this lane's share of the turn, a chunk of each transfer in turn.
+    pub(in crate::engine) fn run_copies(&mut self, cx: &mut Cx<'_>) -> bool {
+        if self.copies.is_empty() {
+            return false;
+        }
+        let began = Instant::now();
+        while let Some(transfer) = self.copies.pop_front() {
+            match transfer.copy_chunk() {
+                // Others have the rest.
+                None => continue,
+                Some(false) => self.copies.push_back(transfer),
+                Some(true) => self.copied(&transfer, cx),
+            }
+            if began.elapsed() >= LANE_TURN {
+                break;
+            }
+        }
+        true
+    }
+
+    /// Nothing may be left to copy of a transfer.
+    pub(in crate::engine) fn copied(&mut self, transfer: &Arc<TransferShared>, cx: &mut Cx<'_>) {
+        let home = transfer.plan.peer.lane;
+        if home == self.index {
+            let Some(slot) = self.slot_of(&transfer.plan.peer) else { return };
+            if transfer.copy.error().is_some_and(|error| error.is_disconnect()) {
+                self.look_for_end(slot, cx);
+            }
+            self.with_core(slot, cx, |core, env| core.copied(transfer, env));
+        } else if let Ok(lane) = self.engine.lane(home) {
+            // A lane that is gone has ended the transfer itself.
+            let _ = lane.submit(Message::Copied(transfer.clone()));
+        }
+    }
+
+    /// Finds out whether the peers of this name are still there; those of this lane.
+    pub(in crate::engine) fn look_for_end_of(&mut self, name: &str, cx: &mut Cx<'_>) {
+        let named: Vec<(usize, LinkId)> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| &*peer.core.peer.name == name)
+            .filter_map(|(slot, peer)| Some((slot, *peer.links.first()?)))
+            .collect();
+        for (slot, link) in named {
+            self.look_for_end(slot, cx);
+            self.receive_last(link, cx);
+        }
+    }
+
+    /// The peer's memory is out of reach: whoever is told of that finds the connection in the same state.
+    pub(super) fn look_for_end(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let attachment = |driver: &Self| {
+            let attachment = driver.peers.get(slot)?.local.as_ref()?;
+            Some((attachment.link, attachment.theirs.as_ref()?.accessor.clone()))
+        };
+        let Some((link, accessor)) = attachment(self) else { return };
+        // A goodbye, or the end of the stream, may be there and not read yet.
+        self.receive_last(link, cx);
+        if attachment(self).is_some() && accessor.process.is_gone() {
+            self.close_link(link, "its process has ended", cx);
+        }
+    }
+
+    /// Whether both sides have devices for transport `rdma`.
+    pub(in crate::engine) fn rdma_expected(&self, theirs: u32) -> bool {
+        theirs & self.engine.identity.transports & TransportKind::Rdma.bit() != 0
+    }
+
+    /// Whether both sides allow transfers as frames over a socket.
+    pub(in crate::engine) fn frames_allowed(&self, theirs: u32) -> bool {
+        theirs & self.engine.identity.transports & TransportKind::Tcp.bit() != 0
+    }
+}
+
+impl TransferShared {
+    /// Copies one chunk, if one is left to claim: true when it may have been the last. Any thread.
+    pub(crate) fn copy_chunk(&self) -> Option<bool> {
+        let plan = &self.plan;
+        let (chunk, path) = self.copy.claim(plan.chunks.len())?;
+        // SAFETY: a claimed chunk holds the transfer's end off, and with it the uses of its regions that
+        // its lane counts.
+        let outcome = unsafe { path.copy_patiently(plan, chunk) };
+        Some(self.copy.finish(outcome, plan.chunks.len()))
+    }
+}
+
+impl From<local::CopyError> for Error {
+    fn from(error: local::CopyError) -> Self {
+        match error {
+            local::CopyError::Failed(error) => error,
+            local::CopyError::Busy => Error::Busy {
+                what: "every place for a copy to the peer",
+                hint: "; too many threads copy at the same time",
+            },
+        }
+    }
+}
