@@ -236,6 +236,7 @@ impl LaneRdma {
     /// several rails; else the one for bulk that has least to do.
     pub(crate) fn assign(&mut self, link: &mut Link, job: usize) {
         let Some(first) = link.first() else { return };
+        let Some(key) = link.jobs.get(job).map(|job| job.key) else { return };
         let bulk: SmallVec<[PairId; 8]> = link.pairs.iter().skip(1).map(|(_, id)| *id).collect();
         let mut chosen: SmallVec<[PairId; 8]> = SmallVec::new();
         match link.is_large(job) {
@@ -251,7 +252,7 @@ impl LaneRdma {
         link.share(job, chosen.len());
         for id in chosen {
             if let Some(pair) = self.pair(id) {
-                pair.waiting.push_back(job);
+                pair.waiting.push_back((job, key));
             }
         }
     }

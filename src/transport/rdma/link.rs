@@ -51,6 +51,7 @@ impl Span {
 
 /// A transfer on its way.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(crate) struct Job {
     /// How the session's core names it.
     pub(crate) key: u64,
@@ -228,12 +229,13 @@ impl Link {
     /// Issues chains of the jobs that wait for a queue pair, in turns, while it has room.
     pub(super) fn issue(&mut self, pair: &mut Pair, list: &mut SendList) -> io::Result<Posted> {
         let mut posted = Posted::default();
-        while let Some(&slot) = pair.waiting.front() {
+        while let Some(&(slot, key)) = pair.waiting.front() {
             let room = pair.room().min(CHAIN);
             if room == 0 {
                 break;
             }
-            let Some(job) = self.jobs.get_mut(slot).filter(|job| !job.is_issued()) else {
+            let waits = |job: &&mut Job| job.key == key && !job.is_issued();
+            let Some(job) = self.jobs.get_mut(slot).filter(waits) else {
                 pair.waiting.pop_front();
                 continue;
             };

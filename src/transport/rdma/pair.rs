@@ -66,8 +66,9 @@ pub(crate) struct Pair {
     /// Messages since the last request that tells of its end.
     untold: u32,
     chains: VecDeque<Chain>,
-    /// Jobs that have something to issue here, taking turns.
-    pub(crate) waiting: VecDeque<usize>,
+    /// Jobs that have something to issue here, taking turns: place and key, since a job may end while it is here, and another
+    /// get its place.
+    pub(super) waiting: VecDeque<(usize, u64)>,
 
     receives: u8,
     peer_receives: u32,
@@ -209,7 +210,8 @@ impl Pair {
             peer_gid: Gid(peer.gid),
         })?;
         self.peer_rail = usize::from(peer.rail);
-        self.peer_receives = u32::from(peer.receives);
+        // As many as there are buffers to send from, at most.
+        self.peer_receives = u32::from(peer.receives.min(self.receives));
         self.longest = self.longest.min(peer.max_msg_sz).max(4096);
         self.connected = true;
         Ok(())
@@ -269,7 +271,7 @@ impl Pair {
         let slot = if message.takes_credit() {
             let slot = self.sent as usize % self.peer_receives.max(1) as usize;
             self.sent = self.sent.wrapping_add(1);
-            slot % usize::from(self.receives)
+            slot
         } else {
             // Before the next of its kind this one has long been sent.
             usize::from(self.receives) + self.taken as usize % SPARE_RECEIVES
