@@ -233,6 +233,9 @@ pub(crate) struct RunSpec {
     pub(crate) target_app: TargetApp,
     /// Transports of the engines, by name.
     pub(crate) transports: Vec<String>,
+    /// RDMA devices of the initiator's and of the target's engine; none: those that it finds.
+    pub(crate) rdma_devices: Vec<String>,
+    pub(crate) server_rdma_devices: Vec<String>,
     pub(crate) memory: Memory,
     /// Lanes of each engine.
     pub(crate) lanes: usize,

@@ -158,6 +158,12 @@ pub(crate) struct MeasureArgs {
     /// Transports that the engine may use, e.g. tcp
     #[arg(long, value_name = "TRANSPORTS", value_delimiter = ',', value_parser = parse_transport, default_value = "tcp", help_heading = "System")]
     pub(crate) transport: Vec<String>,
+    /// RDMA devices that the engines use, e.g. mlx5_0:1 [default: those near the lanes]
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', help_heading = "System")]
+    pub(crate) rdma_devices: Vec<String>,
+    /// RDMA devices of the server's engine, where they are others
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', help_heading = "System")]
+    pub(crate) server_rdma_devices: Vec<String>,
     /// Whose memory the engines transfer
     #[arg(long, value_enum, default_value_t = Memory::Registered, help_heading = "System")]
     pub(crate) memory: Memory,
@@ -311,6 +317,11 @@ impl MeasureArgs {
             app: self.app,
             target_app: self.target_app,
             transports: self.transport.clone(),
+            rdma_devices: self.rdma_devices.clone(),
+            server_rdma_devices: match &self.server_rdma_devices[..] {
+                [] => self.rdma_devices.clone(),
+                devices => devices.to_vec(),
+            },
             memory: self.memory,
             lanes: self.lanes,
             spin: self.spin.clone(),

@@ -25,6 +25,8 @@ pub(crate) fn spec(case: Case) -> RunSpec {
         app: App::Thread,
         target_app: TargetApp::Sleep,
         transports: vec!["tcp".to_owned()],
+        rdma_devices: Vec::new(),
+        server_rdma_devices: Vec::new(),
         memory: Memory::Registered,
         lanes: 1,
         spin: None,

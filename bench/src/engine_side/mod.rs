@@ -33,6 +33,8 @@ fn start_engine(role: &str, spec: &RunSpec, cores: &[usize], ip: IpAddr) -> Resu
     config.lanes = LaneSpec::Cores(cores.to_vec());
     config.transports =
         spec.transports.iter().map(|name| name.parse()).collect::<Result<_, corelane::Error>>()?;
+    let devices = if role == "target" { &spec.server_rdma_devices } else { &spec.rdma_devices };
+    config.rdma.devices.clone_from(devices);
     config.listen = Listen { addresses: vec![ip], ..Listen::default() };
     if let Some(spin) = &spec.spin {
         config.spin = spin.parse().map_err(|error| anyhow::anyhow!("--spin {spin}: {error}"))?;
