@@ -12,7 +12,7 @@ readonly rdma_rig_limit_seconds=900
 
 want_rdma() {
     want "what the bindings of libibverbs are built with" can_build_rdma \
-        cmake make pkg-config libclang-dev libnl-3-dev libnl-route-3-dev libibverbs-dev
+        cmake make python3 pkg-config libclang-dev libnl-3-dev libnl-route-3-dev libibverbs-dev
 }
 
 # The crate ibverbs-sys configures and compiles rdma-core, and generates its bindings by libclang. False with `rdma_missing`.
@@ -20,6 +20,7 @@ can_build_rdma() {
     local missing=()
     have_command cmake || missing+=(cmake)
     have_command make || missing+=(make)
+    have_command python3 || missing+=(python3)
     have_libclang || missing+=(libclang)
     if have_command pkg-config; then
         have_library libnl-3.0 || missing+=(libnl-3-dev)
