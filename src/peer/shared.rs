@@ -144,11 +144,12 @@ impl PeerShared {
 
     /// Which way transfers go now.
     pub(crate) fn transport(&self) -> Option<TransportKind> {
+        // First: the way is set before it is said to be settled, so that who sees this sees that.
+        let settled =
+            self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
         if self.path().as_ref().is_some_and(|path| path.reaches_all()) {
             return Some(TransportKind::Local);
         }
-        let settled =
-            self.connected.load(Ordering::Acquire) && self.settled.load(Ordering::Acquire);
         if settled && self.wired.load(Ordering::Acquire) {
             return Some(TransportKind::Rdma);
         }
