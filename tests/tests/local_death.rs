@@ -53,7 +53,11 @@ fn post_until_dead(transfers: &[Transfer], seed: u64) {
             _ => transfer.post(),
         };
         let ended = match posted {
-            Ok(()) => outcome(transfer),
+            // Not `outcome`: another thread may have posted it again by the time at which it asks.
+            Ok(()) => match transfer.wait(BOUND) {
+                Err(Error::Timeout { .. }) => panic!("a transfer does not end"),
+                ended => ended,
+            },
             // Another thread has posted it.
             Err(Error::Busy { .. }) => Ok(()),
             Err(Error::Backpressure { .. }) => {
