@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use corelane::{Access, EngineConfig, Error, Operation, Peer, RegionDescriptor, Transfer};
 use corelane_tests::{
-    BOUND, Buffer, Near, PeerProcess, Random, end_of, eventually, kind, local_config, outcome,
-    peer_process, target, to_hex,
+    BOUND, Buffer, Near, PeerProcess, Random, end_of, eventually, kind, local_config, peer_process,
+    target, to_hex,
 };
 
 /// What a transfer to a peer that has been killed may end in, if not well.
