@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::{
@@ -279,12 +280,14 @@ fn several_lanes_of_one_engine_share_its_peers_and_its_notifications(config: Con
     let mut config = config();
     config.lanes = LaneSpec::Unpinned { count: 3 };
     let hub = Side::new("hub", 9, 1 << 20, config);
-    let mut peers: Vec<Target> = (0..6).map(|i| target!(&format!("peer-{i}"), 1 << 20)).collect();
-    let mut lanes = Vec::new();
-    for far in &mut peers {
+    let mut peers: Vec<Target> = Vec::new();
+    let mut lanes = HashSet::new();
+    // Which lane a peer has is drawn at random: once in 243 times six have the same.
+    while peers.len() < 6 || (lanes.len() == 1 && peers.len() < 30) {
+        let mut far = target!(&format!("peer-{}", peers.len()), 1 << 20);
         far.process.load(&hub.engine.metadata());
         let peer = hub.engine.load_peer(&far.metadata).unwrap();
-        lanes.push(peer.lane());
+        lanes.insert(peer.lane());
         for len in [10, 1 << 20] {
             hub.memory.poison(0, 1 << 20);
             let local = [hub.region.segment(0, len)];
@@ -294,10 +297,9 @@ fn several_lanes_of_one_engine_share_its_peers_and_its_notifications(config: Con
             hub.memory.assert_pattern(1, 0, len as usize, 0);
         }
         far.process.ask("notify hub 01");
+        peers.push(far);
     }
-    assert_eq!(collect(&hub.engine, 6).len(), 6);
-    lanes.sort_unstable();
-    lanes.dedup();
+    assert_eq!(collect(&hub.engine, peers.len()).len(), peers.len());
     assert!(lanes.len() > 1, "all peers are on one lane of three");
     eventually("no transfer is left", || {
         hub.engine.stats().peers.iter().all(|peer| peer.in_flight == 0)
