@@ -130,7 +130,11 @@ impl Core {
             env.counters.notifications_sent.add(1);
         }
         match end {
-            WiredEnd::Done { .. } => self.finish(key.slot, env),
+            WiredEnd::Done { .. } => {
+                // Completions are looked for when a turn begins, just after its look at the clock.
+                env.clock = None;
+                self.finish(key.slot, env);
+            }
             WiredEnd::Stopped => self.fail(key.slot, Error::Cancelled, env),
             WiredEnd::Failed(error) => self.fail(key.slot, error, env),
         }

@@ -46,7 +46,6 @@ pub(super) enum Queue {
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(super) struct Active {
     shared: Arc<TransferShared>,
-    plan: Arc<PlanInner>,
     posted: Instant,
     stamp: u32,
     next_piece: u32,
@@ -74,14 +73,14 @@ pub(super) struct Active {
 
 impl Active {
     pub(super) fn plan(&self) -> &Arc<PlanInner> {
-        &self.plan
+        &self.shared.plan
     }
 
     /// Opens the job of copying it.
     pub(super) fn begin_copy(&mut self, path: Arc<LocalPath>) -> Arc<TransferShared> {
         (self.copying, self.copied) = (true, true);
-        self.next_piece = self.plan.pieces.len() as u32;
-        self.shared.copy.open(path, self.plan.chunks.len());
+        self.next_piece = self.shared.plan.pieces.len() as u32;
+        self.shared.copy.open(path, self.shared.plan.chunks.len());
         self.shared.clone()
     }
 
@@ -89,7 +88,7 @@ impl Active {
     #[inline]
     pub(super) fn begin_wired(&mut self) -> (Arc<PlanInner>, Option<Arc<[u8]>>) {
         self.wired = true;
-        (self.plan.clone(), self.notification.clone())
+        (self.shared.plan.clone(), self.notification.clone())
     }
 
     /// The driver is done with it. The answer is the length of its notification, if that was sent.
@@ -113,7 +112,7 @@ impl Active {
 
     /// Closes that job; false: a thread is still copying.
     fn stop_copy(&mut self) -> bool {
-        self.copying &= !self.shared.copy.close(self.plan.chunks.len());
+        self.copying &= !self.shared.copy.close(self.shared.plan.chunks.len());
         !self.copying
     }
 }
@@ -139,8 +138,8 @@ impl Core {
     /// Starts a transfer. It ends exactly once, perhaps before this returns.
     pub(crate) fn post(&mut self, shared: Arc<TransferShared>, env: &mut Env<'_>) {
         env.counters.posted.add(1);
-        let plan = shared.plan.clone();
         let notification = shared.take_notification();
+        let plan = &shared.plan;
         let mut uses = RegionUses::new();
         for region in &plan.regions {
             let Some(one) = env.regions.use_own(region) else {
@@ -162,7 +161,6 @@ impl Core {
         self.next_transfer += 1;
         let slot = self.active.insert(Active {
             shared,
-            plan,
             posted: env.now,
             stamp,
             next_piece: 0,
@@ -334,8 +332,8 @@ impl Core {
         self.peer.leave();
         match active.ending {
             None => {
-                let bytes = active.plan.bytes;
-                match active.plan.operation {
+                let bytes = active.shared.plan.bytes;
+                match active.shared.plan.operation {
                     Operation::Read => env.counters.bytes_read.add(bytes),
                     Operation::Write => env.counters.bytes_written.add(bytes),
                 }
@@ -345,7 +343,7 @@ impl Core {
                     // it had not returned, if the peer runs on this core. 30 ns.
                     let now = env.clock.map_or(env.now, |clock| clock());
                     let took = now.saturating_duration_since(active.posted);
-                    let (history, plan) = (&self.peer.history, &active.plan);
+                    let (history, plan) = (&self.peer.history, &active.shared.plan);
                     history.record(plan.operation, bytes, plan.descriptors, took);
                 }
                 if let Some(payload) = active.notification {
@@ -401,10 +399,10 @@ impl Core {
         let piece = active.next_piece;
         active.next_piece += 1;
         active.outstanding += 1;
-        let last = active.next_piece as usize == active.plan.pieces.len();
-        let mut header = active.plan.pieces[piece as usize].header;
+        let last = active.next_piece as usize == active.shared.plan.pieces.len();
+        let mut header = active.shared.plan.pieces[piece as usize].header;
         header.id = id;
-        let write = active.plan.operation == Operation::Write;
+        let write = active.shared.plan.operation == Operation::Write;
         if write && active.notification.as_ref().is_some_and(|n| n.len() <= MAX_IN_BAND) {
             active.counted = true;
             header.aux = active.number;
@@ -422,7 +420,7 @@ impl Core {
             active: key,
             piece,
             len: header.len,
-            operation: active.plan.operation,
+            operation: active.shared.plan.operation,
             stamp,
             link: link.id,
             unsent: write,
@@ -430,9 +428,9 @@ impl Core {
         });
         let frame = TxFrame {
             header: header.encode(),
-            body: (header.body > 0).then(|| (active.plan.clone(), piece)),
+            body: (header.body > 0).then(|| (active.plan().clone(), piece)),
             payload: if write {
-                TxPayload::Plan(active.plan.clone(), piece)
+                TxPayload::Plan(active.plan().clone(), piece)
             } else {
                 TxPayload::None
             },
@@ -496,7 +494,7 @@ impl Core {
     pub(crate) fn destination(&mut self, id: u64) -> Option<&[IoSegment]> {
         let request = self.request(id).filter(|request| !request.orphan)?;
         let (key, piece) = (request.active, request.piece);
-        self.active.get(key.slot).map(|active| active.plan.local(piece))
+        self.active.get(key.slot).map(|active| active.shared.plan.local(piece))
     }
 
     /// A frame of which nothing is sent names memory of ours that is not mapped: it is dropped. The
@@ -529,7 +527,7 @@ impl Core {
         let Some(request) = self.request(*id).filter(|request| !request.orphan) else { return };
         let (key, piece) = (request.active, request.piece);
         let Some(active) = self.active.get(key.slot) else { return };
-        let addr = active.plan.local(piece).first().map_or(0, IoSegment::addr);
+        let addr = active.shared.plan.local(piece).first().map_or(0, IoSegment::addr);
         self.fail(key.slot, Error::Fault { addr }, env);
     }
 
@@ -585,7 +583,8 @@ impl Core {
         if let Some(error) = error {
             return self.fail(key.slot, error, env);
         }
-        if active.outstanding == 0 && active.next_piece as usize == active.plan.pieces.len() {
+        if active.outstanding == 0 && active.next_piece as usize == active.shared.plan.pieces.len()
+        {
             self.finish(key.slot, env);
         }
     }

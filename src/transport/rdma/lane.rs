@@ -237,17 +237,21 @@ impl LaneRdma {
     pub(crate) fn assign(&mut self, link: &mut Link, job: usize) {
         let Some(first) = link.first() else { return };
         let Some(key) = link.jobs.get(job).map(|job| job.key) else { return };
+        let Some(large) = link.is_large(job) else {
+            if let Some(pair) = self.pair(first) {
+                pair.waiting.push_back((job, key));
+            }
+            return;
+        };
         let bulk: SmallVec<[PairId; 8]> = link.pairs.iter().skip(1).map(|(_, id)| *id).collect();
         let mut chosen: SmallVec<[PairId; 8]> = SmallVec::new();
-        match link.is_large(job) {
-            Some(true) if self.rails_of(&bulk) > 1 => chosen = bulk,
-            Some(_) => {
-                let load = |id: &PairId| {
-                    self.pairs.get(usize::from(id.slot)).map_or(0, |entry| entry.pair.load())
-                };
-                chosen.push(bulk.iter().copied().min_by_key(load).unwrap_or(first));
-            }
-            None => chosen.push(first),
+        if large && self.rails_of(&bulk) > 1 {
+            chosen = bulk;
+        } else {
+            let load = |id: &PairId| {
+                self.pairs.get(usize::from(id.slot)).map_or(0, |entry| entry.pair.load())
+            };
+            chosen.push(bulk.iter().copied().min_by_key(load).unwrap_or(first));
         }
         link.share(job, chosen.len());
         for id in chosen {
