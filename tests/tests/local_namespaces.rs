@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use corelane::{Operation, RegionDescriptor, TransportKind};
-use corelane_tests::{Near, PeerProcess, end_of, from_hex, local_config, peer_process, to_hex};
+use corelane_tests::{
+    Near, PeerProcess, end_of, eventually, from_hex, local_config, peer_process, to_hex,
+};
 
 const LEN: usize = 3 << 20;
 /// Nobody.
@@ -85,9 +87,13 @@ impl Couple {
     #[track_caller]
     fn assert_maps(&mut self, access: &str) {
         let region = alloc(&mut self.far, "m", access);
-        // Anything that comes behind the message about it.
         let descriptor = to_hex(&region.to_bytes());
-        self.copy("m", &descriptor);
+        // The message about it may still be on its way: until then it is memory like other.
+        let read = format!("read far r 0 {descriptor} 0 64");
+        eventually("the memory is mapped", || {
+            let served = self.served();
+            self.near.try_ask(&read).is_ok() && self.served() == served
+        });
         let served = self.served();
         self.copy("m", &descriptor);
         assert_eq!(self.served(), served, "the peer was asked to serve");

@@ -267,12 +267,13 @@ impl LaneDriver {
         self.rdma_destroy(slot, cx);
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let Some(mut link) = peer.rdma.take() else { return };
-        let begun: SmallVec<[(usize, bool); 16]> =
-            link.jobs.iter().map(|(slot, job)| (slot, job.has_begun())).collect();
-        for (job, begun) in begun {
+        // A READ may be done again: the queue pairs that could write are destroyed.
+        let lost: SmallVec<[(usize, bool); 16]> =
+            link.jobs.iter().map(|(slot, job)| (slot, job.has_begun() && job.is_write())).collect();
+        for (job, lost) in lost {
             let Some(ended) = link.end(job) else { continue };
             self.with_core(slot, cx, |core, env| {
-                if begun {
+                if lost {
                     let error = core.peer.gone(reason);
                     core.wired_ended(ended.key, WiredEnd::Failed(error), env);
                 } else {

@@ -230,7 +230,7 @@ impl Core {
                 env.regions.release(uses);
             }
         }
-        self.fail_requests_of(id, reason, env);
+        self.lose_requests_of(id, reason, env);
         match link.kind {
             LinkKind::Session if !link.closing => self.session_down(reason, env),
             LinkKind::Session => {}

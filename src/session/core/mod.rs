@@ -190,6 +190,8 @@ pub(crate) struct Core {
     ack_base: u64,
     /// When to connect again for notifications that wait (`None`: under way), and the last pause.
     retry: Option<(Option<Instant>, Duration)>,
+    /// How often that was decided.
+    attempts: u64,
     /// When to forget a peer that is not loaded and has no link.
     forget: Option<Instant>,
     connecting: Vec<ConnectTicket>,
@@ -251,6 +253,7 @@ impl Core {
             ack: AckPlan::None,
             ack_base: 0,
             retry: None,
+            attempts: 0,
             forget: None,
             connecting: Vec::new(),
             leaving: Vec::new(),

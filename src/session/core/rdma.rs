@@ -145,6 +145,7 @@ impl Core {
         let key = ActiveKey::from_bits(key);
         let Some(active) = self.active_mut(key) else { return };
         active.end_wired(false);
+        active.begin_again();
         if active.is_ending() {
             self.fail(key.slot, Error::Cancelled, env);
         } else {

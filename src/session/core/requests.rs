@@ -18,6 +18,9 @@ use crate::wire::hello::LinkKind;
 /// How long a lane that ends waits for threads in the middle of a copy.
 const COPY_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How often a READ is begun again that has lost a link.
+const MAX_REDONE: u8 = 3;
+
 /// Names an active transfer; the stamp tells it from a later one in the same place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ActiveKey {
@@ -68,6 +71,8 @@ pub(super) struct Active {
     copied: bool,
     /// The driver has posted it to a device, or is about to: only it knows when its memory is quiet.
     wired: bool,
+    /// How often it was begun again.
+    redone: u8,
     uses: RegionUses,
 }
 
@@ -99,6 +104,10 @@ impl Active {
             return None;
         }
         self.notification.take().map(|payload| payload.len())
+    }
+
+    pub(super) fn begin_again(&mut self) {
+        self.redone = self.redone.saturating_add(1);
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -174,6 +183,7 @@ impl Core {
             copying: false,
             copied: false,
             wired: false,
+            redone: 0,
             uses,
         });
         let key = ActiveKey { slot, stamp };
@@ -589,20 +599,61 @@ impl Core {
         }
     }
 
-    /// The transfers that have begun on links which are all gone, and cannot go on later: what was
-    /// asked for will not be answered, and the peer does not count on across links.
-    pub(super) fn fail_begun(&mut self, reason: &str, env: &mut Env<'_>) {
+    /// The transfers that have begun on links which are all gone: what was asked for will not be answered, and the peer does not
+    /// count on across links.
+    pub(super) fn lose_begun(&mut self, reason: &str, env: &mut Env<'_>) {
         let begun = |active: &Active| active.outstanding > 0 || active.counted || active.copying;
         let slots: Vec<usize> =
             self.active.iter().filter(|(_, active)| begun(active)).map(|(slot, _)| slot).collect();
+        for slot in slots {
+            self.lost(slot, reason, env);
+        }
+    }
+
+    /// A transfer has lost requests with their link. A READ is begun again: it has changed nothing at the peer, and answers that
+    /// are still on their way are thrown away. A WRITE is not: the peer may still be taking what the old link carries, so that
+    /// bytes of the first try could arrive after the end of the second.
+    fn lost(&mut self, slot: usize, reason: &str, env: &mut Env<'_>) {
+        let active = &mut self.active[slot];
+        let again = active.plan().operation == Operation::Read
+            && active.ending.is_none()
+            && !active.copying
+            && !active.wired
+            && active.redone < MAX_REDONE;
+        if !again {
+            let error = self.peer.gone(reason);
+            return self.fail(slot, error, env);
+        }
+        active.begin_again();
+        (active.next_piece, active.outstanding) = (0, 0);
+        let key = ActiveKey { slot, stamp: active.stamp };
+        // Scans: losing links is rare, and the windows bound the slab.
+        for (_, request) in &mut self.requests {
+            request.orphan |= request.active == key;
+        }
+        if !self.latency.contains(&key) && !self.bulk.contains(&key) {
+            self.enqueue_for_links(key);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_requests_of(&self, shared: &Arc<TransferShared>) -> bool {
+        let mut all = self.active.iter().map(|(_, active)| active);
+        all.any(|active| Arc::ptr_eq(&active.shared, shared) && active.outstanding > 0)
+    }
+
+    /// No other link comes up for the transfers that were begun again.
+    pub(super) fn fail_redone(&mut self, reason: &str, env: &mut Env<'_>) {
+        let redone = self.active.iter().filter(|(_, active)| active.redone > 0);
+        let slots: Vec<usize> = redone.map(|(slot, _)| slot).collect();
         for slot in slots {
             let error = self.peer.gone(reason);
             self.fail(slot, error, env);
         }
     }
 
-    /// The requests of a link that is gone: their transfers fail, nobody will answer.
-    pub(super) fn fail_requests_of(&mut self, link: LinkId, reason: &str, env: &mut Env<'_>) {
+    /// The requests of a link that is gone: nobody will answer them.
+    pub(super) fn lose_requests_of(&mut self, link: LinkId, reason: &str, env: &mut Env<'_>) {
         let lost: Vec<usize> = self
             .requests
             .iter()
@@ -610,16 +661,16 @@ impl Core {
             .map(|(slot, _)| slot)
             .collect();
         for slot in lost {
-            let key = self.requests[slot].active;
+            let Request { active: key, orphan, .. } = self.requests[slot];
             if self.requests[slot].unsent {
                 // Removed by `write_sent`, which the transfer's end waits for.
                 self.requests[slot].orphan = true;
             } else {
                 self.requests.remove(slot);
             }
-            if self.is_active(key) {
-                let error = self.peer.gone(reason);
-                self.fail(key.slot, error, env);
+            // One that was begun again by the loss of another request is waiting, and has lost no more.
+            if !orphan && self.is_active(key) {
+                self.lost(key.slot, reason, env);
             }
         }
     }

@@ -277,7 +277,7 @@ impl Core {
                 self.events.push_back(Event::Close { link: link.id, reason, after_flush: false });
             }
         }
-        self.fail_begun(reason, env);
+        self.lose_begun(reason, env);
         self.local_off();
         self.rdma_off();
         self.outbox.rewind();
@@ -344,6 +344,7 @@ impl Core {
         self.peer.set_last_error(Some(failure.reason.clone()));
         let error = Error::Connect { peer: self.peer.name.clone(), reason: failure.reason.clone() };
         self.peer.set_unreachable(Some(error.clone()));
+        self.fail_redone(&failure.reason, env);
         self.fail_all(&error, env);
         self.answer_connects(&Err(error));
         let restarted =
@@ -360,8 +361,21 @@ impl Core {
             None
         } else {
             let pause = self.retry.map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
-            Some((Some(env.now + pause), pause))
+            Some((Some(env.now + pause * self.jitter() / 1024), pause))
         };
+    }
+
+    /// Between 768 and 1279 of 1024, another for each attempt and each pair of engines: so that those who have lost the same peer do not
+    /// all come back to it at once.
+    fn jitter(&mut self) -> u32 {
+        self.attempts = self.attempts.wrapping_add(1);
+        let both = self.own_incarnation ^ self.peer.incarnation.rotate_left(64);
+        let mut bits = (both as u64) ^ ((both >> 64) as u64) ^ self.attempts << 32;
+        // The finaliser of SplitMix64.
+        bits = (bits ^ bits >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^= bits >> 31;
+        768 + (bits >> 55) as u32
     }
 
     /// The peer has left: the session is over.
@@ -487,11 +501,14 @@ impl Core {
             Verdict::Wait(_) => {}
             Verdict::Ping(_) => self.control.push_back(Header::new(FrameKind::Ping)),
             Verdict::Dead => {
-                let timeout = liveness.timeout();
+                let reason = format!("it was silent for {:?}", liveness.timeout());
                 env.counters.liveness_timeouts.add(1);
                 self.liveness = None;
+                // One that does not answer will not answer a new link either: nothing waits for that.
+                let error = self.peer.gone(&reason);
+                self.fail_all(&error, env);
                 if let Some(link) = self.session_link() {
-                    self.close(link, format!("it was silent for {timeout:?}"), false);
+                    self.close(link, reason, false);
                 }
             }
         }

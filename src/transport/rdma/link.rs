@@ -107,6 +107,10 @@ impl Job {
         self.outstanding > 0 || self.notified || self.todo[..] != [Span::of(&self.plan.rdma)]
     }
 
+    pub(crate) fn is_write(&self) -> bool {
+        self.plan.operation == Operation::Write
+    }
+
     /// Whether its notification may have been seen.
     pub(crate) fn is_notified(&self) -> bool {
         self.notified

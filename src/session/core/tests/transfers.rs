@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::world::{CHUNK, World, ms};
+use super::world::{CHUNK, SMALL, World, ms};
 use crate::error::Error;
 use crate::plan::Operation::{self, Read, Write};
 use crate::sync::{SlotState, Ticket};
@@ -305,23 +305,112 @@ fn a_transfer_that_takes_too_long_fails_and_frees_its_memory() {
 }
 
 #[test]
-fn a_lost_stream_fails_its_transfers_and_the_others_go_on() {
-    let mut w = world(10);
-    let expected = w.fill(1, 0, 0, 4 * BIG);
-    let warm = w.move_bytes(0, Read, (0, 0), (0, 0), 10 * CHUNK, None);
-    w.run_to_end(warm);
-    let transfers: Vec<usize> =
-        (0..3).map(|i| w.move_bytes(0, Read, (0, i * BIG), (0, i * BIG), BIG, None)).collect();
-    w.run(ms(1));
-    for wire in w.open_wires(LinkKind::Bulk) {
-        w.cut(wire);
+fn a_lost_stream_fails_its_writes_begins_its_reads_again_and_the_others_go_on() {
+    let mut lost = 0;
+    for seed in 0..40 {
+        let mut w = world(seed);
+        let expected = w.fill(1, 0, 0, 4 * BIG);
+        let warm = w.move_bytes(0, Read, (0, 0), (0, 0), 10 * CHUNK, None);
+        w.run_to_end(warm);
+        let transfers: Vec<usize> = (0..3)
+            .map(|i| {
+                let operation = if i == 2 { Write } else { Read };
+                w.move_bytes(0, operation, (0, i * BIG), (0, i * BIG), BIG, None)
+            })
+            .collect();
+        w.run(Duration::from_micros(300 + seed * 40));
+        for wire in w.open_wires(LinkKind::Bulk) {
+            w.cut(wire);
+        }
+        let later = w.move_bytes(0, Read, (0, 3 * BIG), (0, 3 * BIG), BIG, None);
+        for t in transfers.iter().copied().chain([later]) {
+            w.run_to_end(t);
+        }
+        for t in [transfers[0], transfers[1], later] {
+            assert!(w.is_done(t), "seed {seed}: {:?}", w.error(t));
+        }
+        if !w.is_done(transfers[2]) {
+            lost += 1;
+            assert!(matches!(w.error(transfers[2]), Error::RemoteDisconnect { .. }));
+        }
+        assert_eq!(w.read(0, 0, 0, 2 * BIG), expected[..2 * BIG]);
+        assert_eq!(w.read(0, 0, 3 * BIG, BIG), expected[3 * BIG..]);
+        w.assert_clean();
     }
-    let later = w.move_bytes(0, Read, (0, 3 * BIG), (0, 3 * BIG), BIG, None);
-    for t in transfers {
-        w.run_to_end(t);
+    assert!(lost > 5, "{lost} writes were on their way");
+}
+
+#[test]
+fn reads_go_on_over_the_next_link_of_their_session() {
+    for seed in 0..60 {
+        let mut w = world(seed);
+        let expected = w.fill(1, 0, 0, 4 * BIG);
+        let small = w.move_bytes(0, Read, (0, 0), (0, 0), SMALL, Some(b"small"));
+        let large = w.move_bytes(0, Read, (0, BIG), (0, BIG), BIG, Some(b"large"));
+        w.run(Duration::from_micros(seed * 60));
+        for kind in [LinkKind::Session, LinkKind::Bulk] {
+            for wire in w.open_wires(kind) {
+                w.cut(wire);
+            }
+        }
+        for t in [small, large] {
+            w.run_to_end(t);
+            assert!(w.is_done(t), "seed {seed}: {:?}", w.error(t));
+        }
+        assert_eq!(w.read(0, 0, 0, SMALL), expected[..SMALL]);
+        assert_eq!(w.read(0, 0, BIG, BIG), expected[BIG..2 * BIG]);
+        w.run(ms(300));
+        let mut seen = w.take(1);
+        seen.sort();
+        assert_eq!(seen, [b"large".to_vec(), b"small".to_vec()], "seed {seed}");
+        w.assert_clean();
     }
-    w.run_to_end(later);
-    assert!(w.is_done(later), "{:?}", w.error(later));
-    assert_eq!(w.read(0, 0, 3 * BIG, BIG), expected[3 * BIG..]);
+}
+
+#[test]
+fn a_read_that_loses_link_after_link_is_given_up() {
+    let mut w = world(3);
+    w.fill(1, 0, 0, 4 * BIG);
+    let read = w.move_bytes(0, Read, (0, 0), (0, 0), 3 * BIG, None);
+    let mut cuts = 0;
+    while w.state(read) == SlotState::Posted {
+        w.run(Duration::from_micros(200));
+        if w.is_up(0) && w.open_wires(LinkKind::Session).len() == 1 && w.is_asked_for(read) {
+            cuts += 1;
+            for kind in [LinkKind::Session, LinkKind::Bulk] {
+                for wire in w.open_wires(kind) {
+                    w.cut(wire);
+                }
+            }
+        }
+        assert!(cuts < 10, "it does not end");
+    }
+    assert!(matches!(w.error(read), Error::RemoteDisconnect { .. }), "{:?}", w.error(read));
+    assert_eq!(cuts, 4);
     w.assert_clean();
+}
+
+#[test]
+fn a_peer_that_falls_silent_ends_what_waits_for_its_links_too() {
+    for seed in 0..20 {
+        let mut w = world(seed);
+        w.fill(1, 0, 0, 4 * BIG);
+        let liveness = w.liveness;
+        let warm = w.move_bytes(0, Read, (0, 0), (0, 0), SMALL, None);
+        w.run_to_end(warm);
+        w.partition();
+        let start = w.now;
+        // More than the links take at a time.
+        let mut transfers: Vec<usize> = (0..300)
+            .map(|i| w.move_bytes(0, Read, (0, i * SMALL), (0, i * SMALL), SMALL, None))
+            .collect();
+        transfers.extend((0..40).map(|_| w.move_bytes(0, Write, (0, 0), (0, 0), BIG, None)));
+        for t in transfers {
+            w.run_to_end(t);
+            assert!(matches!(w.error(t), Error::RemoteDisconnect { .. }), "{:?}", w.error(t));
+        }
+        assert!(w.now - start <= liveness + liveness / 5, "{:?}", w.now - start);
+        w.heal();
+        w.assert_clean();
+    }
 }

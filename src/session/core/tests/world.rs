@@ -328,6 +328,12 @@ impl World {
         self.posted[transfer].shared.slot.error().unwrap()
     }
 
+    /// Whether requests of a transfer wait for answers.
+    pub(super) fn is_asked_for(&self, transfer: usize) -> bool {
+        let posted = &self.posted[transfer];
+        self.nodes[posted.node].core.has_requests_of(&posted.shared)
+    }
+
     /// Some transfer of this plan has not ended.
     pub(super) fn is_posted(&self, plan: &Arc<PlanInner>) -> bool {
         let mut of_plan = self.posted.iter().filter(|p| Arc::ptr_eq(&p.shared.plan, plan));
