@@ -176,10 +176,21 @@ impl LaneDriver {
         };
         let liveness = self.engine.identity.liveness_ms;
         let number = u64::from_le_bytes(sys::random().map_err(|_| Refusal::Limit)?);
+        if hello.kind == LinkKind::Session {
+            // What the peer has put into the ring before it connected again belongs to the session so far.
+            self.drain_ring(slot, usize::MAX, cx);
+        }
         let welcome = self.with_core(slot, cx, |core, env| match hello.kind {
             LinkKind::Session => core.accept_session(hello, liveness, number, env),
             LinkKind::Bulk => core.accept_bulk(hello),
         });
+        if hello.kind == LinkKind::Session && matches!(welcome, Some(Ok(_))) {
+            // A link that this one replaces is closed before there is anything new that its end could be taken for that of.
+            self.handle_events(slot, cx);
+            if self.peers.get(slot).is_none() {
+                return Err(Refusal::NoSession);
+            }
+        }
         match welcome {
             Some(Ok(welcome)) => Ok((slot, welcome)),
             Some(Err(refusal)) => Err(refusal),

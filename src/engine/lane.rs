@@ -302,7 +302,7 @@ impl LaneDriver {
         worked
     }
 
-    fn handle_events(&mut self, slot: usize, cx: &mut Cx<'_>) {
+    pub(super) fn handle_events(&mut self, slot: usize, cx: &mut Cx<'_>) {
         while let Some(event) = self.peers.get_mut(slot).and_then(|p| p.core.poll_event()) {
             match event {
                 Event::Connect { kind, again } => self.start_connect(slot, kind, again, cx),

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use corelane::{Access, DescriptorPair, Engine, Error, LocalSegment, Operation, Region};
 use corelane_tests::{
-    Buffer, Configuration, Target, end_of, eventually, kind, local_config, over_each_transport,
-    peer_process, target, tcp_config,
+    Buffer, Configuration, Near, Target, end_of, eventually, kind, local_config, outcome,
+    over_each_transport, peer_process, target, tcp_config, transport,
 };
 
 over_each_transport!(
@@ -15,6 +15,7 @@ over_each_transport!(
     unloading_a_silent_peer_need_not_wait_for_its_acknowledgements,
     an_engine_whose_name_was_given_to_another_is_heard_no_more,
     taking_notifications_ends_although_more_arrive,
+    a_peer_that_connects_again_before_its_old_link_is_closed_is_served,
 );
 
 const LEN: usize = 1 << 20;
@@ -67,6 +68,43 @@ fn the_attempt_after_a_lost_link_has_its_own_time() {
     }
     assert!(started.elapsed() < FAR_TOO_LONG, "the connect timeout counted");
     far.process.thaw();
+}
+
+/// The stopped process finds the end of the old link and the beginning of the new one in the same moment.
+fn a_peer_that_connects_again_before_its_old_link_is_closed_is_served(config: Configuration) {
+    const ROUNDS: u64 = 8;
+    let mut config = config();
+    config.liveness = Duration::from_millis(200);
+    config.connect_timeout = FAR_TOO_LONG;
+    config.operation_timeout = FAR_TOO_LONG / 2;
+    let near = Near::new(config, LEN);
+    let mut far = target!("far", LEN);
+    let peer = near.connect(&far.metadata);
+    let way = transport(&near.engine, "far");
+    let read = near.transfer(&peer, Operation::Read, (0, 0), &far.region, 4096);
+    for round in 0..ROUNDS {
+        end_of(&read).unwrap();
+        near.memory.poison(0, 4096);
+        peer.notify(&[round as u8, 0]).unwrap();
+        far.process.freeze();
+        eventually("the silence is noticed", || {
+            near.engine.stats().totals.liveness_timeouts == round + 1
+        });
+        peer.notify(&[round as u8, 1]).unwrap();
+        read.post().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        far.process.thaw();
+        outcome(&read).unwrap();
+        near.memory.assert_pattern(1, 0, 4096, 0);
+        assert_eq!(transport(&near.engine, "far"), way);
+    }
+    let mut expected = String::new();
+    for round in 0..ROUNDS {
+        use std::fmt::Write;
+        write!(expected, "near:{round:02x}00 near:{round:02x}01 ").unwrap();
+    }
+    let seen = far.process.ask(&format!("take {}", 2 * ROUNDS));
+    assert_eq!(seen, expected.trim_end());
 }
 
 fn unloading_a_silent_peer_need_not_wait_for_its_acknowledgements(config: Configuration) {
