@@ -68,6 +68,13 @@ impl LaneRegions {
         self.slots.get_mut(key.slot())?.as_mut().filter(|entry| (entry.region.key().0 ^ key.0) == 0)
     }
 
+    /// Requests and transfers that use a region now.
+    #[cfg(feature = "sim")]
+    pub(crate) fn users(&self, region: &RegionInner) -> u32 {
+        let entry = self.slots.get(region.slot()).and_then(Option::as_ref);
+        entry.filter(|entry| entry.region.key().0 == region.key().0).map_or(0, |entry| entry.users)
+    }
+
     /// Counts a use of one of this engine's own regions by its own transfer.
     pub(crate) fn use_own(&mut self, region: &RegionInner) -> Option<RegionUse> {
         let entry = self.entry(region.key()).filter(|entry| entry.closing.is_none())?;

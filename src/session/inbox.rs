@@ -236,6 +236,13 @@ impl Inbox {
         self.counted.len()
     }
 
+    /// Notifications that wait for the application, their bytes, bytes that wait for data, counted and abandoned transfers.
+    #[cfg(feature = "sim")]
+    pub(crate) fn levels(&self) -> (usize, usize, usize, usize, usize) {
+        let (ready, counted) = (self.ready.len(), self.counted.len());
+        (ready, self.ready_bytes, self.held_bytes, counted, self.abandoned_order.len())
+    }
+
     pub(crate) fn is_backlogged(&self) -> bool {
         !self.ready.is_empty()
     }

@@ -118,6 +118,20 @@ impl Outbox {
         self.acknowledged
     }
 
+    /// Notifications that are kept.
+    #[cfg(feature = "sim")]
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Notifications on the wire without an acknowledgement, their bytes, and those of the longest.
+    #[cfg(feature = "sim")]
+    pub(crate) fn on_wire(&self) -> (usize, usize, usize) {
+        let on_wire = self.queue.iter().take(self.sent + usize::from(self.sent_bytes > 0));
+        let longest = on_wire.map(|outgoing| outgoing.payload.len()).max().unwrap_or(0);
+        (self.sent, self.in_flight, longest)
+    }
+
     /// Whether nothing is on the wire that the peer has not acknowledged.
     pub(crate) fn is_all_acknowledged(&self) -> bool {
         self.sent == 0 && self.sent_bytes == 0

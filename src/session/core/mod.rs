@@ -1,5 +1,7 @@
 //! The protocol core of one peer. See the module above for its place.
 
+#[cfg(feature = "sim")]
+mod inspect;
 mod links;
 mod local;
 mod rdma;

@@ -1,0 +1,255 @@
+//! The end of a run: faults are over, everything comes to an end, and nothing is left over.
+
+use corelane::sim::Levels;
+
+use crate::model::NoteKind;
+use crate::ports::Event;
+use crate::promise::Promise;
+use crate::world::{World, ms};
+
+/// Ticks of rest until everything must have ended: what waits longest is an operation timeout of 30 s.
+const TICKS: u64 = 480;
+
+impl World {
+    /// Applications and faults have had their time.
+    pub(crate) fn rest(&mut self) {
+        self.say(&|| "the rest begins".to_owned());
+        self.resting = true;
+        self.net.partitions.clear();
+        for conn in &mut self.net.conns {
+            for end in &mut conn.ends {
+                end.slow = None;
+            }
+        }
+        for engine in &mut self.engines {
+            if engine.stalled_until > self.now {
+                engine.stalled_until = self.now;
+            }
+        }
+        self.schedule.at(self.now + ms(20), Event::Tick);
+    }
+
+    pub(crate) fn tick(&mut self) {
+        self.ticks += 1;
+        self.look_at_pending();
+        for engine in 0..self.engines.len() {
+            self.take(engine, usize::MAX);
+            self.check_engine(engine);
+        }
+        self.meet();
+        if self.model.violation.is_some() || self.over {
+            return;
+        }
+        let left = self.what_is_left();
+        if left.is_none() {
+            self.quiet += 1;
+        } else {
+            self.quiet = 0;
+        }
+        // A while of silence, in which connections stay up by pings.
+        let enough = if self.profile.engines > 6 { 2 } else { 4 };
+        if self.quiet >= enough && self.connected {
+            self.finish();
+            return;
+        }
+        if self.ticks > TICKS {
+            let (promise, text) = left.unwrap_or((Promise::Meet, "no session".to_owned()));
+            return self.model.fail(promise, format!("at rest: {text}"));
+        }
+        let pause = if self.ticks < 20 { ms(10) } else { ms(100).max(self.profile.liveness / 2) };
+        self.schedule.at(self.now + pause, Event::Tick);
+    }
+
+    /// Pairs of which the first has loaded the second, as it is now.
+    fn pairs(&self) -> Vec<(usize, usize)> {
+        let mut all = Vec::new();
+        for (index, engine) in self.engines.iter().enumerate() {
+            for (other, known) in &engine.loaded {
+                let target = &self.engines[*other];
+                let live = engine.alive && target.alive && engine.honest && target.honest;
+                // Where a name is loaded, only that incarnation may use it.
+                let known_there = target.loaded.get(&index);
+                let welcome = known_there.is_none_or(|known| known.incarnation == engine.incarnation);
+                if live && welcome && known.incarnation == target.incarnation {
+                    all.push((index, *other));
+                }
+            }
+        }
+        all
+    }
+
+    /// Lets those that know each other connect once more.
+    fn meet(&mut self) {
+        self.connected = true;
+        for (engine, other) in self.pairs() {
+            let known = &self.engines[engine].loaded[&other];
+            if known.peer.is_connected() && self.is_up(engine, other) && self.is_up(other, engine) {
+                continue;
+            }
+            self.connected = false;
+            if !known.connecting && !known.peer.is_connected() {
+                self.connect(engine, other);
+            }
+        }
+    }
+
+    fn is_up(&self, engine: usize, other: usize) -> bool {
+        let incarnation = self.engines[other].incarnation;
+        let node = self.engines[engine].node.as_ref();
+        node.is_some_and(|node| {
+            node.levels().any(|(peer, levels)| peer == incarnation && levels.is_up)
+        })
+    }
+
+    /// Something that has not ended yet.
+    fn what_is_left(&self) -> Option<(Promise, String)> {
+        for (index, engine) in self.engines.iter().enumerate() {
+            if !engine.alive || !engine.honest {
+                continue;
+            }
+            if let Some(number) = engine.in_flight.first() {
+                let text = format!("engine {index}: transfer {number} has not ended");
+                return Some((Promise::EndsInTime, text));
+            }
+            let Some(node) = &engine.node else { continue };
+            if node.pending().0 > 0 {
+                return Some((Promise::NothingLost, format!("engine {index}: notifications wait")));
+            }
+            for (peer, levels) in node.levels() {
+                let reachable = self.is_reachable(index, peer);
+                if let Some(what) = left_over(&levels, reachable) {
+                    let text = format!("engine {index}, peer {peer:x}: {what}: {levels:?}");
+                    return Some((Promise::NothingLeft, text));
+                }
+                let budget = node.peer(peer).map_or((0, 0), |peer| peer.unacknowledged());
+                if reachable && budget != (0, 0) {
+                    let text = format!("engine {index}, peer {peer:x}: budget {budget:?} is taken");
+                    return Some((Promise::NothingLeft, text));
+                }
+                let in_flight = node.peer(peer).map_or(0, |peer| peer.in_flight());
+                if in_flight > 0 {
+                    let text = format!("engine {index}: {in_flight} places are taken");
+                    return Some((Promise::NothingLeft, text));
+                }
+            }
+            if node.half_open() > 0 {
+                return Some((Promise::NothingLeft, format!("engine {index}: half-open links")));
+            }
+        }
+        if let Some(pending) = self.pending.first() {
+            let text = format!("engine {}: {:?} waits", pending.engine, pending.what);
+            return Some((Promise::EndsInTime, text));
+        }
+        None
+    }
+
+    /// Whether an engine and the one with that incarnation can have a session.
+    fn is_reachable(&self, engine: usize, incarnation: u128) -> bool {
+        let Some(other) = self.model.incarnations.iter().position(|i| *i == incarnation) else {
+            return false;
+        };
+        let pairs = self.pairs();
+        pairs.contains(&(engine, other)) || pairs.contains(&(other, engine))
+    }
+
+    /// Everything has come to rest: what was promised about the whole of it.
+    fn finish(&mut self) {
+        self.check_lost();
+        self.check_uses();
+        for (engine, other) in self.pairs() {
+            let sessions = self.sessions_between(engine, other);
+            if sessions != 1 && engine != other {
+                let text = format!("engines {engine} and {other} have {sessions} sessions");
+                self.model.fail(Promise::Meet, text);
+            }
+        }
+        for number in 0..self.model.transfers.len() {
+            let (begun, ended) = self.model.transfers[number].handle.begun_and_ended();
+            if begun != ended && !self.model.transfers[number].orphan {
+                let text = format!("transfer {number} was posted {begun} times and ended {ended}");
+                self.model.fail(Promise::EndsOnce, text);
+            }
+        }
+        self.over = true;
+    }
+
+    fn sessions_between(&self, engine: usize, other: usize) -> usize {
+        let incarnation = self.engines[other].incarnation;
+        let Some(node) = &self.engines[engine].node else { return 0 };
+        node.levels().filter(|(peer, levels)| *peer == incarnation && levels.is_up).count()
+    }
+
+    fn check_lost(&mut self) {
+        let mut lost: Vec<u64> = vec![0; self.engines.len()];
+        for id in 0..self.model.notes.len() {
+            let note = &self.model.notes[id];
+            let sender = &self.engines[note.from];
+            let alive = sender.alive && sender.incarnation == note.from_incarnation;
+            let heard = self.model.incarnations[note.to] == note.to_incarnation;
+            let must = match note.kind {
+                NoteKind::Free => true,
+                NoteKind::Bound(number) => {
+                    let transfer = &self.model.transfers[number];
+                    transfer.note == Some(id) && transfer.done
+                }
+            };
+            if note.seen || !must || !alive || !heard {
+                continue;
+            }
+            let (from, to) = (note.from, note.to);
+            let pair = *self.model.pair(note.from_incarnation, note.to_incarnation);
+            if !pair.may_drop {
+                let note = &self.model.notes[id];
+                let text = format!(
+                    "notification {id} ({:?}) of engine {from} to engine {to} was never seen",
+                    note.kind
+                );
+                return self.model.fail(Promise::NothingLost, text);
+            }
+            lost[from] += u64::from(!pair.forgot);
+        }
+        for (engine, lost) in lost.into_iter().enumerate() {
+            let dropped = self.engines[engine].node.as_ref().map_or(0, |node| node.dropped());
+            if lost > dropped {
+                let text = format!(
+                    "engine {engine}: {lost} notifications were never seen, {dropped} count as dropped"
+                );
+                self.model.fail(Promise::NothingLost, text);
+            }
+        }
+    }
+
+    /// No region is in use by anything that has ended.
+    fn check_uses(&mut self) {
+        for engine in 0..self.engines.len() {
+            let Some(node) = &self.engines[engine].node else { continue };
+            let used = self.model.spaces[engine].regions.values();
+            let used: Vec<u64> =
+                used.filter(|r| node.is_used(&r.handle)).map(|r| r.base).collect();
+            if let Some(base) = used.first() {
+                let text = format!("engine {engine}: region {base:#x} is in use");
+                self.model.fail(Promise::NothingLeft, text);
+            }
+        }
+    }
+
+    pub(crate) fn rest_is_over(&self) -> bool {
+        self.over
+    }
+}
+
+/// What of a peer's state should be gone at rest.
+fn left_over(levels: &Levels, reachable: bool) -> Option<&'static str> {
+    [
+        ("transfers", levels.active > 0),
+        ("transfers that wait", levels.queued > 0 && levels.active == 0 && levels.is_up && levels.session == 0),
+        ("requests", levels.requests > 0),
+        ("answers owed", levels.replies > 0),
+        ("counted transfers", levels.counted > 0),
+        ("bytes held for data", levels.held_bytes > 0),
+        ("notifications that wait", levels.ready > 0),
+        ("notifications kept", levels.outbox > 0 && reachable),
+    ]
+    .into_iter()
+    .find_map(|(what, left)| left.then_some(what))
+}
