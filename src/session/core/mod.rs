@@ -302,6 +302,7 @@ impl Core {
             _ => None,
         };
         let idle = self.links.iter().filter_map(|link| self.idle_deadline(link)).min();
+        let dumb = self.links.iter().filter_map(|link| self.answer_deadline(link)).min();
         [
             self.liveness.as_ref().map(Liveness::next),
             self.deadlines.front().map(|(at, _)| *at),
@@ -310,6 +311,7 @@ impl Core {
             self.retry.and_then(|(at, _)| at),
             leaving,
             idle,
+            dumb,
         ]
         .into_iter()
         .flatten()
@@ -323,6 +325,7 @@ impl Core {
         }
         self.check_liveness(env);
         self.expire_transfers(env);
+        self.close_dumb_streams(env.now);
         self.close_idle_links(env);
         if self.retry.is_some_and(|(at, _)| at.is_some_and(|at| at <= env.now)) {
             self.connect(false);

@@ -416,6 +416,9 @@ impl Core {
         }
         active.unsent += u32::from(write);
         let link: &mut CoreLink = &mut self.links[link];
+        if link.outstanding == 0 {
+            link.answered = env.now;
+        }
         link.outstanding += 1;
         link.last_use = env.now;
         self.requests.insert(Request {

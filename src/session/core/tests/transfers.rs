@@ -325,3 +325,26 @@ fn a_lost_stream_fails_its_transfers_and_the_others_go_on() {
     assert_eq!(w.read(0, 0, 3 * BIG, BIG), expected[3 * BIG..]);
     w.assert_clean();
 }
+
+#[test]
+fn a_stream_that_answers_nothing_is_given_up_though_its_transfers_were_cancelled() {
+    let mut w = world(21);
+    w.config.streams = 1;
+    let t = w.move_bytes(0, Read, (0, 0), (0, 0), BIG, None);
+    w.run_to_end(t);
+    assert!(w.is_done(t));
+    let streams = w.open_wires(LinkKind::Bulk);
+    for stream in &streams {
+        w.wires[*stream].silent = true;
+    }
+    let t = w.move_bytes(0, Read, (0, 0), (0, 0), BIG, None);
+    w.run(ms(20));
+    w.cancel(t);
+    assert!(matches!(w.error(t), Error::Cancelled));
+    // Nothing that is alive waits for it any more.
+    w.run(Duration::from_secs(31));
+    let t = w.move_bytes(0, Read, (0, 0), (0, 0), BIG, None);
+    w.run(Duration::from_secs(2));
+    assert!(w.is_done(t), "{:?}", w.state(t));
+    w.assert_quiet();
+}
