@@ -179,8 +179,7 @@ impl Node {
     }
 
     fn bulk_failed(&mut self, slot: usize, reason: &str) {
-        let failure =
-            ConnectFailure { reason: reason.into(), handshake: None, refused: false };
+        let failure = ConnectFailure { reason: reason.into(), handshake: None, refused: false };
         self.with_core(slot, Input::BulkFailed, |core, env| {
             core.connect_failed(LinkKind::Bulk, &failure, env);
         });
@@ -243,7 +242,9 @@ impl Node {
         out.close(link);
         match known.phase {
             Phase::Connecting { peer, kind: LinkKind::Bulk }
-            | Phase::Initiating { peer, kind: LinkKind::Bulk, .. } => self.bulk_failed(peer, reason),
+            | Phase::Initiating { peer, kind: LinkKind::Bulk, .. } => {
+                self.bulk_failed(peer, reason)
+            }
             Phase::Connecting { peer, .. } | Phase::Initiating { peer, .. } => {
                 let now = self.now;
                 let Some(connector) = &mut self.peers[peer].connector else { return };
@@ -459,6 +460,10 @@ impl Node {
             return Err(Refusal::ShuttingDown);
         }
         let slot = self.peer_slot(hello)?;
+        if let (LinkKind::Session, Some(old)) = (hello.kind, self.peers[slot].ring) {
+            // What it has put into its ring before it lost the link counts, or it is told too little.
+            self.take_rest_of_ring(old, out);
+        }
         let (liveness, number) = (self.identity.liveness_ms, out.random());
         let welcome = match hello.kind {
             LinkKind::Session => self.with_core(slot, Input::Accept, |core, env| {

@@ -17,8 +17,8 @@ mod stream;
 pub use inspect::Levels;
 pub use mutation::Mutation;
 pub use node::{
-    Config, Memory, Node, Outside, Peer, PlanHandle, RegionHandle, RingLook, State, TicketHandle, Touch,
-    TransferHandle, Trust, Way,
+    Config, Memory, Node, Outside, Peer, PlanHandle, RegionHandle, RingLook, State, TicketHandle,
+    Touch, TransferHandle, Trust, Way,
 };
 
 thread_local! {

@@ -203,7 +203,9 @@ impl Node {
         let deadline = self.now + self.config.linger;
         let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
-            self.with_core(slot, Input::Leave, |core, env| core.leave(deadline, Ticket::new(), env));
+            self.with_core(slot, Input::Leave, |core, env| {
+                core.leave(deadline, Ticket::new(), env)
+            });
         }
     }
 
@@ -338,9 +340,10 @@ impl Node {
     /// When to call `on_time`.
     pub fn next_timeout(&self) -> Option<Duration> {
         let peers = self.peers.iter().filter_map(|(_, peer)| {
-            let connector = peer.connector.as_ref().and_then(|connector| {
-                connector.again.or(Some(connector.deadline))
-            });
+            let connector = peer
+                .connector
+                .as_ref()
+                .and_then(|connector| connector.again.or(Some(connector.deadline)));
             [peer.core.next_timeout(), connector].into_iter().flatten().min()
         });
         let links = self.links.values().filter_map(super::links::Link::deadline);

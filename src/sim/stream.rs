@@ -159,8 +159,7 @@ impl Node {
             if room == 0 {
                 break;
             }
-            let unmapped =
-                segments(frame).iter().any(|s| !out.is_mapped(s.addr(), s.len() as u64));
+            let unmapped = segments(frame).iter().any(|s| !out.is_mapped(s.addr(), s.len() as u64));
             if unmapped {
                 if !bytes.is_empty() {
                     // It is taken up when what goes before is sent.

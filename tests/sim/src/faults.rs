@@ -9,6 +9,9 @@ use crate::profile::{Fault, draw};
 use crate::world::{World, address, ms};
 use corelane::sim::Node;
 
+/// When the kernel gives up a connection on which nothing gets through; later than all timeouts of the engines.
+const GIVEN_UP: Duration = Duration::from_secs(40);
+
 impl World {
     pub(crate) fn fault(&mut self) {
         if self.faults_left == 0 || self.resting {
@@ -34,6 +37,7 @@ impl World {
                     self.say(&|| format!("connection {conn} goes silent"));
                     self.disturbed = true;
                     self.net.conns[conn].silent = true;
+                    self.schedule.at(self.now + GIVEN_UP, Event::GiveUp(conn));
                 }
             }
             Some(Fault::Partition) => self.partition(),
@@ -77,6 +81,7 @@ impl World {
         self.net.conns[conn].ends[1 - side].inbound.clear();
         self.net.conns[conn].ends[1 - side].inbound_bytes = 0;
         self.net.conns[conn].half_open = true;
+        self.schedule.at(self.now + GIVEN_UP, Event::GiveUp(conn));
     }
 
     fn partition(&mut self) {
@@ -124,7 +129,9 @@ impl World {
 
     /// The process dies, or with it all of its machine.
     pub(crate) fn crash(&mut self, engine: usize, host: bool) {
-        self.say(&|| format!("engine {engine} dies{}", if host { " with its machine" } else { "" }));
+        self.say(&|| {
+            format!("engine {engine} dies{}", if host { " with its machine" } else { "" })
+        });
         self.crashes += 1;
         let now = self.now;
         self.disturbed |= host;
@@ -139,6 +146,7 @@ impl World {
                 }
                 if host {
                     self.net.conns[conn].silent = true;
+                    self.schedule.at(now + GIVEN_UP, Event::GiveUp(conn));
                     self.net.conns[conn].ends[side].closed = true;
                     continue;
                 }
@@ -239,7 +247,8 @@ impl World {
         }
         self.with_node(engine, |node, ports| node.abort(ports));
         for number in self.engines[engine].in_flight.clone() {
-            let text = format!("engine {engine} has shut down, and transfer {number} has not ended");
+            let text =
+                format!("engine {engine} has shut down, and transfer {number} has not ended");
             self.model.fail(crate::promise::Promise::EndsInTime, text);
         }
         self.leave_world(engine, false);

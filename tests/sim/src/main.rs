@@ -73,9 +73,13 @@ fn main() -> ExitCode {
             };
             runs::replay(seed, mutation, options.engines, !options.quiet)
         }
-        (Some(all), None) if all == "all" => report::all_mutations(options.from, options.seeds, options.jobs),
+        (Some(all), None) if all == "all" => {
+            report::all_mutations(options.from, options.seeds, options.jobs)
+        }
         (Some(name), None) => match find(name) {
-            Ok(mutation) => report::some_mutations(&[mutation], options.from, options.seeds, options.jobs),
+            Ok(mutation) => {
+                report::some_mutations(&[mutation], options.from, options.seeds, options.jobs)
+            }
             Err(()) => return unknown(),
         },
         (None, None) => report::clean_runs(

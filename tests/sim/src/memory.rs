@@ -15,11 +15,19 @@ pub(crate) const CELLS: usize = 8;
 pub(crate) enum Role {
     Free,
     /// Its own engine's transfer reads it (WRITE), or the peer's does (READ).
-    Source { transfer: usize, own: bool },
+    Source {
+        transfer: usize,
+        own: bool,
+    },
     /// Its own engine's transfer fills it (READ), or the peer's does (WRITE).
-    Target { transfer: usize, own: bool },
+    Target {
+        transfer: usize,
+        own: bool,
+    },
     /// Not used again before its region is gone: late frames of a failed WRITE may land in it.
-    Spoilt { transfer: usize },
+    Spoilt {
+        transfer: usize,
+    },
 }
 
 #[derive(Debug)]

@@ -54,6 +54,8 @@ pub(crate) struct Note {
     pub(crate) to: usize,
     pub(crate) to_incarnation: u128,
     pub(crate) kind: NoteKind,
+    /// Which loading of its peer it was handed to: of a peer that is loaded anew, the one before may still be flushed.
+    pub(crate) loading: u64,
     pub(crate) len: usize,
     pub(crate) seen: bool,
 }
@@ -66,7 +68,7 @@ pub(crate) struct Pair {
     /// The receiver threw away what it had.
     pub(crate) forgot: bool,
     /// The last free-standing one that was seen.
-    pub(crate) last_free: Option<usize>,
+    pub(crate) last_free: Option<(u64, usize)>,
 }
 
 #[derive(Default)]
@@ -165,12 +167,14 @@ impl Model {
         transfer.done = matches!(transfer.handle.state(), State::Done);
         let (begun, ended) = transfer.handle.begun_and_ended();
         if begun != ended {
-            let text = format!("transfer {number} was posted {begun} times and ended {ended} times");
+            let text =
+                format!("transfer {number} was posted {begun} times and ended {ended} times");
             return self.fail(Promise::EndsOnce, text);
         }
         let (done, forged) = (transfer.done, transfer.forged);
         if done && forged {
-            let text = format!("transfer {number} is done, though it asks for what it must not have");
+            let text =
+                format!("transfer {number} is done, though it asks for what it must not have");
             return self.fail(Promise::Admitted, text);
         }
         if done && !self.has_arrived(number) {
@@ -209,7 +213,8 @@ impl Model {
         write: Option<&[u8]>,
     ) -> Option<(u64, usize)> {
         let Some((base, offset)) = self.spaces[engine].find(addr, len) else {
-            let text = format!("engine {engine}: {touch:?} touches {addr:#x}, which is not registered");
+            let text =
+                format!("engine {engine}: {touch:?} touches {addr:#x}, which is not registered");
             self.fail(Promise::QuietAfterEnd, text);
             return None;
         };
@@ -297,7 +302,8 @@ impl Model {
         let id = bytes.first_chunk::<8>().map_or(usize::MAX, |id| u64::from_le_bytes(*id) as usize);
         let incarnation = self.incarnations[engine];
         let Some(note) = self.notes.get(id) else {
-            return self.fail(Promise::Data, format!("engine {engine} sees a notification never sent"));
+            return self
+                .fail(Promise::Data, format!("engine {engine} sees a notification never sent"));
         };
         let what = format!(
             "engine {engine} sees notification {id} of engine {} ({:?})",
@@ -312,18 +318,21 @@ impl Model {
         if note.seen {
             return self.fail(Promise::NotifiedOnce, format!("{what} again"));
         }
-        let (kind, from) = (note.kind, note.from_incarnation);
+        let (kind, from, loading) = (note.kind, note.from_incarnation, note.loading);
         self.notes[id].seen = true;
         match kind {
             NoteKind::Free => {
                 let pair = self.pair(from, incarnation);
-                if let Some(last) = pair.last_free.replace(id).filter(|last| *last > id) {
+                let last = pair.last_free.replace((loading, id));
+                if let Some((_, last)) = last.filter(|l| l.0 == loading && l.1 > id) {
                     self.fail(Promise::InOrder, format!("{what} after {last}"));
                 }
             }
             NoteKind::Bound(number) => {
                 let transfer = &self.transfers[number];
-                if transfer.operation == Operation::Read && !matches!(transfer.handle.state(), State::Done) {
+                if transfer.operation == Operation::Read
+                    && !matches!(transfer.handle.state(), State::Done)
+                {
                     let text = format!("{what}, and its READ {number} is not done");
                     return self.fail(Promise::AfterData, text);
                 }

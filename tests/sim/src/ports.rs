@@ -23,6 +23,8 @@ pub(crate) enum Event {
     Writable(usize, usize),
     Ring(usize, usize),
     Timer(usize, u32),
+    /// The kernel gives up a connection on which nothing gets through.
+    GiveUp(usize),
     Act,
     Fault,
     Heal(usize, usize),
@@ -52,10 +54,6 @@ impl Schedule {
     pub(crate) fn next(&mut self) -> Option<(Duration, Event)> {
         self.heap.pop().map(|Reverse((at, _, event))| (at, event))
     }
-
-    pub(crate) fn next_at(&self) -> Option<Duration> {
-        self.heap.peek().map(|Reverse((at, ..))| *at)
-    }
 }
 
 /// The lines of a trace.
@@ -69,7 +67,8 @@ impl Trace {
     pub(crate) fn say(&mut self, now: Duration, engine: Option<usize>, text: &dyn Fn() -> String) {
         if self.on {
             self.lines += 1;
-            let who = engine.map_or_else(|| "world".to_owned(), |engine| format!("engine {engine}"));
+            let who =
+                engine.map_or_else(|| "world".to_owned(), |engine| format!("engine {engine}"));
             println!("{:>12.6} {who:<10} {}", now.as_secs_f64(), text());
         }
     }
@@ -96,7 +95,9 @@ impl Ports<'_> {
 /// Lets an end look at what is on its way, when the first of it is there.
 pub(crate) fn watch(net: &mut Net, schedule: &mut Schedule, conn: usize, side: usize) {
     let end = &mut net.conns[conn].ends[side];
-    if !end.scheduled && let Some((at, _)) = end.inbound.front() {
+    if !end.scheduled
+        && let Some((at, _)) = end.inbound.front()
+    {
         end.scheduled = true;
         schedule.at(*at, Event::Inbound(conn, side));
     }

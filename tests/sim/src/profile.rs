@@ -78,7 +78,9 @@ impl Profile {
         let way = if rng.chance(30) { Way::Ring } else { Way::Sockets };
         let few = |rng: &mut Rng, percent| rng.chance(percent);
         let mut weights = |all: &[(Action, u64)]| -> Vec<(Action, u64)> {
-            all.iter().map(|(action, weight)| (*action, weight * rng.pick(&[0, 1, 1, 2, 4]))).collect()
+            all.iter()
+                .map(|(action, weight)| (*action, weight * rng.pick(&[0, 1, 1, 2, 4])))
+                .collect()
         };
         let mut action_weights = weights(&[
             (Action::Post, 30),

@@ -69,7 +69,8 @@ impl World {
                 let live = engine.alive && target.alive && engine.honest && target.honest;
                 // Where a name is loaded, only that incarnation may use it.
                 let known_there = target.loaded.get(&index);
-                let welcome = known_there.is_none_or(|known| known.incarnation == engine.incarnation);
+                let welcome =
+                    known_there.is_none_or(|known| known.incarnation == engine.incarnation);
                 if live && welcome && known.incarnation == target.incarnation {
                     all.push((index, *other));
                 }
@@ -116,6 +117,10 @@ impl World {
                 return Some((Promise::NothingLost, format!("engine {index}: notifications wait")));
             }
             for (peer, levels) in node.levels() {
+                if levels.is_up && !self.model.incarnations.contains(&peer) {
+                    let text = format!("engine {index} still has a session with {peer:x}");
+                    return Some((Promise::Dead, text));
+                }
                 let reachable = self.is_reachable(index, peer);
                 if let Some(what) = left_over(&levels, reachable) {
                     let text = format!("engine {index}, peer {peer:x}: {what}: {levels:?}");
@@ -131,6 +136,11 @@ impl World {
                     let text = format!("engine {index}: {in_flight} places are taken");
                     return Some((Promise::NothingLeft, text));
                 }
+            }
+            let mut regions = self.model.spaces[index].regions.values();
+            if let Some(region) = regions.find(|region| node.is_used(&region.handle)) {
+                let text = format!("engine {index}: region {:#x} is in use", region.base);
+                return Some((Promise::NothingLeft, text));
             }
             if node.half_open() > 0 {
                 return Some((Promise::NothingLeft, format!("engine {index}: half-open links")));
@@ -155,7 +165,6 @@ impl World {
     /// Everything has come to rest: what was promised about the whole of it.
     fn finish(&mut self) {
         self.check_lost();
-        self.check_uses();
         for (engine, other) in self.pairs() {
             let sessions = self.sessions_between(engine, other);
             if sessions != 1 && engine != other {
@@ -185,7 +194,8 @@ impl World {
             let note = &self.model.notes[id];
             let sender = &self.engines[note.from];
             let alive = sender.alive && sender.incarnation == note.from_incarnation;
-            let heard = self.model.incarnations[note.to] == note.to_incarnation;
+            let heard = self.model.incarnations[note.to] == note.to_incarnation
+                && self.engines[note.to].honest;
             let must = match note.kind {
                 NoteKind::Free => true,
                 NoteKind::Bound(number) => {
@@ -193,7 +203,9 @@ impl World {
                     transfer.note == Some(id) && transfer.done
                 }
             };
-            if note.seen || !must || !alive || !heard {
+            // Those to a peer that does not let it in wait for better times.
+            let reachable = alive && self.is_reachable(note.from, note.to_incarnation);
+            if note.seen || !must || !reachable || !heard {
                 continue;
             }
             let (from, to) = (note.from, note.to);
@@ -219,20 +231,6 @@ impl World {
         }
     }
 
-    /// No region is in use by anything that has ended.
-    fn check_uses(&mut self) {
-        for engine in 0..self.engines.len() {
-            let Some(node) = &self.engines[engine].node else { continue };
-            let used = self.model.spaces[engine].regions.values();
-            let used: Vec<u64> =
-                used.filter(|r| node.is_used(&r.handle)).map(|r| r.base).collect();
-            if let Some(base) = used.first() {
-                let text = format!("engine {engine}: region {base:#x} is in use");
-                self.model.fail(Promise::NothingLeft, text);
-            }
-        }
-    }
-
     pub(crate) fn rest_is_over(&self) -> bool {
         self.over
     }
@@ -242,7 +240,10 @@ impl World {
 fn left_over(levels: &Levels, reachable: bool) -> Option<&'static str> {
     [
         ("transfers", levels.active > 0),
-        ("transfers that wait", levels.queued > 0 && levels.active == 0 && levels.is_up && levels.session == 0),
+        (
+            "transfers that wait",
+            levels.queued > 0 && levels.active == 0 && levels.is_up && levels.session == 0,
+        ),
         ("requests", levels.requests > 0),
         ("answers owed", levels.replies > 0),
         ("counted transfers", levels.counted > 0),

@@ -215,7 +215,12 @@ impl World {
         }
         self.say(&|| format!("engine {engine} loads engine {other}, {incarnation:x}"));
         if let Some(Ok(peer)) = self.with_node(engine, |node, _| node.load(&metadata)) {
-            let known = Known { peer, incarnation, connecting: false };
+            self.serial += 1;
+            let loading = match self.engines[engine].loaded.get(&other) {
+                Some(known) if known.incarnation == incarnation => known.loading,
+                _ => self.serial,
+            };
+            let known = Known { peer, incarnation, connecting: false, loading };
             self.engines[engine].loaded.insert(other, known);
         }
     }
@@ -277,7 +282,11 @@ impl World {
     fn limit(&self, to_incarnation: u128) -> Duration {
         let timeout = self.profile.operation_timeout;
         let own = self.now + timeout + timeout / 5 + ms(100);
-        if self.model.incarnations.contains(&to_incarnation) { own } else { own.min(self.death_limit()) }
+        if self.model.incarnations.contains(&to_incarnation) {
+            own
+        } else {
+            own.min(self.death_limit())
+        }
     }
 
     /// By when whatever depends on a peer that is dead now has ended.
@@ -415,9 +424,10 @@ impl World {
         let index = self.rng.index(known.len());
         let descriptor = known[index].clone();
         let offset = (self.rng.index(CELLS) * CELL) as u64;
-        let live = self.model.spaces[other].regions.values().find(|region| {
-            same && region.descriptor == descriptor
-        });
+        let live = self.model.spaces[other]
+            .regions
+            .values()
+            .find(|region| same && region.descriptor == descriptor);
         let Some(region) = live else {
             // It was deregistered, or its engine is gone.
             let opened = Node::forge(&descriptor, 0, descriptor.len(), Access::READ_WRITE);
@@ -457,9 +467,8 @@ impl World {
             && t.cells.iter().all(|(own, theirs)| {
                 let open = |engine: usize, cell: CellRef| {
                     let region = self.model.spaces[engine].regions.get(&cell.base);
-                    region.is_some_and(|r| {
-                        r.serial == cell.serial && r.closing.is_none() && r.mapped
-                    })
+                    region
+                        .is_some_and(|r| r.serial == cell.serial && r.closing.is_none() && r.mapped)
                 };
                 open(t.engine, *own) && theirs.is_some_and(|theirs| open(t.to, theirs))
             })
@@ -471,22 +480,22 @@ impl World {
         let (to, to_incarnation) =
             (self.model.transfers[number].to, self.model.transfers[number].to_incarnation);
         let limit = self.limit(to_incarnation) - self.engines[engine].stalls.min(now);
-        let note = bound.then(|| self.new_note(engine, to, to_incarnation, NoteKind::Bound(number)));
+        let note =
+            bound.then(|| self.new_note(engine, to, to_incarnation, NoteKind::Bound(number)));
         let transfer = &mut self.model.transfers[number];
         (transfer.tag, transfer.note) = (tag, note);
         (transfer.posted, transfer.limit) = (now, limit);
         (transfer.ended, transfer.done) = (false, false);
         let handle = transfer.handle.clone();
         self.model.begin(number);
-        self.engines[engine].in_flight.push(number);
-        let count = self.engines[engine].in_flight.len();
-        self.engines[engine].peak = self.engines[engine].peak.max(count);
         let bytes = note.map(|note| note_bytes(note, self.model.notes[note].len));
         self.trace.say(now, Some(engine), &|| {
             let t = &self.model.transfers[number];
             format!(
                 "posts {:?} {number} of {} x {} bytes to engine {to}, notification {note:?}",
-                t.operation, t.cells.len(), t.len
+                t.operation,
+                t.cells.len(),
+                t.len
             )
         });
         let posted = self.with_node(engine, |node, _| node.post(&handle, bytes.as_deref()));
@@ -496,10 +505,14 @@ impl World {
                 self.model.notes.pop();
                 debug_assert_eq!(note, self.model.notes.len());
             }
-            self.engines[engine].in_flight.retain(|known| *known != number);
             let transfer = &mut self.model.transfers[number];
             (transfer.note, transfer.ended, transfer.done) = (None, true, false);
+            return;
         }
+        self.engines[engine].in_flight.push(number);
+        let count = self.engines[engine].in_flight.len();
+        self.engines[engine].peak = self.engines[engine].peak.max(count);
+        self.check_engine(engine);
     }
 
     fn cancel(&mut self, engine: usize) {
@@ -520,13 +533,7 @@ impl World {
 
     // Notifications.
 
-    fn new_note(
-        &mut self,
-        from: usize,
-        to: usize,
-        to_incarnation: u128,
-        kind: NoteKind,
-    ) -> usize {
+    fn new_note(&mut self, from: usize, to: usize, to_incarnation: u128, kind: NoteKind) -> usize {
         let len = match self.rng.below(12) {
             0 => self.profile.long_note,
             1 => 4096.min(self.profile.long_note),
@@ -534,7 +541,17 @@ impl World {
         };
         let from_incarnation = self.engines[from].incarnation;
         let seen = false;
-        self.model.notes.push(Note { from, from_incarnation, to, to_incarnation, kind, len, seen });
+        let loading = self.engines[from].loaded.get(&to).map_or(0, |known| known.loading);
+        self.model.notes.push(Note {
+            from,
+            from_incarnation,
+            to,
+            to_incarnation,
+            kind,
+            loading,
+            len,
+            seen,
+        });
         self.model.notes.len() - 1
     }
 
@@ -542,7 +559,9 @@ impl World {
         let Some((other, incarnation, peer)) = self.listener(engine) else { return };
         let id = self.new_note(engine, other, incarnation, NoteKind::Free);
         let bytes = note_bytes(id, self.model.notes[id].len);
-        self.say(&|| format!("engine {engine} sends notification {id} of {} bytes to {other}", bytes.len()));
+        self.say(&|| {
+            format!("engine {engine} sends notification {id} of {} bytes to {other}", bytes.len())
+        });
         let sent = self.with_node(engine, |node, _| node.notify(&peer, &bytes));
         if !matches!(sent, Some(Ok(()))) {
             self.model.notes.pop();

@@ -26,11 +26,12 @@ pub(crate) struct Known {
     pub(crate) peer: Peer,
     pub(crate) incarnation: u128,
     pub(crate) connecting: bool,
+    /// Which loading it is.
+    pub(crate) loading: u64,
 }
 
 pub(crate) struct Engine {
     pub(crate) node: Option<Node>,
-    pub(crate) name: String,
     pub(crate) incarnation: u128,
     pub(crate) generation: u32,
     pub(crate) honest: bool,
@@ -151,7 +152,6 @@ impl World {
             let node = Node::new(config.clone(), self.now);
             self.engines.push(Engine {
                 node: Some(node),
-                name: config.name.clone(),
                 incarnation,
                 generation: 1,
                 honest,
@@ -330,6 +330,14 @@ impl World {
             Event::Writable(conn, side) => self.writable(conn, side),
             Event::Ring(conn, side) => self.ring(conn, side),
             Event::Timer(engine, generation) => self.timer(engine, generation),
+            Event::GiveUp(conn) => {
+                let known = &mut self.net.conns[conn];
+                (known.silent, known.half_open) = (false, false);
+                self.net.cut(conn, self.now);
+                for side in 0..2 {
+                    watch(&mut self.net, &mut self.schedule, conn, side);
+                }
+            }
             Event::Act => self.act(),
             Event::Fault => self.fault(),
             Event::Heal(a, b) => self.heal(a, b),
@@ -498,7 +506,10 @@ impl World {
                 self.engines[engine].in_flight.swap_remove(index);
                 self.model.ended(number, now);
                 self.trace.say(now, Some(engine), &|| {
-                    format!("transfer {number} has ended: {:?}", self.model.transfers[number].handle.state())
+                    format!(
+                        "transfer {number} has ended: {:?}",
+                        self.model.transfers[number].handle.state()
+                    )
                 });
                 continue;
             }
@@ -523,7 +534,8 @@ impl World {
         }
         let (count, bytes) = node.pending();
         let limits = &known.config.limits;
-        let over = bytes > limits.pending_notification_bytes || count > limits.pending_notifications;
+        let over =
+            bytes > limits.pending_notification_bytes || count > limits.pending_notifications;
         if over && count > 1 {
             let text = format!("engine {engine}: {count} notifications of {bytes} bytes wait");
             self.model.fail(Promise::Bounded, text);
