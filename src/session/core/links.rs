@@ -206,6 +206,9 @@ impl Core {
             AckPlan::Now => {}
         }
         self.ack = AckPlan::None;
+        if mutated!(NeverAcknowledges) {
+            return None;
+        }
         let below = self.inbox.acknowledgement()?;
         self.ack_base = below;
         Some(below)
@@ -226,7 +229,9 @@ impl Core {
         let link = self.links.swap_remove(index);
         env.counters.links_down.add(1);
         for reply in link.replies {
-            if let Reply::Data { uses, .. } = reply {
+            if let Reply::Data { uses, .. } = reply
+                && !mutated!(LostRepliesKeepUses)
+            {
                 env.regions.release(uses);
             }
         }

@@ -284,7 +284,9 @@ impl Core {
     /// Bytes of the peer have arrived.
     #[inline]
     pub(crate) fn heard(&mut self, now: Instant) {
-        if let Some(liveness) = &mut self.liveness {
+        if let Some(liveness) = &mut self.liveness
+            && !mutated!(HearsNothing)
+        {
             liveness.heard(now);
         }
     }

@@ -41,16 +41,14 @@ impl World {
             return;
         }
         let left = self.what_is_left();
-        if left.is_none() {
-            self.quiet += 1;
-        } else {
-            self.quiet = 0;
+        if left.is_some() || !self.connected {
+            self.quiet_since = None;
         }
+        let since = *self.quiet_since.get_or_insert(self.now);
         // A while of silence, in which connections stay up by pings.
-        let enough = if self.profile.engines > 6 { 2 } else { 4 };
-        if self.quiet >= enough && self.connected {
-            self.finish();
-            return;
+        let enough = if self.disturbed { ms(40) } else { self.profile.liveness * 3 };
+        if self.now - since >= enough {
+            return self.finish();
         }
         if self.ticks > TICKS {
             let (promise, text) = left.unwrap_or((Promise::Meet, "no session".to_owned()));

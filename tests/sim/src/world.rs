@@ -94,8 +94,8 @@ pub(crate) struct World {
     pub(crate) crashes: u64,
     pub(crate) notes_seen: u64,
     pub(crate) ticks: u64,
-    /// Ticks since when nothing is left to do.
-    pub(crate) quiet: u64,
+    /// Since when nothing is left to do.
+    pub(crate) quiet_since: Option<Duration>,
     /// Those that know each other have sessions.
     pub(crate) connected: bool,
     pub(crate) over: bool,
@@ -133,7 +133,7 @@ impl World {
             crashes: 0,
             notes_seen: 0,
             ticks: 0,
-            quiet: 0,
+            quiet_since: None,
             connected: false,
             over: false,
             profile,
