@@ -34,6 +34,8 @@ macro_rules! mutations {
 mutations! {
     CancelTellsTheEnd, "cancel tells the end at once, and the transfer goes on to its own", "ends once";
     EndsTwice, "an end that has to wait for a frame is told at once, and again", "ends once";
+    DoneIsToldTwice, "the end of a WRITE with a notification is told for each of them", "ends once";
+    TimeoutTellsTheEnd, "the operation timeout tells the end, and the answer tells it again", "ends once";
     MissingCancel, "cancel does nothing", "ends in time";
     NoOperationTimeout, "no transfer expires", "ends in time";
     LostLinkFailsNobody, "the requests of a lost link wait on", "ends in time";

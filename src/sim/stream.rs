@@ -12,7 +12,7 @@ use crate::wire::hello::LinkKind;
 
 /// Frames taken from the core before they are on the wire, as the driver does.
 const TX_FRAMES: usize = 32;
-const TX_BYTES: usize = 8 << 10;
+const TX_BYTES: usize = 3 << 10;
 
 enum Rx {
     Header,

@@ -8,9 +8,9 @@ use super::{Core, Env, LinkId, Phase, ProtocolError, Sent, TxFrame, TxPayload};
 use crate::error::Error;
 use crate::memory::RegionUses;
 use crate::plan::{Class, Operation, PlanInner};
+use crate::session::outbox::{Bound, MAX_IN_BAND};
 #[cfg(feature = "sim")]
 use crate::sim::coverage::{TransferEvent, TransferState};
-use crate::session::outbox::{Bound, MAX_IN_BAND};
 use crate::sys::IoSegment;
 use crate::transfer::TransferShared;
 use crate::transport::local::LocalPath;
@@ -379,6 +379,9 @@ impl Core {
                     self.notify(payload, env);
                 }
                 active.shared.slot.complete(Ok(()));
+                if mutated!(DoneIsToldTwice) && active.counted {
+                    active.shared.slot.complete(Ok(()));
+                }
             }
             Some(error) => {
                 if let Some(payload) = active.notification
@@ -723,6 +726,12 @@ impl Core {
                     format!("no connection came up within the operation timeout, {after:?}");
                 Error::Connect { peer, reason }
             };
+            if mutated!(TimeoutTellsTheEnd)
+                && let Some(active) = self.active.get(key.slot)
+            {
+                active.shared.slot.complete(Err(error));
+                continue;
+            }
             self.fail(key.slot, error, env);
             self.close_stuck(key, env.now);
         }

@@ -33,6 +33,7 @@ pub(crate) struct Transfer {
     pub(crate) note: Option<usize>,
     /// It names memory that it must not touch.
     pub(crate) forged: bool,
+    pub(crate) cancelled: Option<Duration>,
 }
 
 impl Transfer {

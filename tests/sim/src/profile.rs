@@ -66,6 +66,8 @@ pub(crate) struct Profile {
     pub(crate) fault_weights: Vec<(Fault, u64)>,
     /// A run of many small postings in a row, after which every queue must be short again.
     pub(crate) burst: usize,
+    /// Applications take notifications as soon as they are there.
+    pub(crate) eager: bool,
 }
 
 impl Profile {
@@ -135,11 +137,12 @@ impl Profile {
             half_open: rng.pick(&[3, 256]),
             dead_address: rng.chance(15),
             long_note: if quick { rng.pick(&[100, 5000, 70_000]) } else { 100 },
-            actions: if engines > 6 { 4 * engines } else { rng.pick(&[40, 80, 160]) },
+            actions: if engines > 6 { 4 * engines } else { rng.pick(&[80, 160, 320]) },
             faults: if rng.chance(25) { 0 } else { 2 + rng.index(8) },
             pause_us: rng.pick(&[50, 500, 4000]),
             action_weights,
             fault_weights,
+            eager: rng.chance(40),
             burst: if rng.chance(6) { 90 } else { 0 },
         }
     }

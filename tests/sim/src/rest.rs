@@ -1,20 +1,23 @@
 //! The end of a run: faults are over, everything comes to an end, and nothing is left over.
 
+use std::time::Duration;
+
 use corelane::sim::Levels;
 
 use crate::model::NoteKind;
 use crate::ports::Event;
 use crate::promise::Promise;
-use crate::world::{World, ms};
+use crate::world::{Call, World, ms};
 
-/// Ticks of rest until everything must have ended: what waits longest is an operation timeout of 30 s.
-const TICKS: u64 = 480;
+/// By when everything must have ended: what waits longest are operation timeouts of 30 s, and the kernel's own.
+const REST: Duration = Duration::from_secs(60);
 
 impl World {
     /// Applications and faults have had their time.
     pub(crate) fn rest(&mut self) {
         self.say(&|| "the rest begins".to_owned());
         self.resting = true;
+        self.rest_since = self.now;
         self.net.partitions.clear();
         for conn in &mut self.net.conns {
             for end in &mut conn.ends {
@@ -33,7 +36,12 @@ impl World {
         self.ticks += 1;
         self.look_at_pending();
         for engine in 0..self.engines.len() {
-            self.take(engine, usize::MAX);
+            for _ in 0..1000 {
+                self.take(engine, usize::MAX);
+                if self.engines[engine].node.as_ref().is_none_or(|node| node.pending().0 == 0) {
+                    break;
+                }
+            }
             self.check_engine(engine);
         }
         self.meet();
@@ -50,8 +58,11 @@ impl World {
         if self.now - since >= enough {
             return self.finish();
         }
-        if self.ticks > TICKS {
-            let (promise, text) = left.unwrap_or((Promise::Meet, "no session".to_owned()));
+        if self.now > self.rest_since + REST {
+            let (promise, text) = match left {
+                Some(left) if self.connected => left,
+                _ => (Promise::Meet, "engines that know each other have no session".to_owned()),
+            };
             return self.model.fail(promise, format!("at rest: {text}"));
         }
         let pause = if self.ticks < 20 { ms(10) } else { ms(100).max(self.profile.liveness / 2) };
@@ -144,7 +155,9 @@ impl World {
                 return Some((Promise::NothingLeft, format!("engine {index}: half-open links")));
             }
         }
-        if let Some(pending) = self.pending.first() {
+        // Those that connect are asked again and again.
+        let mut pending = self.pending.iter();
+        if let Some(pending) = pending.find(|call| !matches!(call.what, Call::Connect(_))) {
             let text = format!("engine {}: {:?} waits", pending.engine, pending.what);
             return Some((Promise::EndsInTime, text));
         }

@@ -32,6 +32,9 @@ impl World {
         if awake.is_empty() {
             return;
         }
+        if self.profile.impostor && self.rng.chance(8) {
+            self.pretend();
+        }
         let engine = self.rng.pick(&awake);
         let weights = std::mem::take(&mut self.profile.action_weights);
         let action = draw(&mut self.rng, &weights);
@@ -59,6 +62,15 @@ impl World {
             Action::Unload => self.unload(engine),
             Action::Unmap => self.unmap(engine),
             Action::Shutdown => self.shut_down(engine),
+        }
+    }
+
+    /// The impostor connects to somebody.
+    fn pretend(&mut self) {
+        let impostor = self.engines.len() - 1;
+        let up = self.engines[impostor].alive && self.engines[impostor].stalled_until <= self.now;
+        if up && let Some(other) = self.any_loaded(impostor) {
+            self.connect(impostor, other);
         }
     }
 
@@ -404,6 +416,7 @@ impl World {
             orphan: false,
             note: None,
             forged: forged && same,
+            cancelled: None,
         });
         let bound = self.rng.chance(50);
         self.repost(engine, number, bound);
@@ -433,6 +446,10 @@ impl World {
             let opened = Node::forge(&descriptor, 0, descriptor.len(), Access::READ_WRITE);
             return Some((opened, offset));
         };
+        if region.closing.is_some() {
+            // Too late.
+            return Some((descriptor, offset));
+        }
         if !region.access.allows(needs) {
             return Some((Node::forge(&descriptor, 0, descriptor.len(), needs), offset));
         }
@@ -485,7 +502,7 @@ impl World {
         let transfer = &mut self.model.transfers[number];
         (transfer.tag, transfer.note) = (tag, note);
         (transfer.posted, transfer.limit) = (now, limit);
-        (transfer.ended, transfer.done) = (false, false);
+        (transfer.ended, transfer.done, transfer.cancelled) = (false, false, None);
         let handle = transfer.handle.clone();
         self.model.begin(number);
         let bytes = note.map(|note| note_bytes(note, self.model.notes[note].len));
@@ -524,7 +541,9 @@ impl World {
         let handle = self.model.transfers[number].handle.clone();
         self.say(&|| format!("engine {engine} cancels {number}"));
         self.with_node(engine, |node, _| node.cancel(&handle));
-        let transfer = &self.model.transfers[number];
+        let now = self.now;
+        let transfer = &mut self.model.transfers[number];
+        transfer.cancelled.get_or_insert(now);
         if transfer.operation == Operation::Read && transfer.is_in_flight() {
             let text = format!("engine {engine}: READ {number} goes on though it was cancelled");
             self.model.fail(Promise::EndsInTime, text);
@@ -582,6 +601,16 @@ impl World {
     }
 
     pub(crate) fn take(&mut self, engine: usize, most: usize) {
+        self.take_some(engine, most);
+        self.with_node(engine, |node, _| node.drain());
+    }
+
+    /// What has just arrived is seen before anything else happens.
+    pub(crate) fn take_at_once(&mut self, engine: usize) {
+        self.take_some(engine, usize::MAX);
+    }
+
+    fn take_some(&mut self, engine: usize, most: usize) {
         let mut taken = Vec::new();
         if let Some(node) = &mut self.engines[engine].node {
             for _ in 0..most {
@@ -593,6 +622,5 @@ impl World {
         for bytes in taken {
             self.model.take(engine, &bytes);
         }
-        self.with_node(engine, |node, _| node.drain());
     }
 }

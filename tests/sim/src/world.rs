@@ -94,6 +94,7 @@ pub(crate) struct World {
     pub(crate) crashes: u64,
     pub(crate) notes_seen: u64,
     pub(crate) ticks: u64,
+    pub(crate) rest_since: Duration,
     /// Since when nothing is left to do.
     pub(crate) quiet_since: Option<Duration>,
     /// Those that know each other have sessions.
@@ -133,6 +134,7 @@ impl World {
             crashes: 0,
             notes_seen: 0,
             ticks: 0,
+            rest_since: Duration::ZERO,
             quiet_since: None,
             connected: false,
             over: false,
@@ -513,6 +515,10 @@ impl World {
                 });
                 continue;
             }
+            if transfer.cancelled.is_some_and(|at| at + ms(1000) < now) && !self.disturbed {
+                let text = format!("engine {engine}: {number} was cancelled a second ago");
+                return self.model.fail(Promise::EndsInTime, text);
+            }
             if transfer.limit + self.engines[engine].stalls < now {
                 let (operation, to) = (transfer.operation, transfer.to);
                 let text = format!(
@@ -522,6 +528,9 @@ impl World {
                 self.model.fail(Promise::EndsInTime, text);
             }
             index += 1;
+        }
+        if self.profile.eager && self.engines[engine].node.is_some() {
+            self.take_at_once(engine);
         }
         let known = &self.engines[engine];
         let Some(node) = &known.node else { return };
@@ -548,6 +557,9 @@ impl World {
             let text = format!("engine {engine} has given up a peer that was there");
             self.model.fail(Promise::Alive, text);
         }
+        if !known.honest {
+            return;
+        }
         for known in known.loaded.values() {
             let other = self.model.incarnations.iter().position(|i| *i == known.incarnation);
             let other = other.filter(|other| !self.engines[*other].honest);
@@ -555,9 +567,6 @@ impl World {
                 let text = format!("engine {engine} has a session with the impostor {other}");
                 self.model.fail(Promise::Trusted, text);
             }
-        }
-        if !self.engines[engine].honest {
-            return;
         }
         let strangers = self.engines.iter().filter(|other| !other.honest);
         let node = self.engines[engine].node.as_ref();
