@@ -324,8 +324,10 @@ impl Model {
         match kind {
             NoteKind::Free => {
                 let pair = self.pair(from, incarnation);
+                // What waited for an application that unloads the peer comes when it comes.
+                let forgot = pair.forgot;
                 let last = pair.last_free.replace((loading, id));
-                if let Some((_, last)) = last.filter(|l| l.0 == loading && l.1 > id) {
+                if let Some((_, last)) = last.filter(|l| l.0 == loading && l.1 > id && !forgot) {
                     self.fail(Promise::InOrder, format!("{what} after {last}"));
                 }
             }
