@@ -208,12 +208,14 @@ impl World {
         for _ in 0..self.profile.regions {
             self.register(engine);
         }
-        for other in 0..self.engines.len() {
+        let count = self.engines.len();
+        let percent = if count > 6 { 400 / count as u64 } else { 70 };
+        for other in 0..count {
             let pause = Duration::from_micros(self.rng.below(20_000));
-            if self.rng.chance(70) {
+            if self.rng.chance(percent) {
                 self.schedule.at(self.now + pause, Event::Load(engine, other));
             }
-            if self.rng.chance(70) {
+            if self.rng.chance(percent) {
                 self.schedule.at(self.now + pause, Event::Load(other, engine));
             }
         }

@@ -91,6 +91,13 @@ pub(crate) fn note_bytes(id: usize, len: usize) -> Vec<u8> {
 }
 
 impl Model {
+    /// The engine that is this incarnation now.
+    pub(crate) fn engine_of(&self, incarnation: u128) -> Option<usize> {
+        // Its low bits say which it would be.
+        let index = (incarnation as u32).checked_sub(1)? as usize;
+        self.incarnations.get(index).filter(|known| **known == incarnation).map(|_| index)
+    }
+
     pub(crate) fn fail(&mut self, promise: Promise, text: impl Into<String>) {
         if self.violation.is_none() {
             self.violation = Some(Violation { promise, text: text.into() });

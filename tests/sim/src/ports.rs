@@ -195,7 +195,7 @@ impl Outside for Ports<'_> {
     fn broken(&mut self, peer: u128, reason: &str) {
         // What is said on a link that this side closes already is nobody's fault.
         let fault = self.honest && !reason.contains("a link that is closing");
-        if fault && self.model.incarnations.contains(&peer) {
+        if fault && self.model.engine_of(peer).is_some() {
             let text = format!("engine {}: {reason}", self.engine);
             self.model.fail(Promise::Rules, text);
         }

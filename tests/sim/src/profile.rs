@@ -134,7 +134,7 @@ impl Profile {
             transfers: rng.pick(&[4, 64]),
             pending: rng.pick(&[(2, 200), (16, 100_000), (1 << 16, 64 << 20)]),
             unacknowledged: rng.pick(&[(8, 20_000), (1 << 16, 64 << 20)]),
-            half_open: rng.pick(&[3, 256]),
+            half_open: if engines > 6 { 256 } else { rng.pick(&[3, 256]) },
             dead_address: rng.chance(15),
             long_note: if quick { rng.pick(&[100, 5000, 70_000]) } else { 100 },
             actions: if engines > 6 { 4 * engines } else { rng.pick(&[80, 160, 320]) },

@@ -71,21 +71,21 @@ impl World {
 
     /// Pairs of which the first has loaded the second, as it is now.
     fn pairs(&self) -> Vec<(usize, usize)> {
-        let mut all = Vec::new();
-        for (index, engine) in self.engines.iter().enumerate() {
-            for (other, known) in &engine.loaded {
-                let target = &self.engines[*other];
-                let live = engine.alive && target.alive && engine.honest && target.honest;
-                // Where a name is loaded, only that incarnation may use it.
-                let known_there = target.loaded.get(&index);
-                let welcome =
-                    known_there.is_none_or(|known| known.incarnation == engine.incarnation);
-                if live && welcome && known.incarnation == target.incarnation {
-                    all.push((index, *other));
-                }
-            }
-        }
-        all
+        let all = self.engines.iter().enumerate();
+        all.flat_map(|(index, engine)| engine.loaded.keys().map(move |other| (index, *other)))
+            .filter(|(engine, other)| self.knows(*engine, *other))
+            .collect()
+    }
+
+    /// Whether the first has loaded the second, as it is now, and is let in there.
+    fn knows(&self, index: usize, other: usize) -> bool {
+        let (engine, target) = (&self.engines[index], &self.engines[other]);
+        let Some(known) = engine.loaded.get(&other) else { return false };
+        let live = engine.alive && target.alive && engine.honest && target.honest;
+        // Where a name is loaded, only that incarnation may use it.
+        let there = target.loaded.get(&index);
+        let welcome = there.is_none_or(|known| known.incarnation == engine.incarnation);
+        live && welcome && known.incarnation == target.incarnation
     }
 
     /// Lets those that know each other connect once more.
@@ -126,7 +126,7 @@ impl World {
                 return Some((Promise::NothingLost, format!("engine {index}: notifications wait")));
             }
             for (peer, levels) in node.levels() {
-                if levels.is_up && !self.model.incarnations.contains(&peer) {
+                if levels.is_up && self.model.engine_of(peer).is_none() {
                     let text = format!("engine {index} still has a session with {peer:x}");
                     return Some((Promise::Dead, text));
                 }
@@ -166,11 +166,8 @@ impl World {
 
     /// Whether an engine and the one with that incarnation can have a session.
     fn is_reachable(&self, engine: usize, incarnation: u128) -> bool {
-        let Some(other) = self.model.incarnations.iter().position(|i| *i == incarnation) else {
-            return false;
-        };
-        let pairs = self.pairs();
-        pairs.contains(&(engine, other)) || pairs.contains(&(other, engine))
+        let Some(other) = self.model.engine_of(incarnation) else { return false };
+        self.knows(engine, other) || self.knows(other, engine)
     }
 
     /// Everything has come to rest: what was promised about the whole of it.

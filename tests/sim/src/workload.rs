@@ -294,7 +294,7 @@ impl World {
     fn limit(&self, to_incarnation: u128) -> Duration {
         let timeout = self.profile.operation_timeout;
         let own = self.now + timeout + timeout / 5 + ms(100);
-        if self.model.incarnations.contains(&to_incarnation) {
+        if self.model.engine_of(to_incarnation).is_some() {
             own
         } else {
             own.min(self.death_limit())
