@@ -27,5 +27,5 @@ macro_rules! reached {
 
 #[cfg(not(feature = "sim"))]
 macro_rules! reached {
-    ($table:ident, $state:expr, $event:expr) => {};
+    ($table:ident, $state:expr, $event:expr) => {{}};
 }

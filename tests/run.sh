@@ -122,7 +122,8 @@ has_clippy() {
 check_clippy() {
     leave_out_nixl_tests_without_libclang
     cargo clippy --workspace "${product_only[@]}" "${left_out[@]}" "${cargo_features[@]}" --all-targets --locked -- -D warnings &&
-        cargo clippy --package corelane-sim --all-targets --locked -- -D warnings
+        cargo clippy --package corelane --features sim "${cargo_features[@]}" --lib --locked -- -D warnings &&
+        cargo clippy --package corelane-sim --no-deps --all-targets --locked -- -D warnings
 }
 
 build_docs() {

@@ -204,7 +204,7 @@ impl Node {
         let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
             self.with_core(slot, Input::Leave, |core, env| {
-                core.leave(deadline, Ticket::new(), env)
+                core.leave(deadline, Ticket::new(), env);
             });
         }
     }
@@ -232,15 +232,11 @@ impl Node {
     /// [`Error::Backpressure`].
     pub fn notify(&mut self, peer: &Peer, payload: &[u8]) -> Result<()> {
         peer.0.reserve(payload.len())?;
-        match self.slot_of(&peer.0) {
-            Some(slot) => {
-                self.with_core(slot, Input::Notify, |core, env| core.notify(payload.into(), env));
-            }
-            None => {
-                peer.0.release(1, payload.len());
-                return Err(peer.0.unloaded());
-            }
-        }
+        let Some(slot) = self.slot_of(&peer.0) else {
+            peer.0.release(1, payload.len());
+            return Err(peer.0.unloaded());
+        };
+        self.with_core(slot, Input::Notify, |core, env| core.notify(payload.into(), env));
         Ok(())
     }
 

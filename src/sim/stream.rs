@@ -379,9 +379,9 @@ impl Node {
 fn describe_frame(verb: &str, link: u64, bytes: &[u8; HEADER_BYTES]) -> String {
     match Header::decode(bytes) {
         Ok(Header { kind, flags, status, len, id, aux, .. }) => {
-            let mut text = format!("link {link} {verb} {kind:?} len {len} id {id:#x} aux {aux}");
+            let text = format!("link {link} {verb} {kind:?} len {len} id {id:#x} aux {aux}");
             if flags != 0 || (kind == FrameKind::Status && status != 0) {
-                text += &format!(" flags {flags} status {status}");
+                return format!("{text} flags {flags} status {status}");
             }
             text
         }

@@ -631,10 +631,9 @@ impl Core {
         if let Some(error) = error {
             return self.fail(key.slot, error, env);
         }
+        let answered = active.outstanding == 0 || mutated!(AnyAnswerCompletes);
         let asked = active.next_piece as usize == active.plan.pieces.len();
-        let all = (active.outstanding == 0 || mutated!(AnyAnswerCompletes))
-            && (asked || mutated!(EarlyCompletion));
-        if all {
+        if answered && (asked || mutated!(EarlyCompletion)) {
             self.finish(key.slot, env);
         }
     }

@@ -194,8 +194,7 @@ impl World {
         if self.engines[engine].alive || self.resting {
             return;
         }
-        let number = u128::from(self.rng.next()) << 32 | engine as u128 + 1;
-        let secret: [u8; 32] = std::array::from_fn(|_| self.rng.next() as u8);
+        let (number, secret) = (self.incarnation(engine), self.secret());
         let known = &mut self.engines[engine];
         known.generation += 1;
         known.incarnation = number;

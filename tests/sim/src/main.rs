@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+mod calls;
+mod checks;
 mod expected;
 mod faults;
 mod memory;
