@@ -36,6 +36,7 @@ mutations! {
     EndsTwice, "an end that has to wait for a frame is told at once, and again", "ends once";
     DoneIsToldTwice, "the end of a WRITE with a notification is told for each of them", "ends once";
     TimeoutTellsTheEnd, "the operation timeout tells the end, and the answer tells it again", "ends once";
+    EachRequestTells, "a failed transfer tells its end for each of its requests", "ends once";
     MissingCancel, "cancel does nothing", "ends in time";
     NoOperationTimeout, "no transfer expires", "ends in time";
     LostLinkFailsNobody, "the requests of a lost link wait on", "ends in time";

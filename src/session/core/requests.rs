@@ -396,6 +396,9 @@ impl Core {
                     });
                 }
                 env.counters.failed.add(1);
+                if mutated!(EachRequestTells) && active.outstanding > 1 {
+                    active.shared.slot.complete(Err(error.clone()));
+                }
                 active.shared.slot.complete(Err(error));
             }
         }
