@@ -229,7 +229,7 @@ run_loom_tests() {
 run_simulator() {
     local simulator=(cargo run --quiet --profile sim --locked --package corelane-sim --)
     "${simulator[@]}" --seeds 10000 --coverage &&
-        "${simulator[@]}" --seeds 2 --from 20000 --engines 500 &&
+        "${simulator[@]}" --seeds 2 --engines 1000 &&
         "${simulator[@]}" --seeds 1000 --mutation all
 }
 
