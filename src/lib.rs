@@ -74,6 +74,9 @@
 // The protocol knows of transport `rdma` whether it was built or not.
 #![cfg_attr(not(feature = "rdma"), allow(dead_code, unused_imports))]
 
+#[macro_use]
+mod mutation;
+
 mod config;
 mod engine;
 mod error;
@@ -82,6 +85,9 @@ mod notification;
 mod peer;
 mod plan;
 mod session;
+#[cfg(feature = "sim")]
+#[doc(hidden)]
+pub mod sim;
 mod stats;
 mod sync;
 mod sys;

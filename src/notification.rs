@@ -98,7 +98,7 @@ impl NotificationQueue {
         let count = self.count.fetch_add(1, Ordering::AcqRel);
         let bytes = self.bytes.fetch_add(len, Ordering::AcqRel);
         let full = count >= self.max_count || bytes.saturating_add(len) > self.max_bytes;
-        if full && count > 0 {
+        if full && count > 0 && !mutated!(QueueWithoutBound) {
             self.count.fetch_sub(1, Ordering::AcqRel);
             self.bytes.fetch_sub(len, Ordering::AcqRel);
             return Err(notification);

@@ -57,6 +57,9 @@ pub(crate) struct Slot {
     state: AtomicU32,
     waker: Mutex<Option<Waker>>,
     error: Mutex<Option<Error>>,
+    /// Postings that have begun, and ends that were told.
+    #[cfg(feature = "sim")]
+    tally: Mutex<(u64, u64)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> impl std::ops::DerefMut<Target = T> + '_ {
@@ -69,7 +72,13 @@ fn lock<T>(mutex: &Mutex<T>) -> impl std::ops::DerefMut<Target = T> + '_ {
 
 impl Slot {
     pub(crate) fn new() -> Self {
-        Self { state: AtomicU32::new(IDLE), waker: Mutex::new(None), error: Mutex::new(None) }
+        Self {
+            state: AtomicU32::new(IDLE),
+            waker: Mutex::new(None),
+            error: Mutex::new(None),
+            #[cfg(feature = "sim")]
+            tally: Mutex::new((0, 0)),
+        }
     }
 
     #[inline]
@@ -92,7 +101,13 @@ impl Slot {
                 Ordering::AcqRel,
                 Ordering::Relaxed,
             ) {
-                Ok(before) => return Some(Before(before & STATE)),
+                Ok(before) => {
+                    #[cfg(feature = "sim")]
+                    {
+                        lock(&self.tally).0 += 1;
+                    }
+                    return Some(Before(before & STATE));
+                }
                 Err(now) => seen = now,
             }
         }
@@ -102,12 +117,20 @@ impl Slot {
     /// Takes back a `begin` whose posting never reached the lane: the answer to the posting before
     /// stands.
     pub(crate) fn abort(&self, before: Before) {
+        #[cfg(feature = "sim")]
+        {
+            lock(&self.tally).0 -= 1;
+        }
         let seen = self.state.swap(before.0, Ordering::AcqRel);
         self.wake(seen);
     }
 
     /// Ends the posting. The lane calls this exactly once per `begin`.
     pub(crate) fn complete(&self, outcome: Result<(), Error>) {
+        #[cfg(feature = "sim")]
+        {
+            lock(&self.tally).1 += 1;
+        }
         let state = match outcome {
             Ok(()) => DONE,
             Err(error) => {
@@ -116,6 +139,10 @@ impl Slot {
             }
         };
         let before = self.state.swap(state, Ordering::AcqRel);
+        #[cfg(feature = "sim")]
+        if before & STATE != POSTED {
+            crate::sim::count_double_end();
+        }
         debug_assert_eq!(before & STATE, POSTED, "a transfer ended twice");
         self.wake(before);
     }
@@ -145,6 +172,12 @@ impl Slot {
             }
         }
         false
+    }
+
+    /// Postings that have begun, and ends that were told.
+    #[cfg(feature = "sim")]
+    pub(crate) fn begun_and_ended(&self) -> (u64, u64) {
+        *lock(&self.tally)
     }
 
     /// The error of a failed posting.

@@ -54,6 +54,10 @@ impl LaneRegions {
     /// call takes the place of the first, whose caller waits no more.
     pub(crate) fn close(&mut self, region: &Arc<RegionInner>, ticket: Arc<Ticket<()>>) {
         match self.entry(region.key()) {
+            Some(entry) if entry.users > 0 && mutated!(ClosedBeforeTheLastUse) => {
+                entry.closing = Some(Ticket::new());
+                ticket.complete(());
+            }
             Some(entry) if entry.users > 0 => entry.closing = Some(ticket),
             Some(_) => {
                 self.slots[region.slot()] = None;
@@ -65,7 +69,17 @@ impl LaneRegions {
 
     fn entry(&mut self, key: RegionKey) -> Option<&mut Entry> {
         // The key is compared as a whole and without early exit: it is what a peer has to know.
-        self.slots.get_mut(key.slot())?.as_mut().filter(|entry| (entry.region.key().0 ^ key.0) == 0)
+        self.slots
+            .get_mut(key.slot())?
+            .as_mut()
+            .filter(|entry| (entry.region.key().0 ^ key.0) == 0 || mutated!(KeyIgnored))
+    }
+
+    /// Requests and transfers that use a region now.
+    #[cfg(feature = "sim")]
+    pub(crate) fn users(&self, region: &RegionInner) -> u32 {
+        let entry = self.slots.get(region.slot()).and_then(Option::as_ref);
+        entry.filter(|entry| entry.region.key().0 == region.key().0).map_or(0, |entry| entry.users)
     }
 
     /// Counts a use of one of this engine's own regions by its own transfer.
@@ -84,13 +98,15 @@ impl LaneRegions {
         uses: &mut RegionUses,
     ) -> Result<IoSegment, ServeStatus> {
         let key = RegionKey(segment.key);
-        let entry =
-            self.entry(key).filter(|e| e.closing.is_none()).ok_or(ServeStatus::UnknownKey)?;
+        let entry = self
+            .entry(key)
+            .filter(|e| e.closing.is_none() || mutated!(ClosingAdmits))
+            .ok_or(ServeStatus::UnknownKey)?;
         let descriptor = &entry.region.descriptor;
-        if !descriptor.access.allows(needs) {
+        if !descriptor.access.allows(needs) && !mutated!(PermissionIgnored) {
             return Err(ServeStatus::Denied);
         }
-        if !descriptor.contains(segment.addr, segment.len) {
+        if !descriptor.contains(segment.addr, segment.len) && !mutated!(BoundsIgnored) {
             return Err(ServeStatus::OutOfBounds);
         }
         let slot = key.slot() as u32;

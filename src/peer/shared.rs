@@ -237,7 +237,8 @@ impl PeerShared {
         let count = self.unacknowledged.fetch_add(1, Ordering::AcqRel);
         let held = self.unacknowledged_bytes.fetch_add(bytes, Ordering::AcqRel);
         let over_bytes = held.saturating_add(bytes) > self.max_unacknowledged_bytes;
-        if count >= self.max_unacknowledged || (over_bytes && count > 0) {
+        let full = count >= self.max_unacknowledged || (over_bytes && count > 0);
+        if full && !mutated!(BudgetNotChecked) {
             self.release(1, bytes);
             return Err(Error::Backpressure {
                 what: "the notification buffer",

@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::outbox::{Bound, WINDOW_BYTES, WINDOW_COUNT};
 use crate::config::MAX_NOTIFICATION_BYTES;
+#[cfg(feature = "sim")]
+use crate::sim::coverage::Arrival as Seen;
 
 /// Transfers with a bound notification that may be under way from one peer at a time.
 const MAX_COUNTED: usize = 1 << 17;
@@ -107,8 +109,10 @@ impl Inbox {
     /// Takes the payload of a frame that `check` accepted.
     pub(crate) fn arrive(&mut self, arrival: &Arrival, bytes: Vec<u8>) -> Result<(), InboxError> {
         let whole = if self.partial.is_empty() && bytes.len() as u64 == arrival.total {
+            reached!(arrival, self.state(), Seen::Whole);
             bytes
         } else {
+            reached!(arrival, self.state(), Seen::Fragment);
             self.partial.extend_from_slice(&bytes);
             if (self.partial.len() as u64) < arrival.total {
                 return Ok(());
@@ -118,8 +122,9 @@ impl Inbox {
         let seq = self.expects;
         self.expects += 1;
         match arrival.bound {
-            _ if arrival.void => {}
+            _ if arrival.void => reached!(arrival, self.state(), Seen::Void),
             None => self.make_ready(Some(seq), whole),
+            Some(_) if mutated!(BoundNotHeld) => self.make_ready(Some(seq), whole),
             Some(bound) => self.hold(seq, bound, whole)?,
         }
         Ok(())
@@ -136,18 +141,30 @@ impl Inbox {
             self.settled += 1;
             self.settled_bytes += payload.len();
         }
+        if mutated!(LastInFirstOut) {
+            return self.ready.push_front((seq, payload));
+        }
         self.ready.push_back((seq, payload));
     }
 
     fn hold(&mut self, seq: u64, bound: Bound, payload: Vec<u8>) -> Result<(), InboxError> {
+        #[cfg(feature = "sim")]
+        let state = self.state();
+        if mutated!(BoundSeenTwice) {
+            self.make_ready(None, payload.clone());
+        }
+        let pieces = bound.pieces - u32::from(mutated!(OnePieceEarly));
+        let bound = Bound { pieces, ..bound };
         let count = self.count(bound.transfer)?;
         if count.failed || count.arrived >= bound.pieces {
             let failed = count.failed;
+            reached!(arrival, state, if failed { Seen::BoundFailed } else { Seen::BoundAfterData });
             self.counted.remove(&bound.transfer);
             if !failed {
                 self.make_ready(Some(seq), payload);
             }
         } else {
+            reached!(arrival, state, Seen::BoundBeforeData);
             let len = payload.len();
             if count.held.replace((bound.pieces, payload)).is_some() {
                 return Err(InboxError::Sequence);
@@ -170,6 +187,7 @@ impl Inbox {
     /// A piece of a counted WRITE has landed, or was refused.
     pub(crate) fn piece(&mut self, transfer: u64, ok: bool) -> Result<(), InboxError> {
         if !self.abandoned.is_empty() && self.abandoned.contains(&transfer) {
+            reached!(arrival, self.state(), Seen::Abandoned);
             return Ok(());
         }
         let count = self.count(transfer)?;
@@ -236,6 +254,19 @@ impl Inbox {
         self.counted.len()
     }
 
+    /// Notifications that wait for the application, their bytes, bytes that wait for data, counted and abandoned transfers.
+    #[cfg(feature = "sim")]
+    pub(crate) fn levels(&self) -> (usize, usize, usize, usize, usize) {
+        let (ready, counted) = (self.ready.len(), self.counted.len());
+        (ready, self.ready_bytes, self.held_bytes, counted, self.abandoned_order.len())
+    }
+
+    #[cfg(feature = "sim")]
+    fn state(&self) -> crate::sim::coverage::InboxState {
+        use crate::sim::coverage::InboxState;
+        if self.is_backlogged() { InboxState::Backlogged } else { InboxState::Open }
+    }
+
     pub(crate) fn is_backlogged(&self) -> bool {
         !self.ready.is_empty()
     }
@@ -269,6 +300,9 @@ impl Inbox {
         self.abandoned.clear();
         self.abandoned_order.clear();
         self.held_bytes = 0;
+        if mutated!(NoDeduplication) {
+            self.expects = self.told;
+        }
         for (seq, _) in &mut self.ready {
             *seq = None;
         }

@@ -74,6 +74,11 @@ pub(crate) struct Outbox {
 impl Outbox {
     /// Queues a notification; the answer is its sequence number in this session.
     pub(crate) fn push(&mut self, payload: Arc<[u8]>, bound: Option<Bound>) -> u64 {
+        if mutated!(SmallOnesFirst) && bound.is_none() && payload.len() < 12 {
+            let at = (self.sent + usize::from(self.sent_bytes > 0)).min(self.queue.len());
+            self.queue.insert(at, Outgoing { payload, on_wire: 0, bound, void: false });
+            return self.acknowledged + at as u64;
+        }
         self.queue.push_back(Outgoing { payload, on_wire: 0, bound, void: false });
         self.acknowledged + self.queue.len() as u64 - 1
     }
@@ -84,6 +89,9 @@ impl Outbox {
 
     /// The next frame, if the window has room for it.
     pub(crate) fn next_fragment(&mut self) -> Option<Fragment> {
+        while mutated!(GapLeft) && self.queue.get(self.sent).is_some_and(|next| next.void) {
+            self.sent += 1;
+        }
         let next = self.queue.get_mut(self.sent)?;
         let len = if next.void { 0 } else { next.payload.len() };
         if self.sent_bytes == 0 {
@@ -116,6 +124,20 @@ impl Outbox {
     /// Numbers below are acknowledged.
     pub(crate) fn acknowledged(&self) -> u64 {
         self.acknowledged
+    }
+
+    /// Notifications that are kept.
+    #[cfg(feature = "sim")]
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Notifications on the wire without an acknowledgement, their bytes, and those of the longest.
+    #[cfg(feature = "sim")]
+    pub(crate) fn on_wire(&self) -> (usize, usize, usize) {
+        let on_wire = self.queue.iter().take(self.sent + usize::from(self.sent_bytes > 0));
+        let longest = on_wire.map(|outgoing| outgoing.payload.len()).max().unwrap_or(0);
+        (self.sent, self.in_flight, longest)
     }
 
     /// Whether nothing is on the wire that the peer has not acknowledged.
@@ -199,7 +221,8 @@ impl Outbox {
     pub(crate) fn restart(&mut self) -> Freed {
         self.rewind();
         let mut freed = Freed::default();
-        for outgoing in self.queue.drain(..self.exposed.min(self.queue.len())) {
+        let exposed = if mutated!(SeenOnesAgain) { 0 } else { self.exposed };
+        for outgoing in self.queue.drain(..exposed.min(self.queue.len())) {
             freed.add(outgoing.payload.len());
         }
         (self.acknowledged, self.exposed) = (0, 0);

@@ -31,7 +31,7 @@ pub(super) struct CoreLink {
     pub(super) replies: VecDeque<Reply>,
     pub(super) last_use: Instant,
     pub(super) since: Instant,
-    /// When the last of our requests on it was answered.
+    /// When the last of our requests on it was answered, or the first of those that wait was sent.
     pub(super) answered: Instant,
     /// The driver has been asked to close it: nothing is taken from it or sent on it any more.
     pub(super) closing: bool,
@@ -206,6 +206,9 @@ impl Core {
             AckPlan::Now => {}
         }
         self.ack = AckPlan::None;
+        if mutated!(NeverAcknowledges) {
+            return None;
+        }
         let below = self.inbox.acknowledgement()?;
         self.ack_base = below;
         Some(below)
@@ -226,7 +229,9 @@ impl Core {
         let link = self.links.swap_remove(index);
         env.counters.links_down.add(1);
         for reply in link.replies {
-            if let Reply::Data { uses, .. } = reply {
+            if let Reply::Data { uses, .. } = reply
+                && !mutated!(LostRepliesKeepUses)
+            {
                 env.regions.release(uses);
             }
         }
@@ -262,6 +267,26 @@ impl Core {
                 link.closing = true;
             }
         }
+    }
+
+    /// Closes streams of ours that have answered nothing for as long as a transfer may take: the other end may be gone
+    /// without a word. Transfers that were cancelled do not watch over them any more.
+    pub(super) fn close_dumb_streams(&mut self, now: Instant) {
+        let dumb: smallvec::SmallVec<[LinkId; 8]> = self
+            .links
+            .iter()
+            .filter(|link| self.answer_deadline(link).is_some_and(|at| at <= now))
+            .map(|link| link.id)
+            .collect();
+        for id in dumb {
+            self.close(id, "it has answered nothing within the operation timeout", false);
+        }
+    }
+
+    /// When a stream of ours must have answered something.
+    pub(super) fn answer_deadline(&self, link: &CoreLink) -> Option<Instant> {
+        let waits = link.kind == LinkKind::Bulk && link.ours && link.outstanding > 0;
+        (waits && !link.closing).then(|| link.answered + self.config.operation_timeout)
     }
 
     /// Opens bulk links when something waits for them.

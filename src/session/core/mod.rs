@@ -1,5 +1,7 @@
 //! The protocol core of one peer. See the module above for its place.
 
+#[cfg(feature = "sim")]
+mod inspect;
 mod links;
 mod local;
 mod rdma;
@@ -285,7 +287,9 @@ impl Core {
     /// Bytes of the peer have arrived.
     #[inline]
     pub(crate) fn heard(&mut self, now: Instant) {
-        if let Some(liveness) = &mut self.liveness {
+        if let Some(liveness) = &mut self.liveness
+            && !mutated!(HearsNothing)
+        {
             liveness.heard(now);
         }
     }
@@ -303,6 +307,7 @@ impl Core {
             _ => None,
         };
         let idle = self.links.iter().filter_map(|link| self.idle_deadline(link)).min();
+        let dumb = self.links.iter().filter_map(|link| self.answer_deadline(link)).min();
         [
             self.liveness.as_ref().map(Liveness::next),
             self.deadlines.front().map(|(at, _)| *at),
@@ -311,6 +316,7 @@ impl Core {
             self.retry.and_then(|(at, _)| at),
             leaving,
             idle,
+            dumb,
         ]
         .into_iter()
         .flatten()
@@ -324,6 +330,7 @@ impl Core {
         }
         self.check_liveness(env);
         self.expire_transfers(env);
+        self.close_dumb_streams(env.now);
         self.close_idle_links(env);
         if self.retry.is_some_and(|(at, _)| at.is_some_and(|at| at <= env.now)) {
             self.connect(false);

@@ -9,6 +9,8 @@ use crate::error::Error;
 use crate::memory::RegionUses;
 use crate::plan::{Class, Operation, PlanInner};
 use crate::session::outbox::{Bound, MAX_IN_BAND};
+#[cfg(feature = "sim")]
+use crate::sim::coverage::{TransferEvent, TransferState};
 use crate::sys::IoSegment;
 use crate::transfer::TransferShared;
 use crate::transport::local::LocalPath;
@@ -108,6 +110,19 @@ impl Active {
 
     pub(super) fn begin_again(&mut self) {
         self.redone = self.redone.saturating_add(1);
+    }
+
+    #[cfg(feature = "sim")]
+    fn state(&self) -> TransferState {
+        if self.ending.is_some() {
+            TransferState::Ending
+        } else if self.next_piece == 0 {
+            TransferState::Waiting
+        } else if (self.next_piece as usize) < self.shared.plan.pieces.len() {
+            TransferState::Partly
+        } else {
+            TransferState::Asked
+        }
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -265,10 +280,11 @@ impl Core {
     fn push_deadline(&mut self, at: Instant, key: ActiveKey) {
         while let Some((_, front)) = self.deadlines.front()
             && !self.is_active(*front)
+            && !mutated!(DeadlinesPile)
         {
             self.deadlines.pop_front();
         }
-        if self.deadlines.len() > 64 + 2 * self.active.len() {
+        if self.deadlines.len() > 64 + 2 * self.active.len() && !mutated!(DeadlinesPile) {
             let active = &self.active;
             self.deadlines
                 .retain(|(_, key)| active.get(key.slot).is_some_and(|a| a.stamp == key.stamp));
@@ -298,6 +314,12 @@ impl Core {
     /// Asks for the end of a transfer: what is not issued is dropped, what is issued is waited for.
     pub(crate) fn cancel(&mut self, shared: &Arc<TransferShared>, env: &mut Env<'_>) {
         let slot = shared.lane_key();
+        if mutated!(MissingCancel) {
+            return;
+        }
+        if mutated!(CancelTellsTheEnd) {
+            return shared.slot.complete(Err(Error::Cancelled));
+        }
         if self.active.get(slot).is_some_and(|active| Arc::ptr_eq(&active.shared, shared)) {
             self.fail(slot, Error::Cancelled, env);
         }
@@ -309,11 +331,12 @@ impl Core {
     /// requests are orphans; only frames that are partly in a socket still need local memory.
     pub(super) fn fail(&mut self, slot: usize, error: Error, env: &mut Env<'_>) {
         let Some(active) = self.active.get_mut(slot) else { return };
+        reached!(transfer, active.state(), TransferEvent::of_error(&error));
         if active.ending.is_none() {
             active.ending = Some(error);
             if let Some(seq) = active.notified {
                 // Now and not at the end: numbers are good for this session only.
-                self.outbox.void(seq);
+                self.outbox.void(seq + u64::from(mutated!(VoidsTheNext)));
             }
             let key = ActiveKey { slot, stamp: active.stamp };
             // A scan: failing is rare and the slab is bounded by the windows of the links.
@@ -327,8 +350,12 @@ impl Core {
         }
         let active = &mut self.active[slot];
         let quiet = (!active.copying || active.stop_copy()) && !active.wired;
-        if quiet && active.unsent == 0 {
+        if quiet && (active.unsent == 0 || mutated!(EndsWhileSending)) {
             self.finish(slot, env);
+        } else if mutated!(EndsTwice)
+            && let Some(error) = &active.ending
+        {
+            active.shared.slot.complete(Err(error.clone()));
         }
     }
 
@@ -360,18 +387,26 @@ impl Core {
                     self.notify(payload, env);
                 }
                 active.shared.slot.complete(Ok(()));
+                if mutated!(DoneIsToldTwice) && active.counted {
+                    active.shared.slot.complete(Ok(()));
+                }
             }
             Some(error) => {
-                if let Some(payload) = active.notification {
+                if let Some(payload) = active.notification
+                    && !mutated!(BudgetKept)
+                {
                     self.peer.release(1, payload.len());
                 }
-                if active.counted && self.session_link().is_some() {
+                if active.counted && self.session_link().is_some() && !mutated!(NoAbandon) {
                     self.control.push_back(Header {
                         aux: active.number,
                         ..Header::new(FrameKind::Abandon)
                     });
                 }
                 env.counters.failed.add(1);
+                if mutated!(EachRequestTells) && active.outstanding > 1 {
+                    active.shared.slot.complete(Err(error.clone()));
+                }
                 active.shared.slot.complete(Err(error));
             }
         }
@@ -385,6 +420,7 @@ impl Core {
         window: usize,
         env: &mut Env<'_>,
     ) -> Option<TxFrame> {
+        let window = if mutated!(WindowIgnored) { 8 * window } else { window };
         if self.links[link].outstanding >= window || self.is_way_pending() {
             return None;
         }
@@ -423,7 +459,12 @@ impl Core {
             }
         }
         active.unsent += u32::from(write);
+        let early = last && !write && mutated!(ReadNotifiesEarly);
+        let early = if early { active.notification.take() } else { None };
         let link: &mut CoreLink = &mut self.links[link];
+        if link.outstanding == 0 {
+            link.answered = env.now;
+        }
         link.outstanding += 1;
         link.last_use = env.now;
         self.requests.insert(Request {
@@ -452,6 +493,9 @@ impl Core {
                 Queue::Bulk => self.bulk.push_back(key),
             }
         }
+        if let Some(payload) = early {
+            self.notify(payload, env);
+        }
         env.counters.requests_sent.add(1);
         Some(frame)
     }
@@ -477,7 +521,9 @@ impl Core {
             && active.stamp == key.stamp
         {
             active.unsent -= 1;
-            if active.unsent == 0 && active.ending.is_some() && !active.copying && !active.wired {
+            let ending = active.ending.is_some() && !mutated!(EndingForgotten);
+            if active.unsent == 0 && ending && !active.copying && !active.wired {
+                reached!(transfer, TransferState::Ending, TransferEvent::Flushed);
                 self.finish(key.slot, env);
             }
         }
@@ -502,9 +548,11 @@ impl Core {
     /// Where the payload of a DATA goes: nowhere, once its transfer has ended.
     #[inline]
     pub(crate) fn destination(&mut self, id: u64) -> Option<&[IoSegment]> {
-        let request = self.request(id).filter(|request| !request.orphan)?;
+        let request =
+            self.request(id).filter(|request| !request.orphan || mutated!(OrphansLand))?;
         let (key, piece) = (request.active, request.piece);
-        self.active.get(key.slot).map(|active| active.shared.plan.local(piece))
+        let shift = u32::from(mutated!(PayloadShifted) && piece > 0);
+        self.active.get(key.slot).map(|active| active.shared.plan.local(piece - shift))
     }
 
     /// A frame of which nothing is sent names memory of ours that is not mapped: it is dropped. The
@@ -589,12 +637,14 @@ impl Core {
         }
         let key = request.active;
         let active = &mut self.active[key.slot];
+        reached!(transfer, active.state(), TransferEvent::Answered);
         active.outstanding -= 1;
         if let Some(error) = error {
             return self.fail(key.slot, error, env);
         }
-        if active.outstanding == 0 && active.next_piece as usize == active.shared.plan.pieces.len()
-        {
+        let answered = active.outstanding == 0 || mutated!(AnyAnswerCompletes);
+        let asked = active.next_piece as usize == active.shared.plan.pieces.len();
+        if answered && (asked || mutated!(EarlyCompletion)) {
             self.finish(key.slot, env);
         }
     }
@@ -657,7 +707,7 @@ impl Core {
         let lost: Vec<usize> = self
             .requests
             .iter()
-            .filter(|(_, request)| request.link == link)
+            .filter(|(_, request)| request.link == link && !mutated!(LostLinkFailsNobody))
             .map(|(slot, _)| slot)
             .collect();
         for slot in lost {
@@ -707,6 +757,10 @@ impl Core {
     /// else makes its memory quiet.
     pub(super) fn expire_transfers(&mut self, env: &mut Env<'_>) {
         while let Some((at, key)) = self.deadlines.front().copied() {
+            if mutated!(NoOperationTimeout) {
+                self.deadlines.clear();
+                break;
+            }
             if self.is_active(key) && at > env.now {
                 break;
             }
@@ -723,6 +777,12 @@ impl Core {
                     format!("no connection came up within the operation timeout, {after:?}");
                 Error::Connect { peer, reason }
             };
+            if mutated!(TimeoutTellsTheEnd)
+                && let Some(active) = self.active.get(key.slot)
+            {
+                active.shared.slot.complete(Err(error));
+                continue;
+            }
             self.fail(key.slot, error, env);
             self.close_stuck(key, env.now);
         }

@@ -181,6 +181,12 @@ impl Core {
                 env.counters.bytes_served_read.add(header.len);
                 let answer =
                     Header { id: header.id, len: header.len, ..Header::new(FrameKind::Data) };
+                let uses = if mutated!(ServedUsesNotKept) {
+                    env.regions.release(uses);
+                    RegionUses::new()
+                } else {
+                    uses
+                };
                 Reply::Data { header: answer, segments, uses }
             }
             Err(status) => Reply::Status(status_header(header.id, status)),
@@ -270,7 +276,9 @@ impl Core {
 
     /// A payload will never be complete: its link is gone.
     pub(crate) fn drop_payload(dest: Dest, env: &mut Env<'_>) {
-        if let Dest::Region { write, .. } | Dest::Refused(write) = dest {
+        if let Dest::Region { write, .. } | Dest::Refused(write) = dest
+            && !mutated!(DroppedPayloadKeepsUses)
+        {
             env.regions.release(write.uses);
         }
     }
@@ -287,6 +295,9 @@ impl Core {
             self.deliver(env);
         }
         self.push_reply(link, Reply::Status(status_header(write.id, write.status)));
+        if mutated!(AnswersTwice) {
+            self.push_reply(link, Reply::Status(status_header(write.id, write.status)));
+        }
         Ok(())
     }
 
@@ -296,7 +307,7 @@ impl Core {
         self.inbox.deliver(|payload| {
             env.notifications
                 .push(Notification { from: from.clone(), payload })
-                .map_err(|back| back.payload)
+                .or_else(|back| if mutated!(FullQueueDrops) { Ok(()) } else { Err(back.payload) })
         });
         // Without a link the next handshake tells the peer.
         if self.ack == AckPlan::None && self.session_link().is_some() {

@@ -137,7 +137,9 @@ impl Core {
         random: u64,
         env: &mut Env<'_>,
     ) -> Result<Welcome, Refusal> {
-        if hello.attempt <= self.newest_attempt {
+        if hello.attempt <= self.newest_attempt
+            || (mutated!(AcceptsNoSecondAttempt) && self.newest_attempt > 0)
+        {
             // It was given up before the one that was accepted.
             return Err(Refusal::Simultaneous);
         }
@@ -148,7 +150,8 @@ impl Core {
             let young = env.now.saturating_duration_since(link.since) < SIMULTANEOUS;
             link.kind == LinkKind::Session && link.ours && !link.closing && young
         });
-        if (connecting || won) && self.active_side && self.own_incarnation < hello.initiator {
+        let ours_stays = self.own_incarnation < hello.initiator || mutated!(BothRefuse);
+        if (connecting || won) && self.active_side && ours_stays {
             // Both sides connect: the link of the smaller incarnation stays.
             return Err(Refusal::Simultaneous);
         }
@@ -280,6 +283,10 @@ impl Core {
         self.lose_begun(reason, env);
         self.local_off();
         self.rdma_off();
+        if mutated!(LostLinkEmptiesTheOutbox) {
+            let freed = self.outbox.clear();
+            self.peer.release(freed.count, freed.bytes);
+        }
         self.outbox.rewind();
         self.inbox.rewind();
     }
@@ -499,6 +506,12 @@ impl Core {
         }
         match liveness.check(env.now) {
             Verdict::Wait(_) => {}
+            Verdict::Ping(_) if mutated!(NoPing) => {}
+            Verdict::Dead if mutated!(NeverDead) => liveness.heard(env.now),
+            Verdict::Ping(_) if mutated!(OwnPingsCount) => {
+                liveness.heard(env.now);
+                self.control.push_back(Header::new(FrameKind::Ping));
+            }
             Verdict::Ping(_) => self.control.push_back(Header::new(FrameKind::Ping)),
             Verdict::Dead => {
                 let reason = format!("it was silent for {:?}", liveness.timeout());

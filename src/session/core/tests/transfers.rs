@@ -414,3 +414,26 @@ fn a_peer_that_falls_silent_ends_what_waits_for_its_links_too() {
         w.assert_clean();
     }
 }
+
+#[test]
+fn a_stream_that_answers_nothing_is_given_up_though_its_transfers_were_cancelled() {
+    let mut w = world(21);
+    w.config.streams = 1;
+    let t = w.move_bytes(0, Read, (0, 0), (0, 0), BIG, None);
+    w.run_to_end(t);
+    assert!(w.is_done(t));
+    let streams = w.open_wires(LinkKind::Bulk);
+    for stream in &streams {
+        w.wires[*stream].silent = true;
+    }
+    let t = w.move_bytes(0, Read, (0, 0), (0, 0), BIG, None);
+    w.run(ms(20));
+    w.cancel(t);
+    assert!(matches!(w.error(t), Error::Cancelled));
+    // Nothing that is alive waits for it any more.
+    w.run(Duration::from_secs(31));
+    let t = w.move_bytes(0, Read, (0, 0), (0, 0), BIG, None);
+    w.run(Duration::from_secs(2));
+    assert!(w.is_done(t), "{:?}", w.state(t));
+    w.assert_quiet();
+}
