@@ -234,6 +234,11 @@ impl Link {
             .then(|| job.plan.bytes >= SHARED_STRIPES * u64::from(self.stripe))
     }
 
+    /// The rails that are near a job's memory, as its plan has them.
+    pub(super) fn near(&self, slot: usize) -> u32 {
+        self.jobs.get(slot).map_or(0, |job| job.plan.rdma.near)
+    }
+
     /// Issues chains of the jobs that wait for a queue pair, in turns, while it has room.
     pub(super) fn issue(&mut self, pair: &mut Pair, list: &mut SendList) -> io::Result<Posted> {
         let mut posted = Posted::default();
