@@ -53,6 +53,29 @@ impl std::fmt::Debug for IoSegment {
     }
 }
 
+/// The NUMA node of the page at each address; `None`: it is not there yet, or the kernel does not say. One system call.
+#[cfg(feature = "rdma")]
+pub(crate) fn node_of_pages(addresses: &[u64]) -> Vec<Option<usize>> {
+    let mut nodes: Vec<libc::c_int> = vec![-1; addresses.len()];
+    let (own_process, count, no_targets, no_flags) =
+        (0, addresses.len(), std::ptr::null::<libc::c_int>(), 0);
+    // SAFETY: both lists are as long as said. Without targets the kernel moves nothing: it reads the addresses, which may be
+    // anything, and writes the nodes.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_pages,
+            own_process,
+            count,
+            addresses.as_ptr(),
+            no_targets,
+            nodes.as_mut_ptr(),
+            no_flags,
+        )
+    };
+    let known = |node: libc::c_int| usize::try_from(node).ok().filter(|_| result == 0);
+    nodes.into_iter().map(known).collect()
+}
+
 /// The most segments that one call takes (`IOV_MAX`).
 pub(crate) const MAX_IO_SEGMENTS: usize = 1024;
 
@@ -207,6 +230,18 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
+
+    #[cfg(feature = "rdma")]
+    #[test]
+    fn pages_that_were_touched_have_a_node_and_others_none() {
+        let touched = vec![7u8; 4096];
+        let nodes = node_of_pages(&[touched.as_ptr() as u64, 4096]);
+        assert_eq!(nodes[1], None);
+        // A kernel without NUMA does not know the call.
+        if std::path::Path::new("/sys/devices/system/node/node0").exists() {
+            assert!(nodes[0].is_some(), "{nodes:?}");
+        }
+    }
 
     #[test]
     fn unmapped_memory_is_an_error_and_not_a_signal() {

@@ -27,6 +27,7 @@ declare_steps() {
     step bench          smoke_bench        has_bench
     step rdma           run_rdma           has_rdma
     step nixl           run_nixl           has_nixl
+    step nixl-rdma      run_nixl_rdma      has_nixl_rdma
     step nixl-versions  run_nixl_versions  has_all_nixl
 }
 
@@ -56,7 +57,7 @@ prepare() {
         crate_flag_sets+=("$loom_flags")
     fi
     need "a C++ compiler" can_compile_cxx g++
-    if is_selected clippy || is_selected docs || is_selected nixl; then
+    if is_selected clippy || is_selected docs || is_selected nixl || is_selected nixl-rdma; then
         want "libclang with its headers" have_libclang libclang-dev
     fi
     want_rdma
@@ -80,7 +81,7 @@ prepare() {
     target=$(target_dir)
     log_dir=$target/test-logs
     make_nixl_environments
-    if is_selected rdma; then
+    if is_selected rdma || is_selected nixl-rdma; then
         make_rdma_rig
     fi
 }
@@ -190,7 +191,7 @@ run_doc_tests() {
 # The runners' own words on the tests of each step: nextest's line, or cargo's lines, one for each test binary; pytest's.
 runner_summary() {
     local name
-    for name in tests rdma nixl nixl-versions; do
+    for name in tests rdma nixl nixl-rdma nixl-versions; do
         if is_selected "$name" && [[ -f $log_dir/$name.log ]]; then
             runner_lines "$log_dir/$name.log" ||
                 printf 'No summary of the step %s: it did not get that far, see %s\n' "$name" "$log_dir/$name.log"
@@ -278,7 +279,7 @@ readonly rdma_filter=${CORELANE_RDMA_FILTER:-rdma}
 
 # Minutes each on an emulated processor, or more memory than it has; a machine with a device of its own runs them.
 readonly too_much_for_rdma_rig=(one_gibibyte_arrives a_hundred_thousand_small_writes can_be_posted_thousands_of_times
-    small_transfers_complete_while_a_bulk_transfer_is_in_flight lanes_pinned_to_one_core_all_complete)
+    lanes_pinned_to_one_core_all_complete)
 
 make_rdma_rig() {
     if builds_rdma && ! has_rdma_device && rig_is_for_this_machine && ! ensure_rdma_rig; then
@@ -308,9 +309,13 @@ run_rdma() {
 
 # Prints the files of the end-to-end tests. With the words of the step tests, so that nothing is compiled again.
 end_to_end_programs() {
-    cargo test --workspace "${product_only[@]}" --exclude corelane-nixl-tests "${cargo_features[@]}" --lib --bins --tests --locked --no-run \
-        --message-format json-render-diagnostics |
-        grep -F "\"manifest_path\":\"$repo_root/tests/Cargo.toml\"" |
+    test_programs tests --workspace "${product_only[@]}" --exclude corelane-nixl-tests --lib --bins --tests
+}
+
+# test_programs FOLDER WORD...   prints the files of the test programs in a folder, which cargo builds with these words.
+test_programs() {
+    cargo test "${@:2}" "${cargo_features[@]}" --locked --no-run --message-format json-render-diagnostics |
+        grep -F "\"manifest_path\":\"$repo_root/$1/Cargo.toml\"" |
         sed -n '/"kind":\["test"\]/s/.*"executable":"\([^"]*\)".*/\1/p'
 }
 
@@ -323,7 +328,7 @@ choose_nixl_versions() {
     nixl_chosen=()
     if is_selected nixl-versions; then
         nixl_chosen=("${nixl_tested[@]}")
-    elif is_selected nixl; then
+    elif is_selected nixl || is_selected nixl-rdma; then
         nixl_chosen=("$nixl_newest")
     fi
 }
@@ -371,6 +376,38 @@ check_nixl_bench() {
     cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --bins --tests --locked &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
             nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms
+}
+
+# --- the plugin in NIXL, over RDMA and nothing else
+
+readonly nixl_rdma_tests=(bytes notifications peers rdma_transfers)
+
+# These ask for TCP, since they stop a peer to keep transfers in flight, where devices do without the peer; or their
+# notifications are so long that they go over the session.
+readonly nixl_tcp_tests=(a_connected_peer_killed a_peer_killed_after_post a_peer_killed_under_many a_peer_stopped
+    forgetting_a_peer_ends one_dead_peer large_and_small_ones large_ones_arrive_whole)
+
+has_nixl_rdma() {
+    has_rdma && has_nixl
+}
+
+# What is loaded there is the C library of NIXL, the plugin, and whatever of the wheel they need, at the paths of this machine.
+run_nixl_rdma() {
+    local programs words=() names=("${nixl_rdma_tests[@]/#/--test=}") part libraries
+    libraries=$(nixl_dir "$nixl_newest")/mirror/libs
+    for part in "${nixl_tcp_tests[@]}"; do
+        words+=(-x "$part")
+    done
+    # Lines of the log would stand between a test's name and its outcome.
+    for part in LD_LIBRARY_PATH="$libraries" NIXL_PLUGIN_DIR="$libraries/plugins" CORELANE_PLUGIN="$(corelane_plugin)" \
+        CORELANE_TRANSPORTS=rdma CORELANE_LOG_LEVEL=off; do
+        words+=(-e "$part")
+    done
+    has_rdma_device || words+=(-r "$rdma_rig")
+    build_release
+    mapfile -t programs < <(test_programs tests/nixl --package corelane-nixl-tests "${names[@]}")
+    ((${#programs[@]} == ${#nixl_rdma_tests[@]})) || return
+    tests/rdma/suite.sh -f "" "${words[@]}" "$log_dir/nixl-rdma" "${programs[@]}"
 }
 
 # A selection on the other versions; what has another plugin ABI must be refused in a way that users understand.

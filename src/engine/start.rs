@@ -28,8 +28,9 @@ struct Place {
     claim: Option<placement::CoreClaim>,
 }
 
-/// Where the lanes go. Cores that were asked for are taken even if another engine has claimed them.
-fn places(spec: &LaneSpec) -> Vec<Place> {
+/// Where the lanes go. Cores that were asked for are taken even if another engine has claimed them; those that are chosen are near
+/// the first RDMA device, if there is one.
+fn places(spec: &LaneSpec, rails: &Rails) -> Vec<Place> {
     let free = |core: Option<usize>| Place { core, claim: None };
     match spec {
         LaneSpec::Unpinned { count } => (0..*count).map(|_| free(None)).collect(),
@@ -40,12 +41,19 @@ fn places(spec: &LaneSpec) -> Vec<Place> {
                 claim: placement::claim_core(core).ok().flatten(),
             })
             .collect(),
-        LaneSpec::Auto { count } => (0..*count)
-            .map(|_| match placement::auto_core().ok().flatten() {
-                Some(claim) => Place { core: Some(claim.core()), claim: Some(claim) },
-                None => free(None),
-            })
-            .collect(),
+        LaneSpec::Auto { count } => {
+            let near = rails.first_node().and_then(placement::cores_of_numa_node);
+            let claim = || match &near {
+                Some(near) => placement::auto_core_near(near),
+                None => placement::auto_core(),
+            };
+            (0..*count)
+                .map(|_| match claim().ok().flatten() {
+                    Some(claim) => Place { core: Some(claim.core()), claim: Some(claim) },
+                    None => free(None),
+                })
+                .collect()
+        }
     }
 }
 
@@ -166,7 +174,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
 fn start_lanes(shared: &Arc<EngineShared>, listeners: Vec<OwnedFd>) -> Result<()> {
     let mut listeners = Some(listeners);
     let mut started: Vec<Lane<LaneDriver>> = Vec::new();
-    for (index, place) in places(&shared.config.lanes).into_iter().enumerate() {
+    for (index, place) in places(&shared.config.lanes, &shared.rails).into_iter().enumerate() {
         let config = LaneConfig {
             name: format!("corelane-{index}"),
             core: place.core,

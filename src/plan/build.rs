@@ -11,6 +11,7 @@ use crate::memory::{LocalSegment, Region, RegionInner, Registry, RemoteSegment};
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
 use crate::transport::local::RemoteRange;
+use crate::transport::rdma::near_all;
 use crate::wire::frame::{FrameKind, Header, KEY_BYTES, MAX_SEGMENTS, SEGMENT_BYTES};
 use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 
@@ -319,6 +320,7 @@ impl PlanBuilder<'_> {
 
     fn finish(&self, out: Output, descriptors: usize) -> PlanInner {
         let bytes = out.pieces.iter().map(|piece| piece.header.len).sum();
+        let near = near_all(out.regions.iter().map(|region| region.registrations.near()));
         let small = out.pieces.len() <= 1 && bytes <= self.latency_bytes;
         PlanInner {
             operation: self.operation,
@@ -329,7 +331,7 @@ impl PlanBuilder<'_> {
             regions: out.regions,
             chunks: chunks(&out.pieces, &out.remote_ends),
             remote_ranges: out.ranges.into_boxed_slice(),
-            rdma: out.rdma.map_or_else(RdmaRequests::default, RdmaBuilder::finish),
+            rdma: out.rdma.map_or_else(RdmaRequests::default, |rdma| rdma.finish(near)),
             pieces: out.pieces.into_boxed_slice(),
             local: out.local.into_boxed_slice(),
             remote: out.remote.into_boxed_slice(),

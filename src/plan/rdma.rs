@@ -39,6 +39,8 @@ pub(crate) struct RdmaRequests {
     pub(crate) pieces: Box<[LocalPiece]>,
     /// The keys of the peer's regions, one for each of its rails.
     pub(crate) keys: Box<[RailKeys]>,
+    /// A bit for each of our rails that is near the memory; 0: all are the same to it.
+    pub(crate) near: u32,
 }
 
 impl RdmaRequests {
@@ -115,11 +117,13 @@ impl RdmaBuilder {
         self.pieces.push(LocalPiece { addr, len: len as u32, region });
     }
 
-    pub(super) fn finish(self) -> RdmaRequests {
+    /// The requests, of memory that is near these rails.
+    pub(super) fn finish(self, near: u32) -> RdmaRequests {
         RdmaRequests {
             runs: self.runs.into_boxed_slice(),
             pieces: self.pieces.into_boxed_slice(),
             keys: self.keys.into_boxed_slice(),
+            near,
         }
     }
 }
@@ -148,7 +152,7 @@ mod tests {
         for block in 0..4096 {
             builder.add(0x10_0000 + block * 4096, 0, &far.segment(block * 4096, 4096));
         }
-        let requests = builder.finish();
+        let requests = builder.finish(0);
         assert_eq!(requests.runs[..], [Run { addr: 0, len: 16 << 20, region: 0, pieces: 0 }]);
         assert_eq!(requests.pieces.len(), 1);
         assert!(requests.is_open_on(0) && !requests.is_open_on(1) && !requests.is_open_on(2));
@@ -165,7 +169,7 @@ mod tests {
         builder.add(5100, 0, &far.segment(200, 100));
         builder.add(5200, 0, &far.segment(400, 100));
         builder.add(5300, 1, &other.segment(500, 100));
-        let requests = builder.finish();
+        let requests = builder.finish(0);
         let lens: Vec<_> = requests.runs.iter().map(|r| (r.addr, r.len, r.region)).collect();
         assert_eq!(lens, [(0, 300, 0), (400, 100, 0), (500, 100, 1)]);
         let pieces: Vec<_> = requests.pieces.iter().map(|p| (p.addr, p.len, p.region)).collect();
@@ -178,7 +182,7 @@ mod tests {
         let far = region(0, 0, 1 << 40);
         let mut builder = RdmaBuilder::new(1);
         builder.add(0, 0, &far.segment(0, 5 << 30));
-        let requests = builder.finish();
+        let requests = builder.finish(0);
         assert_eq!(requests.runs.len(), 5);
         assert!(requests.pieces.iter().all(|piece| piece.len == 1 << 30));
     }

@@ -45,10 +45,10 @@ parse_options() {
     done
 }
 
-# Prints the value of one round.
+# run_round TOOL SIZE PORT [OPTION]...   prints the value of one round.
 run_round() {
     local tool=$1 size=$2 port=$3 words log=$scratch/client
-    words=(-x "$gid_index" -s "$size" -n "$iterations" -p "$port" -F)
+    words=(-x "$gid_index" -s "$size" -n "$iterations" -p "$port" -F "${@:4}")
     timeout "$limit_seconds" "$tool" -d "$server_device" "${words[@]}" >"$scratch/server" 2>&1 &
     wait_for_server "$port"
     if ! timeout "$limit_seconds" "$tool" -d "$client_device" "${words[@]}" "$server_address" >"$log" 2>&1; then
@@ -108,4 +108,7 @@ main() {
     done
 }
 
-main "$@"
+# compare.sh uses the parts.
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    main "$@"
+fi

@@ -11,9 +11,11 @@ usage() {
     cat <<'TEXT'
 Usage: tests/rdma/rig.sh [OPTION OF run.sh]... exec COMMAND [ARGUMENT]...
        tests/rdma/rig.sh [OPTION OF run.sh]... perftest [OPTION OF perftest.sh]...
+       tests/rdma/rig.sh [OPTION OF run.sh]... compare [OPTION OF compare.sh]...
        tests/rdma/rig.sh [OPTION OF run.sh]... shell
 
-Boots an emulated machine with two connected soft-RoCE devices, rxe0 and rxe1, and runs one program in it, perftest, or a shell.
+Boots an emulated machine with two connected soft-RoCE devices, rxe0 and rxe1, and runs one program in it, perftest, perftest and
+corelane-bench side by side (as `cargo build --release -p corelane-bench` has left it), or a shell.
 The repository and cargo's target directory are seen inside at the same paths, read-only; programs that were built here run
 there. `tests/rdma/run.sh -h` lists the options and tells what else is inside. Makes the rig if it is not there yet, in
 target/rdma-rig/. Files that the command leaves in $RESULTS come back, in target/rdma-rig/results/.
@@ -56,12 +58,12 @@ absolute() {
 main() {
     split_options "$@"
     case ${words[0]:--h} in
-        exec | perftest | shell) ;;
+        exec | perftest | compare | shell) ;;
         -h | --help)
             usage
             return
             ;;
-        *) give_up "'${words[0]}' is none of exec, perftest and shell: see tests/rdma/rig.sh --help" ;;
+        *) give_up "'${words[0]}' is none of exec, perftest, compare and shell: see tests/rdma/rig.sh --help" ;;
     esac
     rig_is_for_this_machine || give_up "the rig takes an x86-64 machine"
     find_rust || give_up "$rust_problem"
@@ -72,6 +74,11 @@ main() {
             in_rig "$(absolute "${words[1]}")" "${words[@]:2}"
             ;;
         perftest) in_rig "$repo_root/tests/rdma/perftest.sh" "${words[@]:1}" ;;
+        compare)
+            [[ -x ${rdma_rig%/*}/release/corelane-bench ]] ||
+                give_up "corelane-bench is not built: cargo build --release -p corelane-bench"
+            in_rig "$repo_root/tests/rdma/compare.sh" "${words[@]:1}" "${rdma_rig%/*}/release/corelane-bench"
+            ;;
         shell)
             options+=(-i -t 86400)
             in_rig bash -i

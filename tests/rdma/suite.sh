@@ -12,6 +12,7 @@ readonly rig_failed=125
 filter=rdma
 left_out=()
 skipped=() # the same, as options of libtest
+environment=()
 rig=""
 memory_mb=1536
 limit_seconds=900
@@ -23,6 +24,7 @@ Usage: tests/rdma/suite.sh [OPTION]... RESULTS PROGRAM...
 Runs the tests with the filter in their names, and all tests of programs that are named rdma_*, one program after another.
   -f FILTER     of libtest, by default rdma
   -x PART       leaves out the tests with this in their names; may be repeated
+  -e NAME=VALUE an environment variable of the programs; may be repeated
   -r RIG        inside the rig in this directory; without it on this machine
   -m MEGABYTES  memory of the rig, by default 1536
   -t SECONDS    the limit on the boot with all tests, by default 900
@@ -33,10 +35,11 @@ TEXT
 
 parse_options() {
     local option
-    while getopts hf:x:r:m:t: option; do
+    while getopts hf:x:e:r:m:t: option; do
         case $option in
             f) filter=$OPTARG ;;
             x) left_out+=("$OPTARG") skipped+=(--skip "$OPTARG") ;;
+            e) environment+=("$OPTARG") ;;
             m) memory_mb=$OPTARG ;;
             r) rig=$OPTARG ;;
             t) limit_seconds=$OPTARG ;;
@@ -84,14 +87,18 @@ make_plan() {
 
 # Programs find their peer process, and their sources, at the paths that were compiled in.
 run_plan() {
-    local target
+    local target variable words=()
     if [[ -z $rig ]]; then
-        (cd -- "$repo_root/tests" && "$here/inside.sh" "$results/plan" "${skipped[@]}" 2>&1 </dev/null) | tee "$results/output"
+        (cd -- "$repo_root/tests" && env "${environment[@]}" "$here/inside.sh" "$results/plan" "${skipped[@]}" 2>&1 </dev/null) |
+            tee "$results/output"
         return
     fi
+    for variable in "${environment[@]}"; do
+        words+=(-e "$variable")
+    done
     target=$(dirname -- "$(dirname -- "$(dirname -- "${programs[0]}")")")
     "$here/run.sh" -t "$limit_seconds" -m "$memory_mb" -s "$repo_root" -s "$target" -C "$repo_root/tests" -e RUST_BACKTRACE=1 \
-        -e "RUST_TEST_THREADS=${RUST_TEST_THREADS:-2}" "$rig" "$results" "$here/inside.sh" "$results/plan" "${skipped[@]}"
+        -e "RUST_TEST_THREADS=${RUST_TEST_THREADS:-2}" "${words[@]}" "$rig" "$results" "$here/inside.sh" "$results/plan" "${skipped[@]}"
 }
 
 # Reads libtest's own words. What a test writes may come between its name and its outcome, where one runs at a time.

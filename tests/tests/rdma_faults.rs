@@ -211,6 +211,28 @@ fn notifications_that_a_lost_link_had_swallowed_arrive_once() {
     assert_eq!(pair.far.process.ask("take 200"), expected.join(" "));
 }
 
+/// Packets that a device of soft-RoCE has sent.
+fn packets(device: &str) -> u64 {
+    let file = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/sent_pkts");
+    std::fs::read_to_string(file).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs an RDMA device: tests/run.sh rdma"]
+fn rails_share_a_large_transfer() {
+    let Some(_rig) = rig() else { return };
+    let mut pair = Pair::new(over("rxe0,rxe1", &[TransportKind::Rdma]), "rxe0,rxe1");
+    let devices = ["rxe0", "rxe1"];
+    let before = devices.map(packets);
+    for seed in 1..4 {
+        pair.works(LEN, seed);
+    }
+    let sent: Vec<_> =
+        devices.iter().zip(before).map(|(device, old)| packets(device) - old).collect();
+    // Both ways there and back: each device has sent about half of all bytes, and not only acknowledgements.
+    assert!(sent.iter().all(|some| *some >= sent.iter().sum::<u64>() / 4), "{sent:?} packets");
+}
+
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn a_rail_that_goes_down_leaves_the_other() {

@@ -39,7 +39,13 @@ pub fn claim_core(core: usize) -> io::Result<Option<CoreClaim>> {
 /// Claims a core of the calling thread's affinity mask that no other engine of this host has claimed; core 0 and the
 /// calling thread's own core only when no other is free. `Ok(None)`: none is free; run unpinned then.
 pub fn auto_core() -> io::Result<Option<CoreClaim>> {
-    auto_in(&lock_folder(), &allowed_cores()?, current_core())
+    auto_in(&lock_folder(), &allowed_cores()?, current_core(), None)
+}
+
+/// As [`auto_core`], but one of `near` where one of them is free, other than core 0 and the calling thread's: next to a device, for
+/// example, by [`cores_of_numa_node`](super::cores_of_numa_node).
+pub fn auto_core_near(near: &CoreList) -> io::Result<Option<CoreClaim>> {
+    auto_in(&lock_folder(), &allowed_cores()?, current_core(), Some(near))
 }
 
 /// Which of `cores` are claimed just now, by anyone on this host, this process included.
@@ -105,10 +111,17 @@ fn claimed_in(folder: &Path, cores: &CoreList) -> CoreList {
     cores.cores().iter().copied().filter(is_claimed).collect()
 }
 
-fn auto_in(folder: &Path, allowed: &CoreList, own: Option<usize>) -> io::Result<Option<CoreClaim>> {
+fn auto_in(
+    folder: &Path,
+    allowed: &CoreList,
+    own: Option<usize>,
+    near: Option<&CoreList>,
+) -> io::Result<Option<CoreClaim>> {
     let second_choice = |core: &usize| *core == 0 || Some(*core) == own;
-    let (last, first): (Vec<usize>, Vec<usize>) =
+    let (last, mut first): (Vec<usize>, Vec<usize>) =
         allowed.cores().iter().partition(|core| second_choice(core));
+    // In their order, the near ones first. What a core that others want costs is more than the way between two nodes.
+    first.sort_by_key(|core| near.is_some_and(|near| !near.contains(*core)));
     // Core 0 takes the interrupts, but the creating thread's core would be fought over all the time: that one is last.
     let last = last
         .iter()
@@ -159,10 +172,25 @@ mod tests {
         in_folder("auto", |folder| {
             let allowed: CoreList = (0..4).collect();
             let mut claims = Vec::new();
-            while let Some(claim) = auto_in(folder, &allowed, Some(1)).unwrap() {
+            while let Some(claim) = auto_in(folder, &allowed, Some(1), None).unwrap() {
                 claims.push(claim);
             }
             assert_eq!(claims.iter().map(CoreClaim::core).collect::<Vec<_>>(), [2, 3, 0, 1]);
+        });
+    }
+
+    #[test]
+    fn auto_takes_near_cores_first_but_not_the_callers() {
+        in_folder("near", |folder| {
+            let allowed: CoreList = (0..8).collect();
+            // Core 9 is near, too, but not allowed.
+            let near: CoreList = [0, 4, 5, 6, 9].into_iter().collect();
+            let mut claims = Vec::new();
+            while let Some(claim) = auto_in(folder, &allowed, Some(5), Some(&near)).unwrap() {
+                claims.push(claim);
+            }
+            let taken: Vec<usize> = claims.iter().map(CoreClaim::core).collect();
+            assert_eq!(taken, [4, 6, 1, 2, 3, 7, 0, 5]);
         });
     }
 

@@ -167,6 +167,31 @@ pub fn numa_node_of_core(core: usize) -> Option<usize> {
         .find_map(|entry| entry.file_name().to_str()?.strip_prefix("node")?.parse().ok())
 }
 
+/// The cores of a NUMA node, from sysfs. None: no such node, or one without cores.
+pub fn cores_of_numa_node(node: usize) -> Option<CoreList> {
+    cores_of_numa_node_in(Path::new("/sys"), node)
+}
+
+fn cores_of_numa_node_in(sysfs: &Path, node: usize) -> Option<CoreList> {
+    let file = sysfs.join(format!("devices/system/node/node{node}/cpulist"));
+    fs::read_to_string(file).ok()?.parse().ok()
+}
+
+/// How far memory of NUMA node `to` is from what is attached to `from`, as firmware tells and sysfs repeats: 10 for the same node,
+/// more for others. None: one of them is not there.
+pub fn numa_distance(from: usize, to: usize) -> Option<u32> {
+    numa_distance_in(Path::new("/sys"), from, to)
+}
+
+fn numa_distance_in(sysfs: &Path, from: usize, to: usize) -> Option<u32> {
+    let nodes = sysfs.join("devices/system/node");
+    // One number for each node that is online, in their order, which need not be without gaps.
+    let online: CoreList = fs::read_to_string(nodes.join("online")).ok()?.parse().ok()?;
+    let place = online.cores().iter().position(|node| *node == to)?;
+    let distances = fs::read_to_string(nodes.join(format!("node{from}/distance"))).ok()?;
+    distances.split_whitespace().nth(place)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -228,6 +253,35 @@ mod tests {
         for none in ["veth", "eth1", "", "..", "../net/eth0"] {
             assert_eq!(numa_node_of_nic_in(&sysfs, none), None, "{none}");
         }
+        fs::remove_dir_all(&sysfs).unwrap();
+    }
+
+    #[test]
+    fn nodes_have_cores_and_distances() {
+        let sysfs = std::env::temp_dir().join(format!("corelane-nodes-{}", std::process::id()));
+        let nodes = sysfs.join("devices/system/node");
+        // Two sockets, the first of which is two nodes; number 1 is offline, and 3 has memory but no core.
+        for (node, cpulist, distance) in
+            [(0, "0-3,8-11\n", "10 12 32\n"), (2, "4-7\n", "12 10 32\n"), (3, "\n", "32 32 10\n")]
+        {
+            let folder = nodes.join(format!("node{node}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("cpulist"), cpulist).unwrap();
+            fs::write(folder.join("distance"), distance).unwrap();
+        }
+        fs::write(nodes.join("online"), "0,2-3\n").unwrap();
+        let cores = |node| cores_of_numa_node_in(&sysfs, node).map(|list| list.to_string());
+        assert_eq!(
+            [0, 1, 2, 3].map(cores),
+            [Some("0-3,8-11".into()), None, Some("4-7".into()), None]
+        );
+        let distance = |from, to| numa_distance_in(&sysfs, from, to);
+        assert_eq!(
+            (distance(0, 0), distance(0, 2), distance(0, 3)),
+            (Some(10), Some(12), Some(32))
+        );
+        assert_eq!((distance(3, 2), distance(2, 3)), (Some(32), Some(32)));
+        assert_eq!((distance(0, 1), distance(1, 0)), (None, None));
         fs::remove_dir_all(&sysfs).unwrap();
     }
 

@@ -232,8 +232,8 @@ impl LaneRdma {
         Some(call(&mut entry.pair, &mut self.list))
     }
 
-    /// Chooses the queue pairs that a job goes over: the first, if it is small; all for bulk, if it is large and there are
-    /// several rails; else the one for bulk that has least to do.
+    /// Chooses the queue pairs that a job goes over: the first, if it is small; all for bulk on the rails near its memory, if it is large
+    /// and they are several; of these else the one for bulk that has least to do.
     pub(crate) fn assign(&mut self, link: &mut Link, job: usize) {
         let Some(first) = link.first() else { return };
         let Some(key) = link.jobs.get(job).map(|job| job.key) else { return };
@@ -244,6 +244,7 @@ impl LaneRdma {
             return;
         };
         let bulk: SmallVec<[PairId; 8]> = link.pairs.iter().skip(1).map(|(_, id)| *id).collect();
+        let bulk = self.near_memory(link.near(job), bulk);
         let mut chosen: SmallVec<[PairId; 8]> = SmallVec::new();
         if large && self.rails_of(&bulk) > 1 {
             chosen = bulk;
@@ -259,6 +260,18 @@ impl LaneRdma {
                 pair.waiting.push_back((job, key));
             }
         }
+    }
+
+    /// Those of the queue pairs that are on these rails; all, if none is.
+    fn near_memory(&self, rails: u32, pairs: SmallVec<[PairId; 8]>) -> SmallVec<[PairId; 8]> {
+        let is_near = |id: &PairId| {
+            let entry = self.pairs.get(usize::from(id.slot));
+            entry.is_some_and(|entry| rails >> entry.pair.rail & 1 != 0)
+        };
+        if rails == 0 || !pairs.iter().any(is_near) {
+            return pairs;
+        }
+        pairs.into_iter().filter(is_near).collect()
     }
 
     fn rails_of(&self, pairs: &[PairId]) -> usize {

@@ -9,11 +9,13 @@
 mod buffers;
 mod lane;
 mod link;
+mod near;
 mod pair;
 mod rails;
 
 pub(crate) use lane::{LaneRdma, PairId, WorkId};
 pub(crate) use link::{EndedJob, Job, Link, Phase};
+pub(crate) use near::near_all;
 pub(crate) use pair::Pair;
 pub(crate) use rails::{Rail, Rails, Registrations};
 

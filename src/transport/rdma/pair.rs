@@ -38,6 +38,8 @@ pub(crate) struct Chain {
     pub(crate) job: Option<usize>,
     /// What of the job's plan it moves.
     pub(crate) span: Span,
+    /// How many bytes that is.
+    bytes: u64,
 }
 
 /// A queue pair with its accounts. Its methods cost no system call but what the provider needs.
@@ -63,6 +65,8 @@ pub(crate) struct Pair {
     /// Requests posted and completed so far, modulo 2^32.
     posted: u32,
     completed: u32,
+    /// Bytes of the transfers' chains that have not completed.
+    moving: u64,
     /// Messages since the last request that tells of its end.
     untold: u32,
     chains: VecDeque<Chain>,
@@ -134,6 +138,7 @@ impl Pair {
             longest: rail.max_msg_sz.clamp(4096, 1 << 30),
             posted: 0,
             completed: 0,
+            moving: 0,
             untold: 0,
             chains: VecDeque::with_capacity(SEND_DEPTH as usize),
             waiting: VecDeque::with_capacity(64),
@@ -241,6 +246,12 @@ impl Pair {
         (self.qp.caps().send - MESSAGE_RESERVE).saturating_sub(self.in_flight()) as usize
     }
 
+    /// Bytes that chains in flight move.
+    #[inline]
+    pub(super) fn moving(&self) -> u64 {
+        self.moving
+    }
+
     fn has_message_room(&self) -> bool {
         self.qp.caps().send > self.in_flight()
     }
@@ -305,10 +316,10 @@ impl Pair {
             list.signal_last();
         }
         // SAFETY: the one piece is a buffer of ours, which is freed after the queue pair has been destroyed.
-        unsafe { self.post(list, tells, None, Span::default()) }
+        unsafe { self.post(list, tells, None, (Span::default(), 0)) }
     }
 
-    /// Posts a list, the last request of which tells of its end if `tells`.
+    /// Posts a list, the last request of which tells of its end if `tells`; `work` is what of a job it moves, in bytes, too.
     ///
     /// # Safety
     /// As for [`QueuePair::post_send`].
@@ -318,7 +329,7 @@ impl Pair {
         list: &mut SendList,
         tells: bool,
         job: Option<usize>,
-        span: Span,
+        work: (Span, u64),
     ) -> io::Result<()> {
         let count = list.len() as u32;
         // SAFETY: the caller's promise. What was posted before one that was refused is counted below: it ends with the queue
@@ -327,7 +338,9 @@ impl Pair {
         self.posted = self.posted.wrapping_add(count);
         if tells {
             self.untold = 0;
-            self.chains.push_back(Chain { end: self.posted, job, span });
+            let (span, bytes) = work;
+            self.moving += bytes;
+            self.chains.push_back(Chain { end: self.posted, job, span, bytes });
         }
         outcome.map_err(|(_, error)| error)
     }
@@ -347,7 +360,12 @@ impl Pair {
         let front = self.chains.front()?;
         // The order of counters that wrap around: all in flight are within 2^31.
         let over = self.completed.wrapping_sub(front.end) < 1 << 31;
-        if over { self.chains.pop_front() } else { None }
+        if !over {
+            return None;
+        }
+        let ended = self.chains.pop_front()?;
+        self.moving = self.moving.saturating_sub(ended.bytes);
+        Some(ended)
     }
 
     /// The job of the chain that a request with this counter is in.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
 
+use super::near::Nodes;
 use crate::config::RdmaConfig;
 use crate::verbs::{self, Device, Gid, MemoryAccess, MemoryRegion, ProtectionDomain};
 use crate::wire::{Access, MAX_RAILS, RailKeys};
@@ -35,6 +36,14 @@ impl Rail {
     /// `mlx5_0:1`, as in the options.
     pub(crate) fn name(&self) -> String {
         format!("{}:{}", self.device.name(), self.port)
+    }
+
+    /// The same with its NUMA node, where that is known.
+    fn place(&self) -> String {
+        match self.device.numa_node() {
+            Some(node) => format!("{}@node{node}", self.name()),
+            None => self.name(),
+        }
     }
 
     pub(crate) fn is_usable(&self) -> bool {
@@ -102,6 +111,7 @@ fn choose_gid(device: &Device, port: u8, ethernet: bool, gids: u32) -> u8 {
 #[derive(Debug, Default)]
 pub(crate) struct Rails {
     all: Vec<Rail>,
+    nodes: Nodes,
     relaxed_ordering: bool,
     on_demand: bool,
     /// That memory could not be registered is said once.
@@ -123,8 +133,15 @@ impl Rails {
         if all.len() > MAX_RAILS {
             return Err(format!("{} devices are asked for; {MAX_RAILS} are possible", all.len()));
         }
+        // Whoever names devices wants them used, whatever memory is near.
+        let nodes = if config.devices.is_empty() {
+            Nodes::new(all.iter().map(|rail| rail.device.numa_node()).collect())
+        } else {
+            Nodes::default()
+        };
         Ok(Self {
             all,
+            nodes,
             relaxed_ordering: config.relaxed_ordering,
             on_demand: config.on_demand_paging,
             complained: AtomicBool::new(false),
@@ -185,7 +202,12 @@ impl Rails {
 
     /// What the log calls them.
     pub(crate) fn names(&self) -> String {
-        self.all.iter().map(Rail::name).collect::<Vec<_>>().join(",")
+        self.all.iter().map(Rail::place).collect::<Vec<_>>().join(",")
+    }
+
+    /// The NUMA node of the first rail, which has the small transfers: where lanes had best be.
+    pub(crate) fn first_node(&self) -> Option<usize> {
+        self.all.first().and_then(|rail| rail.device.numa_node())
     }
 
     /// Registers memory on every rail; where that fails the memory is reached by other transports.
@@ -212,7 +234,8 @@ impl Rails {
             }
             made.push(region.ok());
         }
-        Registrations::new(made)
+        // The pages are there by now: registering has pinned them.
+        Registrations::new(made, self.nodes.near(base, len))
     }
 
     /// # Safety
@@ -266,15 +289,16 @@ pub(crate) struct Registrations {
     regions: Mutex<SmallVec<[Option<MemoryRegion>; 2]>>,
     local: RailKeys,
     remote: RailKeys,
+    near: u32,
 }
 
 impl Registrations {
-    fn new(regions: SmallVec<[Option<MemoryRegion>; 2]>) -> Self {
+    fn new(regions: SmallVec<[Option<MemoryRegion>; 2]>, near: u32) -> Self {
         let keys = |key: fn(&MemoryRegion) -> u32| -> RailKeys {
             regions.iter().map(|region| region.as_ref().map_or(0, key)).collect()
         };
         let (local, remote) = (keys(MemoryRegion::lkey), keys(MemoryRegion::rkey));
-        Self { regions: Mutex::new(regions), local, remote }
+        Self { regions: Mutex::new(regions), local, remote, near }
     }
 
     /// The key for our own work requests on a rail; 0: it is not registered there. Stays the same when it has been
@@ -282,6 +306,11 @@ impl Registrations {
     #[inline]
     pub(crate) fn key(&self, rail: usize) -> u32 {
         self.local.get(rail).copied().unwrap_or(0)
+    }
+
+    /// A bit for each rail that is near the memory; 0: all are the same to it.
+    pub(crate) fn near(&self) -> u32 {
+        self.near
     }
 
     /// The keys for peers.
