@@ -23,6 +23,7 @@ declare_steps() {
     step doc-tests      run_doc_tests
     step loom           run_loom
     step simulator      run_simulator
+    step memcheck       run_memcheck       has_valgrind
     step build          build_and_inspect
     step bench          smoke_bench        has_bench
     step rdma           run_rdma           has_rdma
@@ -52,6 +53,9 @@ TEXT
 prepare() {
     if is_selected scripts; then
         want "shellcheck" have_shellcheck shellcheck
+    fi
+    if is_selected memcheck; then
+        want "valgrind" have_valgrind valgrind libc6-dbg
     fi
     if is_selected loom; then
         crate_flag_sets+=("$loom_flags")
@@ -232,6 +236,35 @@ run_simulator() {
     "${simulator[@]}" --seeds 10000 --coverage &&
         "${simulator[@]}" --seeds 2 --engines 1000 &&
         "${simulator[@]}" --seeds 1000 --mutation all
+}
+
+# --- end-to-end tests under valgrind
+
+have_valgrind() {
+    have_command valgrind
+}
+
+has_valgrind() {
+    have_valgrind || cannot_run "valgrind is missing: $(package_command valgrind)"
+}
+
+# Bytes, registrations and bad input: what touches most memory in the least time. Each costs some thirty times as long as without.
+readonly memcheck_tests='/(bytes|regions|bad_input)-[0-9a-f]*$'
+# A gibibyte, and what counts on time.
+readonly too_much_for_memcheck=(--skip one_gibibyte --skip 100000)
+
+# Invalid reads and writes, use of memory that was never written, and memory that is lost for good, are failures.
+run_memcheck() {
+    local program shim=$scratch/enter.so
+    cc -O2 -shared -fPIC -o "$shim" tests/memcheck/enter.c -ldl
+    end_to_end_programs >"$scratch/programs"
+    grep -E "$memcheck_tests" "$scratch/programs" >"$scratch/memcheck-programs"
+    while read -r program; do
+        printf '%s\n' "${program##*/}"
+        LD_PRELOAD=$shim valgrind --fair-sched=yes --quiet --error-exitcode=9 --leak-check=full \
+            --errors-for-leak-kinds=definite --show-leak-kinds=definite \
+            "$program" --test-threads 4 "${too_much_for_memcheck[@]}" </dev/null
+    done <"$scratch/memcheck-programs"
 }
 
 # --- the benchmark as a user runs it
