@@ -12,6 +12,7 @@ use crate::case::{
 };
 use crate::coordinator::{Plan, duration_per_run};
 use crate::engine_side::parse_transport;
+use crate::load_options::LoadArgs;
 use crate::measure::Stamp;
 use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
@@ -151,6 +152,8 @@ pub(crate) struct MeasureArgs {
     /// Outstanding transfers of scenario `throughput`
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Cases")]
     pub(crate) window: u16,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
 
     /// What moves the bytes
     #[arg(long, value_enum, default_value_t = Backend::Corelane, help_heading = "System")]
@@ -284,6 +287,8 @@ impl MeasureArgs {
                 if self.quick { &[64 << 10] } else { &[64 << 10, 1 << 20] },
             ),
             window: usize::from(self.window),
+            decode_bytes: self.load.decode_bytes,
+            load: self.load.shape(),
         });
         let Some(first) = cases.first() else {
             return Err("nothing to measure: no --scenario, or no size".to_owned());
@@ -331,11 +336,16 @@ impl MeasureArgs {
         // A baseline may scatter its blocks, and so need more memory, where the candidate does not.
         for &backend in std::iter::once(&self.backend).chain(&self.baseline) {
             for case in &cases {
+                if case.load.is_some() && backend != self.backend {
+                    continue;
+                }
                 let spec = RunSpec { case: case.clone(), backend, ..template.clone() };
                 spec.validate(self.max_memory)?;
             }
         }
-        Ok(Plan { cases, rounds, baselines: self.baseline.clone(), template })
+        let phase_duration = self.load.phase_duration()?;
+        let baselines = self.baseline.clone();
+        Ok(Plan { cases, rounds, baselines, phase_duration, template })
     }
 }
 

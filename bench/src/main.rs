@@ -30,6 +30,7 @@ mod coordinator;
 mod cpu;
 mod engine_side;
 mod layout;
+mod load_options;
 mod loopback;
 mod manifest;
 mod measure;

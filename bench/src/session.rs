@@ -14,8 +14,8 @@ use crate::manifest::Host;
 use crate::pinning::{Cores, allowed_cores, default_cores, ensure_allowed, lane_order};
 use crate::progress::Progress;
 use crate::report::{
-    Environment, Options, Output, Results, Series, comparison_table, comparisons,
-    percentile_distribution, series_table, summary, write_atomically,
+    Environment, Load, Options, Output, Percentiles, Results, Series, Tally, comparison_table,
+    comparisons, load_table, percentile_distribution, series_table, summary, write_atomically,
 };
 use crate::server::{self, ServerOptions};
 
@@ -147,8 +147,7 @@ fn measure(
 ) -> Result<(), Failure> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let begin = Instant::now();
-    let runs = plan.cases.len() * plan.rounds * plan.backends().len();
-    let mut progress = Progress::new(runs);
+    let mut progress = Progress::new(plan.runs_in_all());
     let (tallies, failure) = coordinator::run(plan, pairs, &mut progress);
 
     let rows: Vec<_> = tallies.iter().flat_map(|tally| tally.series()).collect();
@@ -184,6 +183,7 @@ fn measure(
         environment,
         series,
         comparisons,
+        loads: tallies.iter().filter_map(Tally::load).collect(),
     };
     for (row, histogram) in &rows {
         let text = percentile_distribution(histogram);
@@ -243,6 +243,16 @@ fn print(results: &Results, output: &Output) -> Result<()> {
             row.unserved_operations,
             row.unserved_operations + row.operations
         )?;
+    }
+    let latency = |load: &Load, part: &str| -> Option<Percentiles> {
+        let id = format!("{}/{part}", load.id);
+        let row = results.series.iter().find(|row| row.id == id)?;
+        Some(row.latency_us)
+    };
+    let latencies = |load| Some((latency(load, "idle")?, latency(load, "loaded")?));
+    let table = load_table(results.loads.iter().map(|load| (load, latencies(load))));
+    if !table.is_empty() {
+        writeln!(out, "{table}")?;
     }
     for &baseline in &results.options.baselines {
         let table = comparison_table(&results.comparisons, baseline);

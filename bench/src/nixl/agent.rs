@@ -214,6 +214,20 @@ impl Driver for NixlAgent {
         Ok(Transferred { posted_ns: Some(posted - started), completed_ns: completed - started })
     }
 
+    #[inline]
+    fn post(&self, prepared: &Prepared) -> Result<bool> {
+        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
+        let unfinished = self.agent.post_xfer_req(request, None).context("posting a transfer")?;
+        Ok(!unfinished)
+    }
+
+    #[inline]
+    fn is_finished(&self, prepared: &Prepared) -> Result<bool> {
+        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
+        let status = self.agent.get_xfer_status(request).context("the status of a transfer")?;
+        Ok(status != XferStatus::InProgress)
+    }
+
     fn notify(&mut self, text: &str) -> Result<()> {
         let (peer, _) = self.peer()?;
         self.agent.send_notification(peer, text.as_bytes(), None).context("sending a notification")

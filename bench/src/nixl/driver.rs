@@ -35,6 +35,12 @@ pub(crate) trait Driver {
     /// Posts a prepared transfer and polls without yielding until it is over.
     fn transfer(&self, prepared: &Self::Prepared) -> Result<Transferred>;
 
+    /// Posts a prepared transfer; true where it is over already.
+    fn post(&self, prepared: &Self::Prepared) -> Result<bool>;
+
+    /// Whether a posted transfer is over.
+    fn is_finished(&self, prepared: &Self::Prepared) -> Result<bool>;
+
     /// Sends a notification to the other side.
     fn notify(&mut self, text: &str) -> Result<()>;
 

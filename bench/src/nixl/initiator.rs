@@ -5,10 +5,12 @@ use anyhow::{Context as _, Result, bail};
 use super::case::{NixlCase, NixlScenario};
 use super::driver::Driver;
 use super::layout::NixlLayout;
+use super::load;
 use super::side::Parent;
 use super::wire::{Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
+use crate::cpu::Usage;
 use crate::measure::{histogram, points_of};
 
 /// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
@@ -18,18 +20,40 @@ const MIN_OPERATIONS: u64 = 3;
 /// Timed preparations of scenario `post`.
 const PREPARATIONS: usize = 50;
 
+/// The two processes, for what they use of the processors.
+#[derive(Clone, Copy)]
+pub(crate) struct Meter {
+    pub(crate) own: i32,
+    pub(crate) target: i32,
+}
+
+impl Meter {
+    fn read(self) -> (Usage, Usage) {
+        (Usage::of(self.own), Usage::of(self.target))
+    }
+
+    /// Books what was used since `begin`.
+    fn book(self, begin: (Usage, Usage), outcome: &mut Outcome) {
+        let (own, target) = self.read();
+        outcome.used_initiator = own.since(begin.0);
+        outcome.used_target = target.since(begin.1);
+    }
+}
+
 /// Obeys orders until they end.
-pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64) -> Result<()> {
+pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, meter: Meter) -> Result<()> {
     while let Some(order) = parent.wait()? {
         let Order::Run { case, sequence, duration_ns } = order else {
             bail!("an initiator cannot obey {order:?}");
         };
-        let outcome = if case.operation == Operation::Notify {
-            ping_pong(agent, &case, sequence, duration_ns)
+        let outcome = if let Some(shape) = case.load {
+            load::run(agent, &case, shape, sequence, duration_ns, seed)
+        } else if case.operation == Operation::Notify {
+            ping_pong(agent, &case, sequence, duration_ns, meter)
         } else {
-            transfers(agent, &case, sequence, duration_ns, seed)
+            transfers(agent, &case, sequence, duration_ns, seed, meter)
         };
-        parent.reply(&Reply::Ran(outcome.with_context(|| case.id())?))?;
+        parent.reply(&Reply::Ran(Box::new(outcome.with_context(|| case.id())?)))?;
     }
     Ok(())
 }
@@ -62,6 +86,7 @@ fn transfers<D: Driver>(
     sequence: u64,
     duration_ns: u64,
     seed: u64,
+    meter: Meter,
 ) -> Result<Outcome> {
     let layout = NixlLayout::new(case, seed);
     let reads = case.operation == Operation::Read;
@@ -83,7 +108,8 @@ fn transfers<D: Driver>(
         if case.scenario == NixlScenario::Post {
             measure_preparing(agent, &prepared[0], &mut outcome)?;
         }
-        measure_transfers(agent, &prepared, duration_ns, &mut outcome)?;
+        measure_transfers(agent, &prepared, duration_ns, &mut outcome, meter)?;
+        outcome.bytes = outcome.operations * case.bytes() as u64;
     }
     if reads {
         // The target's blocks were filled in the order of its own offsets, which is that of the lists.
@@ -101,6 +127,7 @@ fn measure_transfers<D: Driver>(
     prepared: &[D::Prepared],
     duration_ns: u64,
     outcome: &mut Outcome,
+    meter: Meter,
 ) -> Result<()> {
     let slots = prepared.len() as u64;
     let next = |done: u64| &prepared[(done % slots) as usize];
@@ -111,6 +138,7 @@ fn measure_transfers<D: Driver>(
         warmed += 1;
     }
     let (mut completion, mut post) = (histogram(), histogram());
+    let begin = meter.read();
     let until = Until::timed(now_ns(), duration_ns);
     let mut done = 0;
     while until.goes_on(done) {
@@ -121,6 +149,7 @@ fn measure_transfers<D: Driver>(
         }
         done += 1;
     }
+    meter.book(begin, outcome);
     outcome.operations = done;
     outcome.completion = points_of(&completion);
     outcome.post = points_of(&post);
@@ -149,6 +178,7 @@ fn ping_pong<D: Driver>(
     case: &NixlCase,
     sequence: u64,
     duration_ns: u64,
+    meter: Meter,
 ) -> Result<Outcome> {
     let mut number = 0u64;
     let width = case.notification_bytes;
@@ -173,11 +203,13 @@ fn ping_pong<D: Driver>(
         warmed += 1;
     }
     let mut round_trip = histogram();
+    let begin = meter.read();
     let until = Until::timed(now_ns(), duration_ns);
     while until.goes_on(outcome.operations) {
         round_trip.saturating_record(exchange(agent)?);
         outcome.operations += 1;
     }
+    meter.book(begin, &mut outcome);
     outcome.completion = points_of(&round_trip);
     Ok(outcome)
 }

@@ -21,6 +21,8 @@ mod driver;
 mod initiator;
 #[cfg(any(feature = "nixl", test))]
 mod layout;
+#[cfg(feature = "nixl")]
+mod load;
 mod options;
 mod pair;
 #[cfg(feature = "nixl")]
@@ -34,6 +36,7 @@ mod tally;
 mod target;
 mod wire;
 
+pub(crate) use case::load_id;
 pub(crate) use options::NixlArgs;
 pub(crate) use rounds::compare;
 #[cfg(feature = "nixl")]

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::backend::{BackendSpec, Contender, parse_parameter};
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
 use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::load_options::LoadArgs;
 use crate::raw_local::RawKind;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
 
@@ -107,6 +108,9 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_notification, default_value = "16", help_heading = "Cases")]
     pub(crate) notification: usize,
 
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+
     /// The backend that ratios are about: NAME[@KEY=VALUE[,KEY=VALUE]...]; a KEY in
     /// capitals is an environment variable, another a parameter of the backend
     #[arg(long, value_name = "BACKEND", default_value = "CORELANE", help_heading = "System")]
@@ -181,6 +185,8 @@ impl NixlArgs {
             sizes: self.sizes.clone(),
             shapes: self.kv.clone(),
             notification_bytes: self.notification,
+            decode_bytes: self.load.decode_bytes,
+            load: self.load.shape(),
         });
         if cases.is_empty() {
             return Err("nothing to measure: no --scenario, or no size".to_owned());
@@ -198,6 +204,7 @@ impl NixlArgs {
                 }
             }
         }
+        self.load.phase_duration()?;
         let others = self.vs.iter().cloned().map(Contender::Nixl);
         let baselines = self.baseline.iter().copied().map(Contender::Raw);
         let mut backends = vec![Contender::Nixl(self.backend.clone())];
@@ -270,10 +277,10 @@ mod tests {
     fn the_defaults_measure_everything() {
         let plan = plan("--vs UCX@UCX_TLS=tcp").expect("a plan");
         let ids: Vec<String> = plan.cases.iter().map(NixlCase::id).collect();
-        assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2, "{ids:?}");
+        assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2 + 1, "{ids:?}");
         let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
         assert_eq!(labels, ["CORELANE", "UCX@UCX_TLS=tcp"]);
-        assert_eq!(plan.arena_bytes, 4096 * 4096 * 2);
+        assert_eq!(plan.arena_bytes, (64 << 20) + 64 * 4096);
     }
 
     #[test]
@@ -316,7 +323,7 @@ mod tests {
         let runs = |backend: usize| {
             plan.cases.iter().filter(|case| plan.backends[backend].runs(case)).count()
         };
-        assert_eq!((runs(0), runs(3)), (plan.cases.len(), plan.cases.len() - 2));
+        assert_eq!((runs(0), runs(3)), (plan.cases.len(), plan.cases.len() - 3));
     }
 
     #[test]

@@ -99,7 +99,7 @@ impl NixlPair {
         let duration_ns = duration.as_nanos() as u64;
         initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns })?;
         let outcome = match receive(initiator, Some(target), duration * 4 + PASS_PATIENCE)? {
-            Reply::Ran(outcome) => outcome,
+            Reply::Ran(outcome) => *outcome,
             other => return Err(unexpected(&other)),
         };
         target.send(&Order::End { case: case.clone(), sequence })?;
@@ -113,7 +113,9 @@ impl NixlPair {
 /// What the other side has to be told of a process that is ready, and its version of NIXL.
 fn introduction(reply: Reply) -> Result<(Order, String), Failure> {
     match reply {
-        Reply::Ready { metadata, address, nixl } => Ok((Order::Meet { metadata, address }, nixl)),
+        Reply::Ready { metadata, address, pid, nixl } => {
+            Ok((Order::Meet { metadata, address, pid }, nixl))
+        }
         other => Err(unexpected(&other)),
     }
 }

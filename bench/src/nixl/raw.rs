@@ -112,6 +112,16 @@ impl Driver for RawSide {
     }
 
     #[inline]
+    fn post(&self, prepared: &Copies) -> Result<bool> {
+        prepared.run()?;
+        Ok(true)
+    }
+
+    fn is_finished(&self, _prepared: &Copies) -> Result<bool> {
+        Ok(true)
+    }
+
+    #[inline]
     fn notify(&mut self, text: &str) -> Result<()> {
         match &mut self.side {
             Side::Initiator(Some((_, mailbox, _))) => mailbox.send(text.as_bytes()),

@@ -8,7 +8,7 @@ use crate::case::Operation;
 use crate::manifest::Host;
 use crate::measure::{Points, points_of};
 use crate::raw_local::RawKind;
-use crate::report::{Percentiles, Spread, align, difference};
+use crate::report::{Costs, Load, Percentiles, Spread, align, difference, load_table};
 use crate::units::microseconds;
 
 /// Version of the layout below: grows when a field changes its meaning or goes away, not when one is added.
@@ -29,6 +29,9 @@ pub(crate) struct NixlResults {
     pub(crate) environment: Host,
     pub(crate) series: Vec<NixlSeries>,
     pub(crate) comparisons: Vec<NixlComparison>,
+    /// Of scenario `decode-under-prefill`, one for each backend.
+    #[serde(default)]
+    pub(crate) loads: Vec<Load>,
 }
 
 /// The options in effect.
@@ -61,6 +64,9 @@ pub(crate) struct NixlSeries {
     pub(crate) notification_bytes: usize,
     pub(crate) target_sleeps: bool,
     pub(crate) samples: u64,
+    /// CPU time and context switches, where `part` is `completion` or `round-trip`.
+    #[serde(default)]
+    pub(crate) costs: Option<Costs>,
     /// Of all rounds together.
     pub(crate) latency_us: Percentiles,
     pub(crate) rounds: Vec<Percentiles>,
@@ -90,7 +96,12 @@ impl NixlResults {
         let label = |backend: usize| plan.backends[backend].to_string();
         let mut series = Vec::new();
         let mut comparisons = Vec::new();
+        let mut loads = Vec::new();
         for tally in tallies {
+            if let Some(shape) = tally.case.load {
+                let case = (tally.case.block_bytes, shape);
+                loads.extend(tally.load.figures(&tally.case.id(), &label(tally.backend), case));
+            }
             for part in tally.parts.iter().filter(|part| !part.all.is_empty()) {
                 let id = tally.series_id(part.part);
                 let case = &tally.case;
@@ -106,6 +117,7 @@ impl NixlResults {
                     target_sleeps: case.operation != Operation::Notify
                         && options.target_app.sleeps(backend),
                     samples: part.all.len(),
+                    costs: tally.costs(part.part),
                     latency_us: Percentiles::of(&part.all),
                     rounds: part.rounds.clone(),
                     histogram_ns: points_of(&part.all),
@@ -153,6 +165,7 @@ impl NixlResults {
             environment,
             series,
             comparisons,
+            loads,
         }
     }
 
@@ -226,7 +239,20 @@ impl NixlResults {
                  difference is {backend} - that row's, likewise.\n"
             )
         };
-        align(&rows, 2) + &explanation
+        align(&rows, 2) + &explanation + &self.load_table()
+    }
+
+    fn load_table(&self) -> String {
+        let latency = |load: &Load, part: &str| {
+            let id = format!("{}/{part}", load.id);
+            let row = self.series.iter().find(|row| row.id == id && row.backend == load.backend);
+            row.map(|row| row.latency_us)
+        };
+        let latencies = |load: &Load| Some((latency(load, "idle")?, latency(load, "loaded")?));
+        match load_table(self.loads.iter().map(|load| (load, latencies(load)))) {
+            table if table.is_empty() => table,
+            table => format!("\n{table}"),
+        }
     }
 }
 

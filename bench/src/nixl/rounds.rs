@@ -84,7 +84,11 @@ fn run(
                 nixl.clone_from(&pair.nixl);
             }
             for (at, case) in plan.cases.iter().enumerate().filter(|(_, case)| backend.runs(case)) {
-                let outcome = pair.measure(case, options.duration)?;
+                let duration = match case.load {
+                    Some(_) => options.load.phase_duration,
+                    None => options.duration,
+                };
+                let outcome = pair.measure(case, duration)?;
                 tallies[at * backends + index].add_round(&outcome)?;
             }
         }

@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::case::NixlCase;
-use crate::measure::Points;
+use crate::cpu::Usage;
+use crate::measure::{LoadOutcome, Points};
 use crate::raw_local::RawKind;
 
 /// The two processes of a pair.
@@ -60,7 +61,7 @@ pub(crate) enum Order {
     /// Must come first.
     Setup(Setup),
     /// Who is on the other side; metadata in hexadecimal.
-    Meet { metadata: String, address: u64 },
+    Meet { metadata: String, address: u64, pid: i32 },
     /// Target: renew the source of reads, poison the destination of writes, answer notifications.
     Begin { case: NixlCase, sequence: u64 },
     /// Target: check the destination of writes.
@@ -76,13 +77,14 @@ pub(crate) enum Reply {
     Ready {
         metadata: String,
         address: u64,
+        pid: i32,
         /// Version of NIXL; empty where there is none.
         nixl: String,
     },
     Met,
     Begun,
     Ended,
-    Ran(Outcome),
+    Ran(Box<Outcome>),
     /// The user asked for something that cannot be.
     Refused {
         message: String,
@@ -103,4 +105,11 @@ pub(crate) struct Outcome {
     pub(crate) post: Points,
     /// The caller's time in createXferReq, of scenario `post`.
     pub(crate) prepare: Points,
+    /// Of scenario `decode-under-prefill`, which has nothing of the above.
+    pub(crate) load: Option<LoadOutcome>,
+    /// Payload that was moved while `used` was counted.
+    pub(crate) bytes: u64,
+    /// What both processes used of the processors meanwhile.
+    pub(crate) used_initiator: Usage,
+    pub(crate) used_target: Usage,
 }

@@ -3,12 +3,13 @@
 use anyhow::Result;
 use hdrhistogram::Histogram;
 
+use super::costs::Costs;
+use super::load::{Load, LoadTally};
 use super::results::{Comparison, CpuCost, Percentiles, Round, Series, Spread};
 use crate::case::{Backend, Case};
 use crate::client::Outcome;
+use crate::cpu::Usage;
 use crate::measure::{Points, histogram, points_of, restore};
-
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// Everything measured so far for one case on one backend.
 pub(crate) struct Tally {
@@ -21,11 +22,13 @@ pub(crate) struct Tally {
     unserved: u64,
     bytes: u64,
     span_ns: u64,
-    cpu_initiator_ns: u64,
-    cpu_target_ns: u64,
+    used_initiator: Usage,
+    used_target: Usage,
     response: Measured,
     service: Measured,
     one_way: Measured,
+    idle: Measured,
+    load: LoadTally,
 }
 
 /// One kind of latency: all rounds together, and what each contributed.
@@ -75,11 +78,13 @@ impl Tally {
             unserved: 0,
             bytes: 0,
             span_ns: 0,
-            cpu_initiator_ns: 0,
-            cpu_target_ns: 0,
+            used_initiator: Usage::default(),
+            used_target: Usage::default(),
             response: Measured::new(),
             service: Measured::new(),
             one_way: Measured::new(),
+            idle: Measured::new(),
+            load: LoadTally::new(),
         }
     }
 
@@ -96,9 +101,16 @@ impl Tally {
             self.unserved += outcome.unserved;
             self.bytes += outcome.bytes;
             self.span_ns += outcome.span_ns;
-            self.cpu_initiator_ns += outcome.cpu_initiator_ns;
-            self.cpu_target_ns += outcome.cpu_target_ns;
+            self.used_initiator += outcome.used_initiator;
+            self.used_target += outcome.used_target;
+            if let (Some(shape), Some(load)) = (self.case.load, &outcome.load) {
+                self.load.add(shape, load)?;
+            }
         }
+        fn idle(outcome: &Outcome) -> Option<&Points> {
+            outcome.load.as_ref().map(|load| &load.reads.response)
+        }
+        self.idle.add_round(outcomes.iter().map(idle), None)?;
         let done: u64 = outcomes.iter().map(|outcome| outcome.operations).sum();
         let span_ns: u64 = outcomes.iter().map(|outcome| outcome.span_ns).sum();
         let rate = (span_ns > 0).then(|| done as f64 * 1e9 * self.pairs as f64 / span_ns as f64);
@@ -113,6 +125,13 @@ impl Tally {
             return Vec::new();
         }
         let id = self.case.id();
+        if self.case.load.is_some() {
+            let rows = [("idle", &self.idle), ("loaded", &self.response)];
+            let row = |(part, measured): (&str, &Measured)| {
+                (self.row(&format!("{id}/{part}"), measured, false), measured.all.clone())
+            };
+            return rows.map(row).into();
+        }
         if !self.case.operation.notifies() {
             return vec![(self.row(&id, &self.response, true), self.response.all.clone())];
         }
@@ -130,12 +149,19 @@ impl Tally {
         rows
     }
 
+    /// What the two kinds of transfer of a load did to each other.
+    pub(crate) fn load(&self) -> Option<Load> {
+        let case = (self.case.block_bytes, self.case.load?);
+        self.load.figures(&self.case.id(), &self.backend.to_string(), case)
+    }
+
     fn row(&self, id: &str, measured: &Measured, rates: bool) -> Series {
         // Pairs run side by side: the time that passed is the mean of theirs, the work is the sum.
         let seconds = self.span_ns as f64 / 1e9 / self.pairs as f64;
         let rate = |amount: f64| (rates && seconds > 0.0).then_some(amount / seconds);
         let moved = (rates && self.bytes > 0).then_some(self.bytes as f64);
-        let cpu = |ns: u64, bytes: f64| ns as f64 / 1e9 / (bytes / GIB);
+        let costs = Costs::of(self.used_initiator, self.used_target, self.operations, self.bytes)
+            .filter(|_| rates);
         Series {
             id: id.to_owned(),
             backend: self.backend,
@@ -155,10 +181,13 @@ impl Tally {
                 .then(|| Percentiles::of(&self.service.all)),
             gigabytes_per_s: moved.and_then(|bytes| rate(bytes / 1e9)),
             operations_per_s: rate(self.operations as f64),
-            cpu_s_per_gib: moved.map(|bytes| CpuCost {
-                initiator: cpu(self.cpu_initiator_ns, bytes),
-                target: cpu(self.cpu_target_ns, bytes),
+            cpu_s_per_gib: costs.and_then(|costs| {
+                Some(CpuCost {
+                    initiator: costs.initiator.cpu_s_per_gib?,
+                    target: costs.target.cpu_s_per_gib?,
+                })
             }),
+            costs,
             rounds: measured.rounds.clone(),
             hgrm: format!("{}.{}.hgrm", id.replace('/', "-"), self.backend),
             histogram_ns: points_of(&measured.all),
@@ -217,8 +246,8 @@ mod tests {
             verified: 164,
             bytes: 100 << 20,
             span_ns: 500_000_000,
-            cpu_initiator_ns: 400_000_000,
-            cpu_target_ns: 200_000_000,
+            used_initiator: Usage { cpu_ns: 400_000_000, ..Usage::default() },
+            used_target: Usage { cpu_ns: 200_000_000, ..Usage::default() },
             response: vec![(latency_ns, 100)],
             one_way: Some(vec![(latency_ns / 2, 100)]),
             placement: "here".to_owned(),
