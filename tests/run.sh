@@ -355,7 +355,10 @@ check_nixl_bench() {
     printf '\nNIXL %s, from corelane-bench:\n' "$nixl_newest"
     cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --bins --tests --locked &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
-            nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms
+            nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms \
+            --phase-duration 200ms --out-dir "$log_dir/bench/nixl" &&
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+            plot "$log_dir/bench/nixl/results.json" --out "$log_dir/bench/nixl/again.html"
 }
 
 # A selection on the other versions; what has another plugin ABI must be refused in a way that users understand.

@@ -16,6 +16,7 @@ use crate::load_options::LoadArgs;
 use crate::measure::Stamp;
 use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
+use crate::plot::PlotArgs;
 use crate::posting::PostingArgs;
 use crate::units::{parse_bytes, parse_duration, parse_rate, parse_shape};
 
@@ -33,6 +34,7 @@ pub(crate) const DEFAULT_PORT: u16 = 7471;
   corelane-bench server --listen 0.0.0.0:7471              on one host ...
   corelane-bench client --connect HOST:7471                ... and on another
   corelane-bench nixl --backend CORELANE --vs UCX@UCX_TLS=tcp --nixl-libs DIR
+  corelane-bench plot before/results.json after/results.json
 
 Exit codes: 0 measured and verified, 1 failed (also: verification failed), 2 bad options.
 docs/benchmarks.md explains the method and every figure.")]
@@ -54,6 +56,8 @@ pub(crate) enum Command {
     Loopback(LoopbackArgs),
     /// Measures backends of NIXL side by side, through its C API
     Nixl(NixlArgs),
+    /// Draws a report of result files, or compares several
+    Plot(PlotArgs),
     /// Measures what posting RDMA requests costs, with a device that does nothing
     Posting(PostingArgs),
     /// A process of `nixl`: one side of a pair
@@ -214,7 +218,7 @@ pub(crate) struct MeasureArgs {
     #[arg(long, value_enum, hide = true)]
     pub(crate) sabotage: Option<Sabotage>,
 
-    /// Directory of results.json and the *.hgrm histograms
+    /// Directory of results.json, report.html and the histograms (*.hgrm, *.hlog)
     #[arg(
         long,
         value_name = "DIR",

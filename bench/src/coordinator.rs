@@ -234,7 +234,7 @@ mod tests {
             ]
         );
         assert_eq!(tallies.len(), 4);
-        assert!(tallies.iter().all(|tally| tally.series()[0].0.rounds.len() == 2));
+        assert!(tallies.iter().all(|tally| tally.series()[0].series.rounds.len() == 2));
     }
 
     #[test]

@@ -37,6 +37,7 @@ mod measure;
 mod nixl;
 mod pattern;
 mod pinning;
+mod plot;
 mod polling;
 mod posting;
 mod process;
@@ -101,6 +102,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Client(options) => session::client(&options),
         Command::Loopback(options) => session::loopback(&options),
         Command::Nixl(options) => nixl::compare(&options),
+        Command::Plot(options) => plot::plot(&options),
         Command::Posting(options) => Ok(posting::run(&options)?),
         #[cfg(feature = "nixl")]
         Command::NixlSide => Ok(nixl::serve_side()?),

@@ -12,10 +12,11 @@ use crate::coordinator::{self, Pair, Plan};
 use crate::loopback::{LoopbackPair, Placement};
 use crate::manifest::Host;
 use crate::pinning::{Cores, allowed_cores, default_cores, ensure_allowed, lane_order};
+use crate::plot;
 use crate::progress::Progress;
 use crate::report::{
-    Environment, Load, Options, Output, Percentiles, Results, Series, Tally, comparison_table,
-    comparisons, load_table, percentile_distribution, series_table, summary, write_atomically,
+    Environment, Load, Options, Output, Percentiles, Results, Row, Series, Tally, comparison_table,
+    comparisons, load_table, series_table, summary, write_atomically,
 };
 use crate::server::{self, ServerOptions};
 
@@ -150,8 +151,8 @@ fn measure(
     let mut progress = Progress::new(plan.runs_in_all());
     let (tallies, failure) = coordinator::run(plan, pairs, &mut progress);
 
-    let rows: Vec<_> = tallies.iter().flat_map(|tally| tally.series()).collect();
-    let series: Vec<Series> = rows.iter().map(|(row, _)| row.clone()).collect();
+    let rows: Vec<Row> = tallies.iter().flat_map(Tally::series).collect();
+    let series: Vec<Series> = rows.iter().map(|row| row.series.clone()).collect();
     let comparisons = plan
         .baselines
         .iter()
@@ -185,12 +186,14 @@ fn measure(
         comparisons,
         loads: tallies.iter().filter_map(Tally::load).collect(),
     };
-    for (row, histogram) in &rows {
-        let text = percentile_distribution(histogram);
-        write_atomically(&output.directory.join(&row.hgrm), text.as_bytes())?;
+    for Row { series, histogram, rounds } in &rows {
+        output.histograms(&series.hgrm, histogram, started, plan.template.duration, rounds)?;
     }
     let json = serde_json::to_vec_pretty(&results).context("encoding the results")?;
     write_atomically(&output.json, &json)?;
+    if !results.series.is_empty() {
+        output.report(&plot::page(&plot::of_engine(&results)))?;
+    }
     if !results.series.is_empty() {
         print(&results, output).context("writing to standard output")?;
     }

@@ -38,6 +38,8 @@ mod wire;
 
 pub(crate) use case::load_id;
 pub(crate) use options::NixlArgs;
+pub(crate) use report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 pub(crate) use rounds::compare;
 #[cfg(feature = "nixl")]
 pub(crate) use side::serve as serve_side;
+pub(crate) use tally::Part;

@@ -153,7 +153,15 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "4GiB", help_heading = "Method")]
     pub(crate) max_memory: usize,
 
-    /// Where to write everything as JSON
+    /// Directory of results.json, report.html and the histograms (*.hgrm, *.hlog)
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "corelane-bench-results/nixl",
+        help_heading = "Output"
+    )]
+    pub(crate) out_dir: PathBuf,
+    /// Where to write results.json instead
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub(crate) json: Option<PathBuf>,
 }
@@ -223,6 +231,11 @@ impl NixlArgs {
             }
         }
         Ok(NixlPlan { cases, backends, arena_bytes: arena })
+    }
+
+    /// Time for a case on one backend in one round; of a load, for each of its phases.
+    pub(crate) fn duration_of(&self, case: &NixlCase) -> Duration {
+        if case.load.is_some() { self.load.phase_duration } else { self.duration }
     }
 
     /// Environment of a backend's processes, on top of ours.

@@ -8,11 +8,13 @@ use crate::case::Operation;
 use crate::manifest::Host;
 use crate::measure::{Points, points_of};
 use crate::raw_local::RawKind;
-use crate::report::{Costs, Load, Percentiles, Spread, align, difference, load_table};
+use crate::report::{Costs, Load, Output, Percentiles, Spread, align, difference, load_table};
 use crate::units::microseconds;
 
 /// Version of the layout below: grows when a field changes its meaning or goes away, not when one is added.
-const SCHEMA_VERSION: u32 = 1;
+pub(crate) const SCHEMA_VERSION: u32 = 1;
+/// What tells the file from others.
+pub(crate) const SCHEMA: &str = "corelane-bench-nixl";
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,6 +71,9 @@ pub(crate) struct NixlSeries {
     pub(crate) costs: Option<Costs>,
     /// Of all rounds together.
     pub(crate) latency_us: Percentiles,
+    /// File name of the percentile distribution, next to the other outputs.
+    #[serde(default)]
+    pub(crate) hgrm: String,
     pub(crate) rounds: Vec<Percentiles>,
     /// Non-empty histogram buckets as [nanoseconds, count].
     pub(crate) histogram_ns: Points,
@@ -82,6 +87,15 @@ pub(crate) struct NixlComparison {
     pub(crate) vs: String,
     pub(crate) ratios: Ratios,
     pub(crate) p50_difference_us: Spread,
+}
+
+/// Name of a series' file: a backend's label may hold whatever its variables do.
+pub(crate) fn hgrm_name(id: &str, backend: &str) -> String {
+    let plain = |text: &str| -> String {
+        let known = |c: char| c.is_ascii_alphanumeric() || "+-_.=@,".contains(c);
+        text.chars().map(|c| if known(c) { c } else { '-' }).take(100).collect()
+    };
+    format!("{}.{}.hgrm", plain(id), plain(backend))
 }
 
 impl NixlResults {
@@ -119,6 +133,7 @@ impl NixlResults {
                     samples: part.all.len(),
                     costs: tally.costs(part.part),
                     latency_us: Percentiles::of(&part.all),
+                    hgrm: hgrm_name(&id, &backend.to_string()),
                     rounds: part.rounds.clone(),
                     histogram_ns: points_of(&part.all),
                 });
@@ -143,7 +158,7 @@ impl NixlResults {
             }
         }
         Self {
-            schema: "corelane-bench-nixl".to_owned(),
+            schema: SCHEMA.to_owned(),
             schema_version: SCHEMA_VERSION,
             complete: true,
             failure: None,
@@ -240,6 +255,16 @@ impl NixlResults {
             )
         };
         align(&rows, 2) + &explanation + &self.load_table()
+    }
+
+    /// Where everything is.
+    pub(crate) fn files(&self, output: &Output) -> String {
+        format!(
+            "files         {}, {}, and {} histograms (*.hgrm, *.hlog) beside\n",
+            output.report_path().display(),
+            output.json.display(),
+            self.series.len()
+        )
     }
 
     fn load_table(&self) -> String {

@@ -7,11 +7,12 @@ use anyhow::Context as _;
 
 use super::options::{NixlArgs, NixlPlan};
 use super::pair::NixlPair;
-use super::report::NixlResults;
+use super::report::{NixlResults, hgrm_name};
 use super::tally::NixlTally;
 use crate::manifest::Host;
 use crate::pinning::{allowed_cores, ensure_allowed};
-use crate::report::{ensure_writable, write_atomically};
+use crate::plot;
+use crate::report::{Output, write_atomically};
 use crate::session::Failure;
 
 /// Measures all cases on all backends, round after round.
@@ -27,9 +28,8 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
                 .to_owned(),
         ));
     }
-    if let Some(json) = &options.json {
-        ensure_writable(json).map_err(|error| Failure::Options(format!("{error:#}")))?;
-    }
+    let output = Output::prepare(&options.out_dir, options.json.as_deref())
+        .map_err(|error| Failure::Options(format!("{error:#}")))?;
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let begin = Instant::now();
     let environment = Host::describe();
@@ -51,17 +51,35 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
         Err(Failure::Run(error)) => Some(format!("{error:#}")),
     };
     if results.series.is_empty() {
+        output.forsake();
         return measured;
     }
-    if let Some(json) = &options.json {
-        let bytes = serde_json::to_vec_pretty(&results).context("encoding the results")?;
-        write_atomically(json, &bytes)?;
-    }
+    write(&results, &tallies, &plan, options, &output)?;
     let mut out = std::io::stdout().lock();
-    write!(out, "{}\n{}", results.header(), results.table())
+    write!(out, "{}\n{}\n{}", results.header(), results.table(), results.files(&output))
         .and_then(|()| out.flush())
         .context("writing to standard output")?;
     measured
+}
+
+fn write(
+    results: &NixlResults,
+    tallies: &[NixlTally],
+    plan: &NixlPlan,
+    options: &NixlArgs,
+    output: &Output,
+) -> anyhow::Result<()> {
+    for tally in tallies {
+        let backend = plan.backends[tally.backend].to_string();
+        for part in tally.parts.iter().filter(|part| !part.all.is_empty()) {
+            let name = hgrm_name(&tally.series_id(part.part), &backend);
+            let (started, round) = (results.started_unix_s, options.duration_of(&tally.case));
+            output.histograms(&name, &part.all, started, round, &part.round_points)?;
+        }
+    }
+    let bytes = serde_json::to_vec_pretty(results).context("encoding the results")?;
+    write_atomically(&output.json, &bytes)?;
+    output.report(&plot::page(&plot::of_nixl(results)))
 }
 
 fn run(
@@ -84,11 +102,7 @@ fn run(
                 nixl.clone_from(&pair.nixl);
             }
             for (at, case) in plan.cases.iter().enumerate().filter(|(_, case)| backend.runs(case)) {
-                let duration = match case.load {
-                    Some(_) => options.load.phase_duration,
-                    None => options.duration,
-                };
-                let outcome = pair.measure(case, duration)?;
+                let outcome = pair.measure(case, options.duration_of(case))?;
                 tallies[at * backends + index].add_round(&outcome)?;
             }
         }

@@ -34,6 +34,7 @@ pub(crate) struct PartTally {
     pub(crate) all: Histogram<u64>,
     /// Per round; empty where nothing was measured.
     pub(crate) rounds: Vec<Percentiles>,
+    pub(crate) round_points: Vec<Points>,
 }
 
 /// Everything measured of one case on one backend.
@@ -56,7 +57,12 @@ impl NixlTally {
             NixlScenario::DecodeUnderPrefill => &[Part::Idle, Part::Loaded],
             _ => &[Part::Completion, Part::Post],
         };
-        let part = |&part| PartTally { part, all: histogram(), rounds: Vec::new() };
+        let part = |&part| PartTally {
+            part,
+            all: histogram(),
+            rounds: Vec::new(),
+            round_points: Vec::new(),
+        };
         Self {
             backend,
             operations: 0,
@@ -90,7 +96,9 @@ impl NixlTally {
             let mut round = histogram();
             restore(&mut round, points)?;
             part.rounds.push(Percentiles::of(&round));
-            restore(&mut part.all, &points_of(&round))?;
+            let points = points_of(&round);
+            restore(&mut part.all, &points)?;
+            part.round_points.push(points);
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 mod costs;
 mod files;
 mod hgrm;
+mod hlog;
 mod load;
 mod results;
 mod summary;
@@ -11,13 +12,12 @@ mod tally;
 
 pub(crate) use costs::Costs;
 pub(crate) use files::{Output, ensure_writable, write_atomically};
-pub(crate) use hgrm::percentile_distribution;
 #[cfg(test)]
-pub(crate) use load::tests::outcome as load_outcome;
+pub(crate) use load::tests::{load as load_of_backend, outcome as load_outcome};
 pub(crate) use load::{Load, LoadTally, load_table};
 pub(crate) use results::{
     Environment, Options, Percentiles, Results, SCHEMA_VERSION, Series, Spread,
 };
 pub(crate) use summary::summary;
 pub(crate) use table::{align, comparison_table, difference, series_table};
-pub(crate) use tally::{Tally, comparisons};
+pub(crate) use tally::{Row, Tally, comparisons};

@@ -41,11 +41,11 @@ pub(crate) fn summary(results: &Results, json: &Path, directory: &Path) -> [Stri
         ),
         line("throughput", fastest.map(latency).into_iter().collect()),
         format!(
-            "{:<14}{} and {} histograms (*.hgrm) in {}; {verified} operations verified",
+            "{:<14}{}, {}, and {} histograms (*.hgrm, *.hlog) beside; {verified} operations verified",
             "files",
+            directory.join("report.html").display(),
             json.display(),
             results.series.len(),
-            directory.display()
         ),
     ]
 }

@@ -31,15 +31,23 @@ pub(crate) struct Tally {
     load: LoadTally,
 }
 
+/// A row of the table with its histograms: of all rounds, and of each.
+pub(crate) struct Row {
+    pub(crate) series: Series,
+    pub(crate) histogram: Histogram<u64>,
+    pub(crate) rounds: Vec<Points>,
+}
+
 /// One kind of latency: all rounds together, and what each contributed.
 struct Measured {
     all: Histogram<u64>,
     rounds: Vec<Round>,
+    round_points: Vec<Points>,
 }
 
 impl Measured {
     fn new() -> Self {
-        Self { all: histogram(), rounds: Vec::new() }
+        Self { all: histogram(), rounds: Vec::new(), round_points: Vec::new() }
     }
 
     fn add_round<'a>(
@@ -60,7 +68,9 @@ impl Measured {
                 p999_us: p999,
                 operations_per_s,
             });
-            restore(&mut self.all, &points_of(&round))?;
+            let points = points_of(&round);
+            restore(&mut self.all, &points)?;
+            self.round_points.push(points);
         }
         Ok(())
     }
@@ -120,7 +130,7 @@ impl Tally {
     }
 
     /// The rows of this case: one, or two where the target saw something too.
-    pub(crate) fn series(&self) -> Vec<(Series, Histogram<u64>)> {
+    pub(crate) fn series(&self) -> Vec<Row> {
         if self.response.all.is_empty() {
             return Vec::new();
         }
@@ -128,24 +138,18 @@ impl Tally {
         if self.case.load.is_some() {
             let rows = [("idle", &self.idle), ("loaded", &self.response)];
             let row = |(part, measured): (&str, &Measured)| {
-                (self.row(&format!("{id}/{part}"), measured, false), measured.all.clone())
+                self.row(&format!("{id}/{part}"), measured, false)
             };
             return rows.map(row).into();
         }
         if !self.case.operation.notifies() {
-            return vec![(self.row(&id, &self.response, true), self.response.all.clone())];
+            return vec![self.row(&id, &self.response, true)];
         }
         let mut rows = Vec::new();
         if !self.one_way.all.is_empty() {
-            rows.push((
-                self.row(&format!("{id}/one-way"), &self.one_way, false),
-                self.one_way.all.clone(),
-            ));
+            rows.push(self.row(&format!("{id}/one-way"), &self.one_way, false));
         }
-        rows.push((
-            self.row(&format!("{id}/round-trip"), &self.response, true),
-            self.response.all.clone(),
-        ));
+        rows.push(self.row(&format!("{id}/round-trip"), &self.response, true));
         rows
     }
 
@@ -155,14 +159,14 @@ impl Tally {
         self.load.figures(&self.case.id(), &self.backend.to_string(), case)
     }
 
-    fn row(&self, id: &str, measured: &Measured, rates: bool) -> Series {
+    fn row(&self, id: &str, measured: &Measured, rates: bool) -> Row {
         // Pairs run side by side: the time that passed is the mean of theirs, the work is the sum.
         let seconds = self.span_ns as f64 / 1e9 / self.pairs as f64;
         let rate = |amount: f64| (rates && seconds > 0.0).then_some(amount / seconds);
         let moved = (rates && self.bytes > 0).then_some(self.bytes as f64);
         let costs = Costs::of(self.used_initiator, self.used_target, self.operations, self.bytes)
             .filter(|_| rates);
-        Series {
+        let series = Series {
             id: id.to_owned(),
             backend: self.backend,
             scenario: self.case.scenario,
@@ -191,7 +195,8 @@ impl Tally {
             rounds: measured.rounds.clone(),
             hgrm: format!("{}.{}.hgrm", id.replace('/', "-"), self.backend),
             histogram_ns: points_of(&measured.all),
-        }
+        };
+        Row { series, histogram: measured.all.clone(), rounds: measured.round_points.clone() }
     }
 }
 
@@ -260,7 +265,8 @@ mod tests {
         let mut tally = Tally::new(case(Operation::Read), Backend::Corelane);
         tally.add_round(&[outcome(10_000), outcome(30_000)]).expect("adds");
         tally.add_round(&[outcome(20_000), outcome(20_000)]).expect("adds");
-        let (row, histogram) = tally.series().remove(0);
+        let Row { series: row, histogram, rounds } = tally.series().remove(0);
+        assert_eq!(rounds.len(), 2);
         assert_eq!(
             (row.operations, histogram.len(), row.pairs, row.rounds.len()),
             (400, 400, 2, 2)
@@ -278,11 +284,11 @@ mod tests {
         let mut tally = Tally::new(case(Operation::WriteNotify), Backend::Corelane);
         tally.add_round(&[outcome(10_000)]).expect("adds");
         let rows = tally.series();
-        let ids: Vec<&str> = rows.iter().map(|(row, _)| row.id.as_str()).collect();
+        let ids: Vec<&str> = rows.iter().map(|row| row.series.id.as_str()).collect();
         assert_eq!(ids, ["write+notify/4KiB/one-way", "write+notify/4KiB/round-trip"]);
-        assert!(rows[0].0.latency_us.p50 < rows[1].0.latency_us.p50);
-        assert_eq!(rows[0].0.operations_per_s, None);
-        assert_eq!(rows[0].0.hgrm, "write+notify-4KiB-one-way.corelane.hgrm");
+        assert!(rows[0].series.latency_us.p50 < rows[1].series.latency_us.p50);
+        assert_eq!(rows[0].series.operations_per_s, None);
+        assert_eq!(rows[0].series.hgrm, "write+notify-4KiB-one-way.corelane.hgrm");
     }
 
     #[test]
@@ -290,7 +296,7 @@ mod tests {
         let tally = |backend, latencies: &[u64]| {
             let mut tally = Tally::new(case(Operation::Read), backend);
             latencies.iter().for_each(|&ns| tally.add_round(&[outcome(ns)]).expect("adds"));
-            tally.series().remove(0).0
+            tally.series().remove(0).series
         };
         // The third round was disturbed for both, the second for ours only.
         let ours = tally(Backend::Corelane, &[11_000, 40_000, 110_000]);

@@ -46,8 +46,8 @@ fn every_scenario_is_measured_and_verified() {
         }
         assert_eq!(
             bench.files().len(),
-            series.len() + 1,
-            "no file but results.json and one per series"
+            2 * series.len() + 2,
+            "no file but results.json, report.html and two per series"
         );
         let summary: Vec<&str> = ran.stdout.lines().rev().take(5).collect();
         assert!(
