@@ -14,6 +14,7 @@ use crate::coordinator::{Plan, duration_per_run};
 use crate::engine_side::parse_transport;
 use crate::load_options::LoadArgs;
 use crate::measure::Stamp;
+use crate::models::ModelArgs;
 use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
 use crate::plot::PlotArgs;
@@ -157,6 +158,8 @@ pub(crate) struct MeasureArgs {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Cases")]
     pub(crate) window: u16,
     #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
     pub(crate) load: LoadArgs,
 
     /// What moves the bytes
@@ -284,7 +287,10 @@ impl MeasureArgs {
             scenarios: self.scenario.clone(),
             operations: self.operation.clone(),
             sizes: or(&self.sizes, if self.quick { &QUICK_SIZES } else { &SIZES }),
-            shapes: or(&self.kv, &[(256, 16 << 10), (4096, 4 << 10)]),
+            shapes: match &self.model.shapes()[..] {
+                [] => or(&self.kv, &[(256, 16 << 10), (4096, 4 << 10)]),
+                models => [&self.kv[..], models].concat(),
+            },
             notification_bytes: self.notification,
             throughput_sizes: or(
                 &self.throughput_sizes,

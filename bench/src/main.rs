@@ -34,6 +34,7 @@ mod load_options;
 mod loopback;
 mod manifest;
 mod measure;
+mod models;
 mod nixl;
 mod pattern;
 mod pinning;

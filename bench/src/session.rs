@@ -180,6 +180,7 @@ fn measure(
             burn: plan.template.burn,
             spin: plan.template.spin.clone(),
             seed: options.seed,
+            models: options.model.descriptions(),
         },
         environment,
         series,
@@ -222,6 +223,9 @@ fn print(results: &Results, output: &Output) -> Result<()> {
     placements.dedup();
     for placement in placements {
         writeln!(out, "{placement}")?;
+    }
+    for model in &results.options.models {
+        writeln!(out, "{model}")?;
     }
     let open = results
         .options

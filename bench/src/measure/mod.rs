@@ -6,9 +6,9 @@ mod recorder;
 mod schedule;
 mod turn;
 
-pub(crate) use load::{
-    LoadOutcome, LoadShape, Phase, PhaseOutcome, Posting, READ_SLOTS, run_phase,
-};
+#[cfg(feature = "nixl")]
+pub(crate) use load::Posting;
+pub(crate) use load::{LoadOutcome, LoadShape, Phase, PhaseOutcome, READ_SLOTS, run_phase};
 pub(crate) use recorder::{Points, Recorder, histogram, points_of, restore};
 pub(crate) use schedule::Schedule;
 pub(crate) use turn::{Pass, PassOutcome, run_pass};

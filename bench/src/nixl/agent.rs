@@ -135,6 +135,8 @@ impl NixlAgent {
 }
 
 impl Driver for NixlAgent {
+    const PREPARES: bool = true;
+
     type Prepared = Prepared;
     type Request = XferRequest;
 

@@ -7,6 +7,9 @@ use crate::case::Operation;
 
 /// One side of a pair. The measuring loops are compiled for each kind, so that none pays for another.
 pub(crate) trait Driver {
+    /// Whether preparing is something to measure.
+    const PREPARES: bool;
+
     /// A transfer that can be posted again and again.
     type Prepared;
     /// One more request over the same blocks; dropping it releases it.

@@ -2,12 +2,12 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{NixlCase, NixlScenario};
+use super::case::NixlCase;
 use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::load;
 use super::side::Parent;
-use super::wire::{Order, Outcome, Reply};
+use super::wire::{Iterations, Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::cpu::Usage;
@@ -17,7 +17,7 @@ use crate::measure::{histogram, points_of};
 const WARM_OPERATIONS: u64 = 16;
 /// Timed operations, even when the time is over.
 const MIN_OPERATIONS: u64 = 3;
-/// Timed preparations of scenario `post`.
+/// Timed preparations of a case.
 const PREPARATIONS: usize = 50;
 
 /// The two processes, for what they use of the processors.
@@ -43,20 +43,23 @@ impl Meter {
 /// Obeys orders until they end.
 pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, meter: Meter) -> Result<()> {
     while let Some(order) = parent.wait()? {
-        let Order::Run { case, sequence, duration_ns } = order else {
+        let Order::Run { case, sequence, duration_ns, iterations } = order else {
             bail!("an initiator cannot obey {order:?}");
         };
         let outcome = if let Some(shape) = case.load {
             load::run(agent, &case, shape, sequence, duration_ns, seed)
         } else if case.operation == Operation::Notify {
-            ping_pong(agent, &case, sequence, duration_ns, meter)
+            ping_pong(agent, &case, sequence, (duration_ns, iterations), meter)
         } else {
-            transfers(agent, &case, sequence, duration_ns, seed, meter)
+            transfers(agent, &case, sequence, (duration_ns, iterations), seed, meter)
         };
         parent.reply(&Reply::Ran(Box::new(outcome.with_context(|| case.id())?)))?;
     }
     Ok(())
 }
+
+/// How long a pass takes: a time, or a number of operations in its place.
+type Length = (u64, Iterations);
 
 /// Whether to go on with a timed or warming loop.
 struct Until {
@@ -67,12 +70,18 @@ struct Until {
 
 impl Until {
     /// A part of the warm-up that a quarter of the pass's duration bounds: one operation of a long list may take long.
-    fn warm(begin_ns: u64, duration_ns: u64) -> Self {
-        Self { at_ns: begin_ns + duration_ns / 4, least: 1, most: WARM_OPERATIONS }
+    fn warm(begin_ns: u64, (duration_ns, iterations): Length) -> Self {
+        match iterations.warm {
+            Some(exactly) => Self { at_ns: 0, least: exactly, most: exactly },
+            None => Self { at_ns: begin_ns + duration_ns / 4, least: 1, most: WARM_OPERATIONS },
+        }
     }
 
-    fn timed(begin_ns: u64, duration_ns: u64) -> Self {
-        Self { at_ns: begin_ns + duration_ns, least: MIN_OPERATIONS, most: u64::MAX }
+    fn timed(begin_ns: u64, (duration_ns, iterations): Length) -> Self {
+        match iterations.timed {
+            Some(exactly) => Self { at_ns: 0, least: exactly, most: exactly },
+            None => Self { at_ns: begin_ns + duration_ns, least: MIN_OPERATIONS, most: u64::MAX },
+        }
     }
 
     fn goes_on(&self, done: u64) -> bool {
@@ -84,7 +93,7 @@ fn transfers<D: Driver>(
     agent: &D,
     case: &NixlCase,
     sequence: u64,
-    duration_ns: u64,
+    length: Length,
     seed: u64,
     meter: Meter,
 ) -> Result<Outcome> {
@@ -104,11 +113,11 @@ fn transfers<D: Driver>(
     for transfer in &prepared {
         agent.transfer(transfer)?;
     }
-    if duration_ns > 0 {
-        if case.scenario == NixlScenario::Post {
+    if length.0 > 0 {
+        if D::PREPARES {
             measure_preparing(agent, &prepared[0], &mut outcome)?;
         }
-        measure_transfers(agent, &prepared, duration_ns, &mut outcome, meter)?;
+        measure_transfers(agent, &prepared, length, &mut outcome, meter)?;
         outcome.bytes = outcome.operations * case.bytes() as u64;
     }
     if reads {
@@ -125,13 +134,13 @@ fn transfers<D: Driver>(
 fn measure_transfers<D: Driver>(
     agent: &D,
     prepared: &[D::Prepared],
-    duration_ns: u64,
+    length: Length,
     outcome: &mut Outcome,
     meter: Meter,
 ) -> Result<()> {
     let slots = prepared.len() as u64;
     let next = |done: u64| &prepared[(done % slots) as usize];
-    let warm = Until::warm(now_ns(), duration_ns);
+    let warm = Until::warm(now_ns(), length);
     let mut warmed = 0;
     while warm.goes_on(warmed) {
         agent.transfer(next(warmed))?;
@@ -139,7 +148,7 @@ fn measure_transfers<D: Driver>(
     }
     let (mut completion, mut post) = (histogram(), histogram());
     let begin = meter.read();
-    let until = Until::timed(now_ns(), duration_ns);
+    let until = Until::timed(now_ns(), length);
     let mut done = 0;
     while until.goes_on(done) {
         let times = agent.transfer(next(done))?;
@@ -177,7 +186,7 @@ fn ping_pong<D: Driver>(
     agent: &mut D,
     case: &NixlCase,
     sequence: u64,
-    duration_ns: u64,
+    length: Length,
     meter: Meter,
 ) -> Result<Outcome> {
     let mut number = 0u64;
@@ -193,10 +202,10 @@ fn ping_pong<D: Driver>(
     };
     let mut outcome = Outcome::default();
     exchange(agent)?;
-    if duration_ns == 0 {
+    if length.0 == 0 {
         return Ok(outcome);
     }
-    let warm = Until::warm(now_ns(), duration_ns);
+    let warm = Until::warm(now_ns(), length);
     let mut warmed = 0;
     while warm.goes_on(warmed) {
         exchange(agent)?;
@@ -204,7 +213,7 @@ fn ping_pong<D: Driver>(
     }
     let mut round_trip = histogram();
     let begin = meter.read();
-    let until = Until::timed(now_ns(), duration_ns);
+    let until = Until::timed(now_ns(), length);
     while until.goes_on(outcome.operations) {
         round_trip.saturating_record(exchange(agent)?);
         outcome.operations += 1;

@@ -23,6 +23,7 @@ mod initiator;
 mod layout;
 #[cfg(feature = "nixl")]
 mod load;
+mod nixlbench;
 mod options;
 mod pair;
 #[cfg(feature = "nixl")]
@@ -31,6 +32,7 @@ mod report;
 mod rounds;
 #[cfg(feature = "nixl")]
 mod side;
+mod summary;
 mod tally;
 #[cfg(feature = "nixl")]
 mod target;

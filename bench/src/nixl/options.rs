@@ -9,8 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::{BackendSpec, Contender, parse_parameter};
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
+use super::nixlbench::NixlbenchArgs;
+use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation};
 use crate::load_options::LoadArgs;
+use crate::models::ModelArgs;
 use crate::raw_local::RawKind;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
 
@@ -96,20 +99,24 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [NixlScenario::All], help_heading = "Cases")]
     pub(crate) scenario: Vec<NixlScenario>,
     /// Direction of the transfers
-    #[arg(long, value_enum, default_value = "both", alias = "operation", help_heading = "Cases")]
+    #[arg(long, value_enum, ignore_case = true, default_value = "both", aliases = ["operation", "op_type"], help_heading = "Cases")]
     pub(crate) op: Directions,
     /// Sizes of scenario `sizes`
     #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, default_value = "64,4KiB,64KiB,1MiB", help_heading = "Cases")]
     pub(crate) sizes: Vec<usize>,
-    /// Block lists of scenario `kv`, COUNTxSIZE
-    #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, default_value = "256x16KiB,4096x4KiB", help_heading = "Cases")]
+    /// Block lists of scenario `kv`, COUNTxSIZE [default: 256x16KiB,4096x4KiB]
+    #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, help_heading = "Cases")]
     pub(crate) kv: Vec<(usize, usize)>,
     /// Bytes of a notification, at least 16
     #[arg(long, value_name = "SIZE", value_parser = parse_notification, default_value = "16", help_heading = "Cases")]
     pub(crate) notification: usize,
 
     #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) nixlbench: NixlbenchArgs,
 
     /// The backend that ratios are about: NAME[@KEY=VALUE[,KEY=VALUE]...]; a KEY in
     /// capitals is an environment variable, another a parameter of the backend
@@ -187,11 +194,27 @@ pub(crate) struct NixlPlan {
 impl NixlArgs {
     /// The plan that these options ask for, or what is wrong with them.
     pub(crate) fn plan(&self) -> Result<NixlPlan, String> {
+        self.nixlbench.check()?;
+        let sweep = self.nixlbench.sweep()?;
+        let shapes = match (&self.kv[..], &self.model.shapes()[..]) {
+            ([], []) => vec![(256, 16 << 10), (4096, 4 << 10)],
+            (given, models) => [given, models].concat(),
+        };
+        // A sweep as nixlbench makes it is all that is asked for.
+        let (scenarios, sizes, shapes) = match sweep {
+            None => (self.scenario.clone(), self.sizes.clone(), shapes),
+            Some(shapes) => {
+                let (one, many): (Vec<_>, Vec<_>) =
+                    shapes.into_iter().partition(|&(blocks, _)| blocks == 1);
+                let sizes = one.into_iter().map(|(_, bytes)| bytes).collect();
+                (vec![NixlScenario::Sizes, NixlScenario::Kv], sizes, many)
+            }
+        };
         let cases = cases(&NixlCaseOptions {
-            scenarios: self.scenario.clone(),
+            scenarios,
             operations: self.op.operations(),
-            sizes: self.sizes.clone(),
-            shapes: self.kv.clone(),
+            sizes,
+            shapes,
             notification_bytes: self.notification,
             decode_bytes: self.load.decode_bytes,
             load: self.load.shape(),
@@ -231,6 +254,12 @@ impl NixlArgs {
             }
         }
         Ok(NixlPlan { cases, backends, arena_bytes: arena })
+    }
+
+    /// Transfers of a pass where their number was given.
+    pub(crate) fn iterations(&self) -> Iterations {
+        let NixlbenchArgs { num_iter, warmup_iter, .. } = self.nixlbench;
+        Iterations { timed: num_iter, warm: warmup_iter }
     }
 
     /// Time for a case on one backend in one round; of a load, for each of its phases.
@@ -297,6 +326,31 @@ mod tests {
     }
 
     #[test]
+    fn a_sweep_is_that_of_nixlbench() {
+        let ids = |options: &str| -> Vec<String> {
+            plan(options).expect("a plan").cases.iter().map(NixlCase::id).collect()
+        };
+        let options = "--op_type READ --start_block_size 4096 --max_block_size 16384 --start_batch_size 1 --max_batch_size 2 \
+                       --num_iter 10 --warmup_iter 5 --num_threads 1 --initiator_seg_type DRAM --target_seg_type DRAM --check_consistency";
+        assert_eq!(
+            ids(options),
+            [
+                "read/4KiB",
+                "read/8KiB",
+                "read/16KiB",
+                "kv/read/2x4KiB",
+                "kv/read/2x8KiB",
+                "kv/read/2x16KiB"
+            ]
+        );
+        assert_eq!(ids("--op_type write --start_block_size 1048576"), ["write/1MiB"]);
+        assert_eq!(
+            ids("--scenario kv --op read --model llama-3.1-8b --sequence-length 64"),
+            ["kv/read/256x32KiB"]
+        );
+    }
+
+    #[test]
     fn pins_name_a_side_each() {
         let pin = |initiator, target| Ok(Pin { initiator, target });
         assert_eq!("none".parse(), pin(None, None));
@@ -348,6 +402,10 @@ mod tests {
             ("--sizes 1GiB --max-memory 64MiB", "--max-memory"),
             ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
             ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
+            ("--num_threads 2", "--num_threads"),
+            ("--initiator_seg_type VRAM", "--initiator_seg_type"),
+            ("--target_seg_type BLK", "--target_seg_type"),
+            ("--start_block_size 8192 --max_block_size 4096", "--max_block_size"),
         ] {
             let message = plan(options).expect_err(options);
             assert!(message.contains(expected), "{options}: {message}");
@@ -362,6 +420,10 @@ mod tests {
             "--scenario everything",
             "--target-app snore",
             "--op sideways",
+            "--model gpt-9",
+            "--start_block_size 12parsecs",
+            "--num_iter 0",
+            "--format xml",
         ] {
             assert!(parse(options).is_err(), "{options}");
         }

@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow};
 use super::backend::Contender;
 use super::case::NixlCase;
 use super::options::{NixlArgs, NixlPlan};
-use super::wire::{NixlSystem, Order, Outcome, Reply, Role, Setup, System};
+use super::wire::{Iterations, NixlSystem, Order, Outcome, Reply, Role, Setup, System};
 use crate::process::Helper;
 use crate::session::Failure;
 
@@ -82,12 +82,18 @@ impl NixlPair {
         &mut self,
         case: &NixlCase,
         duration: Duration,
+        iterations: Iterations,
     ) -> Result<Outcome, Failure> {
-        self.pass(case, Duration::ZERO)?;
-        self.pass(case, duration)
+        self.pass(case, Duration::ZERO, iterations)?;
+        self.pass(case, duration, iterations)
     }
 
-    fn pass(&mut self, case: &NixlCase, duration: Duration) -> Result<Outcome, Failure> {
+    fn pass(
+        &mut self,
+        case: &NixlCase,
+        duration: Duration,
+        iterations: Iterations,
+    ) -> Result<Outcome, Failure> {
         self.sequence += 1;
         let sequence = self.sequence;
         let Self { initiator, target, .. } = self;
@@ -97,7 +103,7 @@ impl NixlPair {
             other => return Err(unexpected(&other)),
         }
         let duration_ns = duration.as_nanos() as u64;
-        initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns })?;
+        initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns, iterations })?;
         let outcome = match receive(initiator, Some(target), duration * 4 + PASS_PATIENCE)? {
             Reply::Ran(outcome) => *outcome,
             other => return Err(unexpected(&other)),

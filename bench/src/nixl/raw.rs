@@ -59,6 +59,8 @@ impl RawSide {
 }
 
 impl Driver for RawSide {
+    const PREPARES: bool = false;
+
     type Prepared = Copies;
     type Request = ();
 

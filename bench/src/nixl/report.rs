@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
+use super::summary::summary;
 use super::tally::{NixlTally, Part, Ratios, p50_difference};
 use crate::case::Operation;
 use crate::manifest::Host;
@@ -52,6 +53,9 @@ pub(crate) struct NixlOptions {
     /// Of one case on one backend in one round.
     pub(crate) duration_ms: f64,
     pub(crate) seed: u64,
+    /// What the shapes of scenario `kv` stand for.
+    #[serde(default)]
+    pub(crate) models: Vec<String>,
 }
 
 /// One part of one case on one backend.
@@ -77,6 +81,14 @@ pub(crate) struct NixlSeries {
     pub(crate) rounds: Vec<Percentiles>,
     /// Non-empty histogram buckets as [nanoseconds, count].
     pub(crate) histogram_ns: Points,
+}
+
+impl NixlSeries {
+    /// Whether it has a row and a chart of its own: what a transfer spends in preparing and posting does only where a
+    /// scenario is about it.
+    pub(crate) fn is_shown(&self) -> bool {
+        !matches!(self.part, Part::Post | Part::Prepare) || self.id.starts_with("post/")
+    }
 }
 
 /// The first backend against another.
@@ -176,6 +188,7 @@ impl NixlResults {
                 rounds: options.rounds,
                 duration_ms: options.duration.as_secs_f64() * 1e3,
                 seed: options.seed,
+                models: options.model.descriptions(),
             },
             environment,
             series,
@@ -212,10 +225,10 @@ impl NixlResults {
             if options.prog_thread { "on" } else { "off" },
             options.rounds,
             options.duration_ms,
-        )
+        ) + &options.models.iter().map(|model| format!("{model}\n")).collect::<String>()
     }
 
-    /// One row per series. What a transfer spends in posting is in the file, and here where a scenario is about it.
+    /// One row per series that is shown; the file has all.
     pub(crate) fn table(&self) -> String {
         let backend = &self.options.backend;
         let mut rows = vec![
@@ -229,8 +242,7 @@ impl NixlResults {
             rows[0].push("p50 diff us".to_owned());
             rows[0].push("min..max".to_owned());
         }
-        let printed = |row: &&NixlSeries| row.part != Part::Post || row.id.starts_with("post/");
-        for row in self.series.iter().filter(printed) {
+        for row in self.series.iter().filter(|row| row.is_shown()) {
             let Percentiles { p50, p99, p999, .. } = row.latency_us;
             let mut cells = vec![row.id.clone(), row.backend.clone(), row.samples.to_string()];
             cells.extend([p50, p99, p999].map(|us| microseconds((us * 1e3).round() as u64)));
@@ -255,6 +267,11 @@ impl NixlResults {
             )
         };
         align(&rows, 2) + &explanation + &self.load_table()
+    }
+
+    /// The five figures that people ask for first.
+    pub(crate) fn summary(&self) -> [String; 5] {
+        summary(self)
     }
 
     /// Where everything is.
@@ -282,7 +299,7 @@ impl NixlResults {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::nixl::tally::tests::tally;
     use clap::Parser;
@@ -299,7 +316,7 @@ mod tests {
         NixlResults::new(&options, &plan, tallies, "1.5.1".to_owned(), Host::default())
     }
 
-    fn compared() -> NixlResults {
+    pub(crate) fn compared() -> NixlResults {
         let tallies = [
             tally("read/64B", 0, &[6_000, 6_000]),
             tally("read/64B", 1, &[10_000, 12_000]),

@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 
+use super::nixlbench::{self, Format};
 use super::options::{NixlArgs, NixlPlan};
 use super::pair::NixlPair;
 use super::report::{NixlResults, hgrm_name};
@@ -56,7 +57,12 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
     }
     write(&results, &tallies, &plan, options, &output)?;
     let mut out = std::io::stdout().lock();
-    write!(out, "{}\n{}\n{}", results.header(), results.table(), results.files(&output))
+    let figures = results.summary().join("\n");
+    let table = match options.nixlbench.format {
+        Format::Table => results.table(),
+        Format::Nixlbench => nixlbench::table(&results),
+    };
+    write!(out, "{}\n{}\n{figures}\n{}", results.header(), table, results.files(&output))
         .and_then(|()| out.flush())
         .context("writing to standard output")?;
     measured
@@ -102,7 +108,8 @@ fn run(
                 nixl.clone_from(&pair.nixl);
             }
             for (at, case) in plan.cases.iter().enumerate().filter(|(_, case)| backend.runs(case)) {
-                let outcome = pair.measure(case, options.duration_of(case))?;
+                let outcome =
+                    pair.measure(case, options.duration_of(case), options.iterations())?;
                 tallies[at * backends + index].add_round(&outcome)?;
             }
         }

@@ -55,7 +55,9 @@ impl NixlTally {
             NixlScenario::Notify => &[Part::RoundTrip][..],
             NixlScenario::Post => &[Part::Prepare, Part::Post, Part::Completion],
             NixlScenario::DecodeUnderPrefill => &[Part::Idle, Part::Loaded],
-            _ => &[Part::Completion, Part::Post],
+            NixlScenario::Sizes | NixlScenario::Kv | NixlScenario::All => {
+                &[Part::Completion, Part::Post, Part::Prepare]
+            }
         };
         let part = |&part| PartTally {
             part,

@@ -67,7 +67,14 @@ pub(crate) enum Order {
     /// Target: check the destination of writes.
     End { case: NixlCase, sequence: u64 },
     /// Initiator: every transfer once, untimed; then, with a duration, until it is over, timed. Then check.
-    Run { case: NixlCase, sequence: u64, duration_ns: u64 },
+    Run { case: NixlCase, sequence: u64, duration_ns: u64, iterations: Iterations },
+}
+
+/// How many transfers a timed pass makes, where that does not follow from its duration.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Iterations {
+    pub(crate) timed: Option<u64>,
+    pub(crate) warm: Option<u64>,
 }
 
 /// What is answered, one reply per order.
@@ -103,7 +110,7 @@ pub(crate) struct Outcome {
     pub(crate) completion: Points,
     /// The caller's time in postXfer; empty where posting is all there is.
     pub(crate) post: Points,
-    /// The caller's time in createXferReq, of scenario `post`.
+    /// The caller's time in createXferReq.
     pub(crate) prepare: Points,
     /// Of scenario `decode-under-prefill`, which has nothing of the above.
     pub(crate) load: Option<LoadOutcome>,

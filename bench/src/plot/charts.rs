@@ -18,6 +18,10 @@ const LONGEST_LABEL: usize = 52;
 
 /// A chart with its name, which is that of its file too.
 pub(crate) struct Chart {
+    #[cfg_attr(
+        not(any(feature = "png", test)),
+        expect(dead_code, reason = "only files of their own need it")
+    )]
     pub(crate) name: String,
     pub(crate) svg: String,
 }

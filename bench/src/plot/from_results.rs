@@ -23,6 +23,7 @@ pub(crate) fn of_engine(results: &Results) -> View {
         "{} rounds of {:.0} ms a case, interleaved; {loop_}; transport {}, {} lane(s).",
         options.rounds, options.duration_ms, options.transport, options.lanes
     ));
+    view.notes.extend(options.models.iter().map(|model| format!("{model}.")));
     let mut placements: Vec<String> =
         results.series.iter().map(|row| format!("{}: {}.", row.backend, row.placement)).collect();
     placements.sort_unstable();
@@ -65,10 +66,7 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     let mut environment = described(&results.environment);
     environment.insert(0, ("NIXL".to_owned(), results.options.nixl.clone()));
     view.environments.push(("Both sides".to_owned(), environment));
-    // What a transfer spends in posting is a case of its own only where the scenario is about it.
-    let shown =
-        results.series.iter().filter(|row| row.part != Part::Post || row.id.starts_with("post/"));
-    for row in shown {
+    for row in results.series.iter().filter(|row| row.is_shown()) {
         let bytes = row.blocks * row.block_bytes;
         let sized = row.part == Part::Completion && row.blocks == 1;
         let size = sized.then(|| (row.operation.to_string(), row.block_bytes));
@@ -82,8 +80,8 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
             cpu_us_per_operation: cpu(row.costs),
         });
     }
-    let ratios = results.comparisons.iter();
-    let ratios = ratios.filter(|row| !row.id.ends_with("/post") || row.id.starts_with("post/"));
+    let shown = |id: &str| results.series.iter().any(|row| row.id == id && row.is_shown());
+    let ratios = results.comparisons.iter().filter(|row| shown(&row.id));
     view.ratios.extend(ratios.map(|row| RatioView {
         id: row.id.clone(),
         of: format!("{} / {}", row.backend, row.vs),

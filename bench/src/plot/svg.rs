@@ -139,6 +139,7 @@ pub(crate) fn escape(text: &str) -> String {
 }
 
 /// A drawing for viewers that know no CSS variables: the colours of a light page, on its background.
+#[cfg(any(feature = "png", test))]
 pub(crate) fn with_fixed_colours(svg: &str) -> String {
     let mut svg = svg.to_owned();
     for (name, light, _) in PALETTE {

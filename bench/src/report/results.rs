@@ -55,6 +55,9 @@ pub(crate) struct Options {
     pub(crate) burn: bool,
     pub(crate) spin: Option<String>,
     pub(crate) seed: u64,
+    /// What the shapes of scenario `kv` stand for.
+    #[serde(default)]
+    pub(crate) models: Vec<String>,
 }
 
 /// Both hosts, as the processes on them see them.
@@ -294,6 +297,7 @@ pub(crate) mod tests {
                 burn: false,
                 spin: None,
                 seed: 42,
+                models: Vec::new(),
             },
             environment: Environment::default(),
             series: vec![

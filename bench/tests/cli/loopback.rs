@@ -49,9 +49,9 @@ fn every_scenario_is_measured_and_verified() {
             2 * series.len() + 2,
             "no file but results.json, report.html and two per series"
         );
-        let summary: Vec<&str> = ran.stdout.lines().rev().take(5).collect();
+        let summary: Vec<&str> = ran.stdout.lines().rev().take(6).collect();
         assert!(
-            summary[0].starts_with("files") && summary[4].starts_with("small"),
+            summary[0].starts_with("files") && summary[5].starts_with("small"),
             "{}",
             ran.stdout
         );
