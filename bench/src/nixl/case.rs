@@ -21,7 +21,9 @@ pub(crate) enum NixlScenario {
     Post,
     /// Small reads at a rate, alone and beside back-to-back large writes from the same caller
     DecodeUnderPrefill,
-    /// All of them
+    /// A target that dies or stops: when it is noticed, and when reads work again (named only)
+    Fault,
+    /// All of them but `fault`
     #[serde(skip)]
     All,
 }
@@ -65,7 +67,9 @@ impl NixlCase {
             NixlScenario::Post => format!("post/{operation}/{blocks}x{size}"),
             NixlScenario::Notify => format!("notify/{}", Bytes(self.notification_bytes)),
             NixlScenario::DecodeUnderPrefill => load_id(size, self.load),
-            NixlScenario::Sizes | NixlScenario::All => format!("{operation}/{size}"),
+            NixlScenario::Sizes | NixlScenario::Fault | NixlScenario::All => {
+                format!("{operation}/{size}")
+            }
         }
     }
 
@@ -131,9 +135,10 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
             NixlScenario::Sizes => options.sizes.iter().map(|&size| (1, size)).collect(),
             NixlScenario::Kv => options.shapes.clone(),
             NixlScenario::Post => vec![POSTED_SHAPE],
-            NixlScenario::Notify | NixlScenario::DecodeUnderPrefill | NixlScenario::All => {
-                Vec::new()
-            }
+            NixlScenario::Notify
+            | NixlScenario::DecodeUnderPrefill
+            | NixlScenario::Fault
+            | NixlScenario::All => Vec::new(),
         };
         let mut add = |case: NixlCase| {
             if !cases.contains(&case) {

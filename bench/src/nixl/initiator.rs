@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::case::NixlCase;
 use super::driver::Driver;
+use super::fault;
 use super::layout::NixlLayout;
 use super::load;
 use super::side::Parent;
@@ -12,6 +13,7 @@ use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::cpu::Usage;
 use crate::measure::{histogram, points_of};
+use crate::units::from_hex;
 
 /// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
 const WARM_OPERATIONS: u64 = 16;
@@ -41,10 +43,31 @@ impl Meter {
 }
 
 /// Obeys orders until they end.
-pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, meter: Meter) -> Result<()> {
+pub(crate) fn run(
+    agent: &mut impl Driver,
+    parent: &Parent,
+    seed: u64,
+    mut meter: Meter,
+) -> Result<()> {
     while let Some(order) = parent.wait()? {
-        let Order::Run { case, sequence, duration_ns, iterations } = order else {
-            bail!("an initiator cannot obey {order:?}");
+        let (case, sequence, duration_ns, iterations) = match order {
+            Order::Run { case, sequence, duration_ns, iterations } => {
+                (case, sequence, duration_ns, iterations)
+            }
+            Order::Watch { case, limit_ns } => {
+                let watched = fault::watch(agent, &case, limit_ns, seed)?;
+                parent.reply(&Reply::Watched(watched))?;
+                continue;
+            }
+            // Another target in the place of one that is gone.
+            Order::Meet { metadata, address, pid } => {
+                let metadata = from_hex(&metadata).context("metadata that is no hexadecimal")?;
+                agent.meet(&metadata, address)?;
+                meter.target = pid;
+                parent.reply(&Reply::Met)?;
+                continue;
+            }
+            order => bail!("an initiator cannot obey {order:?}"),
         };
         let outcome = if let Some(shape) = case.load {
             load::run(agent, &case, shape, sequence, duration_ns, seed)

@@ -17,6 +17,7 @@ mod backend;
 mod case;
 #[cfg(feature = "nixl")]
 mod driver;
+mod fault;
 #[cfg(feature = "nixl")]
 mod initiator;
 #[cfg(any(feature = "nixl", test))]
@@ -39,6 +40,7 @@ mod target;
 mod wire;
 
 pub(crate) use case::load_id;
+pub(crate) use fault::{Fault, FaultKind};
 pub(crate) use options::NixlArgs;
 pub(crate) use report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 pub(crate) use rounds::compare;

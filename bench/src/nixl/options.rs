@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::{BackendSpec, Contender, parse_parameter};
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
+use super::fault::{self, FaultKind};
 use super::nixlbench::NixlbenchArgs;
 use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation};
@@ -117,6 +118,15 @@ pub(crate) struct NixlArgs {
     pub(crate) load: LoadArgs,
     #[command(flatten)]
     pub(crate) nixlbench: NixlbenchArgs,
+    /// What happens to the target in scenario `fault`
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [FaultKind::Kill, FaultKind::Stop], help_heading = "Cases")]
+    pub(crate) fault: Vec<FaultKind>,
+    /// When it happens, from the first read on
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "200ms", help_heading = "Cases")]
+    pub(crate) fault_at: Duration,
+    /// How long its being noticed is waited for
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "5s", help_heading = "Cases")]
+    pub(crate) fault_timeout: Duration,
 
     /// The backend that ratios are about: NAME[@KEY=VALUE[,KEY=VALUE]...]; a KEY in
     /// capitals is an environment variable, another a parameter of the backend
@@ -185,6 +195,7 @@ fn parse_notification(text: &str) -> Result<usize, String> {
 #[derive(Clone, Debug)]
 pub(crate) struct NixlPlan {
     pub(crate) cases: Vec<NixlCase>,
+    pub(crate) faults: Vec<FaultKind>,
     /// The one that ratios are about comes first.
     pub(crate) backends: Vec<Contender>,
     /// Memory that the largest case needs on either side.
@@ -219,10 +230,15 @@ impl NixlArgs {
             decode_bytes: self.load.decode_bytes,
             load: self.load.shape(),
         });
-        if cases.is_empty() {
+        let faults = if self.scenario.contains(&NixlScenario::Fault) {
+            self.fault.clone()
+        } else {
+            Vec::new()
+        };
+        if cases.is_empty() && faults.is_empty() {
             return Err("nothing to measure: no --scenario, or no size".to_owned());
         }
-        let mut arena = 0;
+        let mut arena = fault::case().arena_bytes().unwrap_or(0);
         for case in &cases {
             match case.arena_bytes() {
                 Some(bytes) if bytes <= self.max_memory => arena = arena.max(bytes),
@@ -253,7 +269,7 @@ impl NixlArgs {
                 return Err(format!("{option}: {} is no folder", folder.display()));
             }
         }
-        Ok(NixlPlan { cases, backends, arena_bytes: arena })
+        Ok(NixlPlan { cases, faults, backends, arena_bytes: arena })
     }
 
     /// Transfers of a pass where their number was given.

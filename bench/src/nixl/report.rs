@@ -1,7 +1,10 @@
 //! What people and programs read of a comparison: a table with ratios, and a JSON file.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use super::fault::{self, Fault};
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
 use super::summary::summary;
 use super::tally::{NixlTally, Part, Ratios, p50_difference};
@@ -35,6 +38,9 @@ pub(crate) struct NixlResults {
     /// Of scenario `decode-under-prefill`, one for each backend.
     #[serde(default)]
     pub(crate) loads: Vec<Load>,
+    /// Of scenario `fault`, one for each backend, kind and round.
+    #[serde(default)]
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// The options in effect.
@@ -53,6 +59,8 @@ pub(crate) struct NixlOptions {
     /// Of one case on one backend in one round.
     pub(crate) duration_ms: f64,
     pub(crate) seed: u64,
+    #[serde(default)]
+    pub(crate) fault_timeout_ms: f64,
     /// What the shapes of scenario `kv` stand for.
     #[serde(default)]
     pub(crate) models: Vec<String>,
@@ -188,12 +196,14 @@ impl NixlResults {
                 rounds: options.rounds,
                 duration_ms: options.duration.as_secs_f64() * 1e3,
                 seed: options.seed,
+                fault_timeout_ms: options.fault_timeout.as_secs_f64() * 1e3,
                 models: options.model.descriptions(),
             },
             environment,
             series,
             comparisons,
             loads,
+            faults: Vec::new(),
         }
     }
 
@@ -230,6 +240,9 @@ impl NixlResults {
 
     /// One row per series that is shown; the file has all.
     pub(crate) fn table(&self) -> String {
+        if self.series.is_empty() {
+            return String::new();
+        }
         let backend = &self.options.backend;
         let mut rows = vec![
             ["case", "backend", "samples", "p50 us", "p99", "p99.9"].map(str::to_owned).to_vec(),
@@ -282,6 +295,15 @@ impl NixlResults {
             output.json.display(),
             self.series.len()
         )
+    }
+
+    /// What was noticed when of targets that died or stopped.
+    pub(crate) fn fault_table(&self) -> String {
+        let limit = Duration::from_secs_f64(self.options.fault_timeout_ms / 1e3);
+        match fault::table(&self.faults, limit) {
+            table if table.is_empty() => table,
+            table => format!("\n{table}"),
+        }
     }
 
     fn load_table(&self) -> String {

@@ -5,6 +5,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 
+use super::backend::Contender;
+use super::fault::{self, Fault};
 use super::nixlbench::{self, Format};
 use super::options::{NixlArgs, NixlPlan};
 use super::pair::NixlPair;
@@ -40,9 +42,11 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
             .extend((0..plan.backends.len()).map(|backend| NixlTally::new(case.clone(), backend)));
     }
     let mut nixl = String::new();
-    let measured = run(options, &plan, &mut tallies, &mut nixl, begin);
+    let mut faults = Vec::new();
+    let measured = run(options, &plan, (&mut tallies, &mut faults), &mut nixl, begin);
 
     let mut results = NixlResults::new(options, &plan, &tallies, nixl, environment);
+    results.faults = faults;
     results.started_unix_s = started;
     results.elapsed_s = begin.elapsed().as_secs_f64();
     results.complete = measured.is_ok();
@@ -51,15 +55,18 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
         Err(Failure::Options(message)) => Some(message.clone()),
         Err(Failure::Run(error)) => Some(format!("{error:#}")),
     };
-    if results.series.is_empty() {
+    if results.series.is_empty() && results.faults.is_empty() {
         output.forsake();
         return measured;
     }
     write(&results, &tallies, &plan, options, &output)?;
     let mut out = std::io::stdout().lock();
-    let figures = results.summary().join("\n");
+    let figures = match results.series.is_empty() {
+        true => String::new(),
+        false => results.summary().join("\n"),
+    };
     let table = match options.nixlbench.format {
-        Format::Table => results.table(),
+        Format::Table => results.table() + &results.fault_table(),
         Format::Nixlbench => nixlbench::table(&results),
     };
     write!(out, "{}\n{}\n{figures}\n{}", results.header(), table, results.files(&output))
@@ -91,7 +98,7 @@ fn write(
 fn run(
     options: &NixlArgs,
     plan: &NixlPlan,
-    tallies: &mut [NixlTally],
+    (tallies, faults): (&mut [NixlTally], &mut Vec<Fault>),
     nixl: &mut String,
     begin: Instant,
 ) -> Result<(), Failure> {
@@ -103,6 +110,14 @@ fn run(
                 begin.elapsed().as_secs_f64(),
                 options.rounds
             );
+            if matches!(backend, Contender::Nixl(_)) {
+                for &kind in &plan.faults {
+                    faults.push(fault::run(kind, backend, options, plan, nixl)?);
+                }
+            }
+            if plan.cases.is_empty() {
+                continue;
+            }
             let mut pair = NixlPair::start(backend, options, plan)?;
             if !pair.nixl.is_empty() {
                 nixl.clone_from(&pair.nixl);

@@ -55,7 +55,7 @@ impl NixlTally {
             NixlScenario::Notify => &[Part::RoundTrip][..],
             NixlScenario::Post => &[Part::Prepare, Part::Post, Part::Completion],
             NixlScenario::DecodeUnderPrefill => &[Part::Idle, Part::Loaded],
-            NixlScenario::Sizes | NixlScenario::Kv | NixlScenario::All => {
+            NixlScenario::Sizes | NixlScenario::Kv | NixlScenario::Fault | NixlScenario::All => {
                 &[Part::Completion, Part::Post, Part::Prepare]
             }
         };

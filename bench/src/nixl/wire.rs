@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::case::NixlCase;
+use super::fault::Watched;
 use crate::cpu::Usage;
 use crate::measure::{LoadOutcome, Points};
 use crate::raw_local::RawKind;
@@ -64,6 +65,8 @@ pub(crate) enum Order {
     Meet { metadata: String, address: u64, pid: i32 },
     /// Target: renew the source of reads, poison the destination of writes, answer notifications.
     Begin { case: NixlCase, sequence: u64 },
+    /// Initiator: the case again and again until a transfer fails, at most for that long.
+    Watch { case: NixlCase, limit_ns: u64 },
     /// Target: check the destination of writes.
     End { case: NixlCase, sequence: u64 },
     /// Initiator: every transfer once, untimed; then, with a duration, until it is over, timed. Then check.
@@ -92,6 +95,7 @@ pub(crate) enum Reply {
     Begun,
     Ended,
     Ran(Box<Outcome>),
+    Watched(Watched),
     /// The user asked for something that cannot be.
     Refused {
         message: String,

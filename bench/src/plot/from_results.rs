@@ -58,6 +58,7 @@ pub(crate) fn of_engine(results: &Results) -> View {
 pub(crate) fn of_nixl(results: &NixlResults) -> View {
     let mut view = View {
         title: format!("corelane-bench nixl: {}", results.options.backend),
+        faults: results.faults.clone(),
         notes: failure(results.failure.as_deref()),
         loads: results.loads.clone(),
         ..View::default()

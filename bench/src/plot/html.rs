@@ -6,6 +6,7 @@ use super::axis::{rate_label, time_label};
 use super::charts::charts;
 use super::svg::{PALETTE, escape};
 use super::view::View;
+use crate::nixl::FaultKind;
 use crate::units::Bytes;
 
 /// The whole page.
@@ -19,6 +20,10 @@ pub(crate) fn page(view: &View) -> String {
         body += "<h2>Small reads beside large writes</h2>\n";
         body += &loads(view);
     }
+    if !view.faults.is_empty() {
+        body += "<h2>Targets that died or stopped</h2>\n";
+        body += &faults(view);
+    }
     if !overviews.is_empty() {
         body += "<h2>Overview</h2>\n<div class=\"charts\">\n";
         for chart in &overviews {
@@ -26,7 +31,10 @@ pub(crate) fn page(view: &View) -> String {
         }
         body += "</div>\n";
     }
-    body += "<h2>Latency by case</h2>\n<div class=\"charts\">\n";
+    if !cases.is_empty() {
+        body += "<h2>Latency by case</h2>\n";
+    }
+    body += "<div class=\"charts\">\n";
     for (case, chart) in view.cases.iter().zip(&cases) {
         let mut rows = String::new();
         for line in &case.lines {
@@ -68,6 +76,32 @@ pub(crate) fn page(view: &View) -> String {
          <style>\n{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n",
         title = escape(&view.title),
         style = style(),
+    )
+}
+
+fn faults(view: &View) -> String {
+    let mut rows = String::new();
+    for fault in &view.faults {
+        let what = match fault.kind {
+            FaultKind::Kill => "SIGKILL",
+            FaultKind::Stop => "SIGSTOP",
+        };
+        let time =
+            |ms: Option<f64>| ms.map_or_else(|| "never".to_owned(), |ms| time_label(ms * 1e3));
+        let why = if fault.error.is_empty() { &fault.recovery_error } else { &fault.error };
+        let _ = writeln!(
+            rows,
+            "<tr><th>{}</th><td>{what}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            escape(&fault.backend),
+            time_label(fault.longest_stall_ms * 1e3),
+            time(fault.detected_ms),
+            time(fault.recovered_ms),
+            escape(why)
+        );
+    }
+    format!(
+        "<div class=\"wide\"><table><thead><tr><th></th><th>what</th><th>longest time without a read</th><th>noticed after</th><th>reads again after</th><th>as</th></tr></thead>\n\
+         <tbody>{rows}</tbody></table></div>\n"
     )
 }
 

@@ -3,6 +3,7 @@ use super::page;
 use super::svg::with_fixed_colours;
 use super::view::{LineView, RatioView, View};
 use crate::measure::{Points, histogram, points_of};
+use crate::nixl::{Fault, FaultKind};
 use crate::report::{Percentiles, Spread, load_of_backend};
 
 fn line(label: &str, points: &Points) -> LineView {
@@ -41,6 +42,16 @@ fn view() -> View {
         });
     }
     view.loads.push(load_of_backend("CORELANE"));
+    view.faults.push(Fault {
+        backend: "CORELANE".to_owned(),
+        kind: FaultKind::Kill,
+        reads_ended: 7,
+        longest_stall_ms: 0.5,
+        detected_ms: Some(0.4),
+        error: "remote <disconnect>".to_owned(),
+        recovered_ms: None,
+        recovery_error: String::new(),
+    });
     view
 }
 
@@ -89,6 +100,7 @@ fn the_report_is_well_formed_and_shows_every_case() {
         assert!(!found.contains(outside), "needs something from outside: {outside}");
     }
     assert!(page.contains("prefers-color-scheme:dark") && page.contains("90.0%"));
+    assert!(page.contains("remote &lt;disconnect&gt;") && page.contains("400 us"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What is drawn: the same for every kind of result file.
 
 use crate::measure::Points;
+use crate::nixl::Fault;
 use crate::report::{Load, Percentiles, Spread};
 
 /// What is behind a backend's name in the label of a load's reads.
@@ -23,6 +24,7 @@ pub(crate) struct View {
     pub(crate) cases: Vec<CaseView>,
     pub(crate) ratios: Vec<RatioView>,
     pub(crate) loads: Vec<Load>,
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// Everything that was measured of one case.
@@ -92,5 +94,7 @@ impl View {
         self.ratios.extend(ratios.map(|ratio| RatioView { of: named(&ratio.of), ..ratio }));
         let loads = other.loads.into_iter();
         self.loads.extend(loads.map(|load| Load { backend: named(&load.backend), ..load }));
+        let faults = other.faults.into_iter();
+        self.faults.extend(faults.map(|fault| Fault { backend: named(&fault.backend), ..fault }));
     }
 }
