@@ -406,9 +406,12 @@ run_nixl() {
 # The harness with its driver of NIXL: its tests, and every scenario once, for a moment.
 check_nixl_bench() {
     printf '\nNIXL %s, from corelane-bench:\n' "$nixl_newest"
-    cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --bins --tests --locked &&
+    cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --bins --tests --locked &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
-            nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms
+            nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms \
+            --scenario all,fault --fault-timeout 2s --phase-duration 200ms --out-dir "$log_dir/bench/nixl" &&
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+            plot "$log_dir/bench/nixl/results.json" --out "$log_dir/bench/nixl/again.html"
 }
 
 # --- the plugin in NIXL, over RDMA and nothing else

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::measure::{LoadShape, READ_SLOTS};
 use crate::raw_local::RawKind;
 use crate::units::Bytes;
 
@@ -23,6 +24,8 @@ pub(crate) enum Scenario {
     Notify,
     /// A window of outstanding transfers
     Throughput,
+    /// Small reads at a rate, alone and beside back-to-back large writes from the same caller
+    DecodeUnderPrefill,
 }
 
 /// What one operation does.
@@ -156,6 +159,8 @@ pub(crate) struct Case {
     pub(crate) window: usize,
     /// Bytes of each notification; 0 where none is sent.
     pub(crate) notification_bytes: usize,
+    /// Scenario `decode-under-prefill`: how many of these operations, and what runs beside them.
+    pub(crate) load: Option<LoadShape>,
 }
 
 /// Memory that the slots of a case may cover together: small enough to stay in a private cache, so that rotating
@@ -182,6 +187,7 @@ impl Case {
             Scenario::Notify if self.operation.moves_data() => format!("{operation}/{size}"),
             Scenario::Notify => format!("{operation}/{}", Bytes(self.notification_bytes)),
             Scenario::Throughput => format!("throughput/{operation}/{size}/w{window}"),
+            Scenario::DecodeUnderPrefill => crate::nixl::load_id(size, self.load),
         }
     }
 
@@ -195,6 +201,9 @@ impl Case {
         if !self.operation.moves_data() {
             return MAX_SLOTS;
         }
+        if self.load.is_some() {
+            return READ_SLOTS;
+        }
         (SLOT_MEMORY / self.bytes().max(1)).clamp(1, MAX_SLOTS).max(self.window)
     }
 
@@ -202,6 +211,9 @@ impl Case {
     pub(crate) fn plain_ops_per_pass(&self) -> u64 {
         let slots = self.slots() as u64;
         let bytes = self.bytes();
+        if self.load.is_some() {
+            return 0;
+        }
         if self.scenario == Scenario::Throughput {
             // Long, because a window that fills and drains is not yet throughput.
             slots * 64
@@ -272,6 +284,12 @@ impl RunSpec {
         {
             return Err(format!("{} blocks of {} bytes", case.blocks, case.block_bytes));
         }
+        if case.load.is_some() && (self.backend != Backend::Corelane || case.blocks != 1) {
+            return Err(format!(
+                "{} cannot run scenario decode-under-prefill, which has two transfers under way at a time",
+                self.backend
+            ));
+        }
         if self.lanes == 0 || self.lanes > MAX_LANES {
             return Err(format!("{} lanes (1 to {MAX_LANES})", self.lanes));
         }
@@ -284,7 +302,9 @@ impl RunSpec {
             .checked_next_multiple_of(64)
             .and_then(|stride| stride.checked_mul(case.blocks));
         let needed = bytes.filter(|&bytes| bytes <= max_memory).and_then(|bytes| {
-            bytes.checked_mul(case.slots() * if self.scattered() { 2 } else { 1 })
+            bytes
+                .checked_mul(case.slots() * if self.scattered() { 2 } else { 1 })?
+                .checked_add(case.load.map_or(0, |load| load.bulk_bytes))
         });
         match needed {
             Some(needed) if needed <= max_memory => Ok(()),
@@ -327,6 +347,9 @@ pub(crate) struct CaseOptions {
     pub(crate) notification_bytes: usize,
     pub(crate) throughput_sizes: Vec<usize>,
     pub(crate) window: usize,
+    /// Bytes of the reads of scenario `decode-under-prefill`, and what runs beside them.
+    pub(crate) decode_bytes: usize,
+    pub(crate) load: LoadShape,
 }
 
 /// All cases of an invocation, in the order in which they run and are printed.
@@ -336,9 +359,10 @@ pub(crate) fn cases(options: &CaseOptions) -> Vec<Case> {
     scenarios.dedup();
     let mut cases = Vec::new();
     for scenario in scenarios {
+        let load = (scenario == Scenario::DecodeUnderPrefill).then_some(options.load);
         let mut add = |operation, blocks, block_bytes, window, notification_bytes| {
             let case =
-                Case { scenario, operation, blocks, block_bytes, window, notification_bytes };
+                Case { scenario, operation, blocks, block_bytes, window, notification_bytes, load };
             if !cases.contains(&case) {
                 cases.push(case);
             }
@@ -348,6 +372,7 @@ pub(crate) fn cases(options: &CaseOptions) -> Vec<Case> {
                 add(Operation::Notify, 0, 0, 1, options.notification_bytes);
                 add(Operation::WriteNotify, 1, 4096, 1, options.notification_bytes);
             }
+            Scenario::DecodeUnderPrefill => add(Operation::Read, 1, options.decode_bytes, 1, 0),
             _ => {
                 for &operation in &options.operations {
                     match scenario {
@@ -364,7 +389,7 @@ pub(crate) fn cases(options: &CaseOptions) -> Vec<Case> {
                             let sizes = options.throughput_sizes.iter();
                             sizes.for_each(|&size| add(operation, 1, size, options.window, 0));
                         }
-                        Scenario::Notify => {}
+                        Scenario::Notify | Scenario::DecodeUnderPrefill => {}
                     }
                 }
             }

@@ -12,9 +12,12 @@ use crate::case::{
 };
 use crate::coordinator::{Plan, duration_per_run};
 use crate::engine_side::parse_transport;
+use crate::load_options::LoadArgs;
 use crate::measure::Stamp;
+use crate::models::ModelArgs;
 use crate::nixl::NixlArgs;
 use crate::pinning::{Cores, MaybeCore};
+use crate::plot::PlotArgs;
 use crate::posting::PostingArgs;
 use crate::units::{parse_bytes, parse_duration, parse_rate, parse_shape};
 
@@ -32,6 +35,7 @@ pub(crate) const DEFAULT_PORT: u16 = 7471;
   corelane-bench server --listen 0.0.0.0:7471              on one host ...
   corelane-bench client --connect HOST:7471                ... and on another
   corelane-bench nixl --backend CORELANE --vs UCX@UCX_TLS=tcp --nixl-libs DIR
+  corelane-bench plot before/results.json after/results.json
 
 Exit codes: 0 measured and verified, 1 failed (also: verification failed), 2 bad options.
 docs/benchmarks.md explains the method and every figure.")]
@@ -53,6 +57,8 @@ pub(crate) enum Command {
     Loopback(LoopbackArgs),
     /// Measures backends of NIXL side by side, through its C API
     Nixl(NixlArgs),
+    /// Draws a report of result files, or compares several
+    Plot(PlotArgs),
     /// Measures what posting RDMA requests costs, with a device that does nothing
     Posting(PostingArgs),
     /// A process of `nixl`: one side of a pair
@@ -151,6 +157,10 @@ pub(crate) struct MeasureArgs {
     /// Outstanding transfers of scenario `throughput`
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Cases")]
     pub(crate) window: u16,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
 
     /// What moves the bytes
     #[arg(long, value_enum, default_value_t = Backend::Corelane, help_heading = "System")]
@@ -211,7 +221,7 @@ pub(crate) struct MeasureArgs {
     #[arg(long, value_enum, hide = true)]
     pub(crate) sabotage: Option<Sabotage>,
 
-    /// Directory of results.json and the *.hgrm histograms
+    /// Directory of results.json, report.html and the histograms (*.hgrm, *.hlog)
     #[arg(
         long,
         value_name = "DIR",
@@ -277,13 +287,18 @@ impl MeasureArgs {
             scenarios: self.scenario.clone(),
             operations: self.operation.clone(),
             sizes: or(&self.sizes, if self.quick { &QUICK_SIZES } else { &SIZES }),
-            shapes: or(&self.kv, &[(256, 16 << 10), (4096, 4 << 10)]),
+            shapes: match &self.model.shapes()[..] {
+                [] => or(&self.kv, &[(256, 16 << 10), (4096, 4 << 10)]),
+                models => [&self.kv[..], models].concat(),
+            },
             notification_bytes: self.notification,
             throughput_sizes: or(
                 &self.throughput_sizes,
                 if self.quick { &[64 << 10] } else { &[64 << 10, 1 << 20] },
             ),
             window: usize::from(self.window),
+            decode_bytes: self.load.decode_bytes,
+            load: self.load.shape(),
         });
         let Some(first) = cases.first() else {
             return Err("nothing to measure: no --scenario, or no size".to_owned());
@@ -331,11 +346,16 @@ impl MeasureArgs {
         // A baseline may scatter its blocks, and so need more memory, where the candidate does not.
         for &backend in std::iter::once(&self.backend).chain(&self.baseline) {
             for case in &cases {
+                if case.load.is_some() && backend != self.backend {
+                    continue;
+                }
                 let spec = RunSpec { case: case.clone(), backend, ..template.clone() };
                 spec.validate(self.max_memory)?;
             }
         }
-        Ok(Plan { cases, rounds, baselines: self.baseline.clone(), template })
+        let phase_duration = self.load.phase_duration()?;
+        let baselines = self.baseline.clone();
+        Ok(Plan { cases, rounds, baselines, phase_duration, template })
     }
 }
 

@@ -9,12 +9,13 @@ use crate::arena::{self, Arena};
 use crate::case::{App, Backend, Operation, RunSpec, Sabotage};
 use crate::clock::{self, now_ns};
 use crate::control::{Ask, Control, Reply, TargetAddress};
-use crate::cpu::Burners;
+use crate::cpu::{Burners, Usage};
 use crate::engine_side::{EngineSession, describe_lanes};
-use crate::layout::Layout;
+use crate::layout::{BULK_INDEX, Layout};
 use crate::manifest::Host;
 use crate::measure::{
-    Initiator, Pass, PassOutcome, Points, Recorder, histogram, points_of, restore, run_pass,
+    Initiator, LoadOutcome, LoadShape, Pass, PassOutcome, Phase, Points, Recorder, histogram,
+    points_of, restore, run_pass,
 };
 use crate::pinning::{self, Cores};
 use crate::polling::complete_now;
@@ -45,10 +46,12 @@ pub(crate) struct Outcome {
     pub(crate) span_ns: u64,
     /// Operations of an open loop that were due but cut off.
     pub(crate) unserved: u64,
-    pub(crate) cpu_initiator_ns: u64,
-    pub(crate) cpu_target_ns: u64,
+    pub(crate) used_initiator: Usage,
+    pub(crate) used_target: Usage,
     pub(crate) response: Points,
     pub(crate) service: Option<Points>,
+    /// Of scenario `decode-under-prefill`; `response` and `service` are then those of the reads beside writes.
+    pub(crate) load: Option<LoadOutcome>,
     /// From sending a notification to the target's application seeing it; `None` between hosts.
     pub(crate) one_way: Option<Points>,
     pub(crate) placement: String,
@@ -185,6 +188,7 @@ impl Client {
             outcome: Outcome::default(),
             pass: 0,
             notifications: 0,
+            phase: None,
             run: &mut prepared,
         }
         .run();
@@ -211,13 +215,21 @@ struct Measuring<'a> {
     outcome: Outcome,
     pass: u32,
     notifications: u64,
+    /// Of a load: what the next pass does, and for how long.
+    phase: Option<(Phase, LoadShape, u64)>,
 }
+
+/// The longest warm-up of a load.
+const LOAD_WARM_UP_NS: u64 = 250_000_000;
 
 /// A pass of an open loop is at most this long, so that verification happens regularly.
 const OPEN_LOOP_PASS_SECONDS: f64 = 0.5;
 
 impl Measuring<'_> {
     fn run(mut self) -> Result<Outcome> {
+        if let Some(shape) = self.run.spec.case.load {
+            return self.run_load(shape);
+        }
         let begin = now_ns();
         let until = begin + self.run.spec.duration.as_nanos() as u64;
         let (verified, plain) = self.operations_per_pass();
@@ -247,6 +259,34 @@ impl Measuring<'_> {
         if self.run.spec.case.operation.notifies() {
             self.outcome.one_way = Some(points_of(&self.one_way));
         }
+        Ok(self.outcome)
+    }
+
+    /// The three phases of a load, after a short one with both kinds of transfer that is thrown away.
+    fn run_load(mut self, shape: LoadShape) -> Result<Outcome> {
+        let slots = self.run.spec.case.slots();
+        let duration_ns = self.run.spec.duration.as_nanos() as u64;
+        self.phase = Some((Phase::Both, shape, (duration_ns / 4).min(LOAD_WARM_UP_NS)));
+        let warm = self.pass(0, None, slots)?.operations;
+        self.outcome = Outcome { verified: warm, ..Outcome::default() };
+        let mut load = LoadOutcome::default();
+        for phase in Phase::ALL {
+            let before = self.outcome.clone();
+            self.phase = Some((phase, shape, duration_ns));
+            let done = self.pass(0, None, slots)?;
+            let outcome = done.phase.unwrap_or_default();
+            if phase == Phase::Both {
+                self.outcome.bytes += outcome.bulk_operations * shape.bulk_bytes as u64;
+            } else {
+                // What the processors did counts with both under way.
+                self.outcome = before;
+            }
+            self.outcome.verified += done.operations;
+            *load.of(phase) = outcome;
+        }
+        self.outcome.response = load.both.response.clone();
+        self.outcome.service = Some(load.both.service.clone());
+        self.outcome.load = Some(load);
         Ok(self.outcome)
     }
 
@@ -286,11 +326,11 @@ impl Measuring<'_> {
             Reply::Ready => {}
             other => bail!("unexpected answer {other:?}"),
         }
-        let cpu = self.run.burners.net_process_ns();
+        let used = self.run.burners.net_usage();
         let pass = self.plan(operations, until_ns, sequence);
         let done =
             self.run_in_session(pass).map_err(|error| self.with_targets_view(error, sequence))?;
-        let cpu_ns = self.run.burners.net_process_ns().saturating_sub(cpu);
+        let used = self.run.burners.net_usage().since(used);
         // An overloaded open loop leaves slots unused: those still hold the poison.
         let checked = slots.min(done.operations as usize);
         self.notifications += done.notifications;
@@ -299,9 +339,7 @@ impl Measuring<'_> {
             slots: checked,
             notifications: self.notifications,
         })?;
-        let Reply::Ended { cpu_ns: target_ns, one_way } = ended else {
-            bail!("unexpected answer {ended:?}")
-        };
+        let Reply::Ended { usage, one_way } = ended else { bail!("unexpected answer {ended:?}") };
         self.verify(sequence, checked)?;
         restore(&mut self.one_way, &one_way)?;
         let outcome = &mut self.outcome;
@@ -309,8 +347,8 @@ impl Measuring<'_> {
         outcome.bytes += done.operations * self.run.spec.case.bytes() as u64;
         outcome.span_ns += done.span_ns;
         outcome.unserved += done.unserved;
-        outcome.cpu_initiator_ns += cpu_ns;
-        outcome.cpu_target_ns += target_ns;
+        outcome.used_initiator += used;
+        outcome.used_target += usage;
         Ok(done)
     }
 
@@ -331,6 +369,9 @@ impl Measuring<'_> {
                 Operation::Read => arena.poison(local, layout.block_bytes),
                 _ => arena.fill(local, layout.block_bytes, sequence, index),
             }
+        }
+        if let Some((at, len)) = layout.bulk {
+            arena.fill(at, len, sequence, BULK_INDEX);
         }
     }
 
@@ -372,6 +413,7 @@ impl Measuring<'_> {
             notification_bytes: spec.case.notification_bytes,
             last_words,
             first_notification: self.notifications,
+            phase: self.phase,
         }
     }
 

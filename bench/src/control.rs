@@ -10,12 +10,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::case::RunSpec;
+use crate::cpu::Usage;
 use crate::manifest::Host;
 use crate::measure::Points;
 use crate::raw_local::RawAddress;
 
 /// Version of these messages; both sides must have the same.
-pub(crate) const PROTOCOL: u32 = 2;
+pub(crate) const PROTOCOL: u32 = 3;
 /// No line is longer: metadata, descriptors and histograms stay far below.
 const MAX_LINE: u64 = 4 << 20;
 /// Filling, checking and engine start-up take milliseconds to seconds; beyond this something hangs.
@@ -55,7 +56,7 @@ pub(crate) enum Reply {
     },
     Ready,
     Ended {
-        cpu_ns: u64,
+        usage: Usage,
         one_way: Points,
     },
     Closed,

@@ -41,6 +41,8 @@ pub(crate) struct Plan {
     pub(crate) cases: Vec<Case>,
     pub(crate) rounds: usize,
     pub(crate) baselines: Vec<Backend>,
+    /// Of each phase of a load, in the place of the template's duration.
+    pub(crate) phase_duration: Duration,
     /// Everything of a run except case, backend and number.
     pub(crate) template: RunSpec,
 }
@@ -49,6 +51,18 @@ impl Plan {
     /// The backends, candidate first.
     pub(crate) fn backends(&self) -> Vec<Backend> {
         std::iter::once(self.template.backend).chain(self.baselines.iter().copied()).collect()
+    }
+
+    /// Whether a backend can run a case: a baseline has one transfer under way at a time, a load has two.
+    pub(crate) fn runs(&self, case: &Case, backend: Backend) -> bool {
+        case.load.is_none() || !self.is_baseline(backend)
+    }
+
+    /// Runs of all rounds.
+    pub(crate) fn runs_in_all(&self) -> usize {
+        let backends = self.backends();
+        let of_case = |case: &Case| backends.iter().filter(|&&it| self.runs(case, it)).count();
+        self.rounds * self.cases.iter().map(of_case).sum::<usize>()
     }
 
     fn is_baseline(&self, backend: Backend) -> bool {
@@ -100,6 +114,9 @@ fn run_rounds(
                 // Alternating who goes first: a drift within a round then favours nobody.
                 let which = if round % 2 == 0 { turn } else { backends.len() - 1 - turn };
                 let backend = backends[which];
+                if !plan.runs(case, backend) {
+                    continue;
+                }
                 number += 1;
                 let spec = spec_of(plan, case, backend, number);
                 // A baseline is one undisturbed pair, whatever load the candidate is put under.
@@ -121,6 +138,7 @@ fn spec_of(plan: &Plan, case: &Case, backend: Backend, run: u32) -> RunSpec {
         case: case.clone(),
         backend,
         run,
+        duration: if case.load.is_some() { plan.phase_duration } else { plan.template.duration },
         burn: plan.template.burn && !baseline,
         sabotage: plan.template.sabotage.filter(|_| !baseline),
         ..plan.template.clone()
@@ -176,7 +194,13 @@ mod tests {
     fn plan() -> Plan {
         let cases = cases(&options())[..2].to_vec();
         let template = RunSpec { burn: true, ..spec(cases[0].clone()) };
-        Plan { cases, rounds: 2, baselines: vec![Backend::RawTcp], template }
+        Plan {
+            cases,
+            rounds: 2,
+            baselines: vec![Backend::RawTcp],
+            phase_duration: Duration::from_millis(9),
+            template,
+        }
     }
 
     fn run_fakes(count: usize, fail_at: Option<usize>) -> (Log, Vec<Tally>, Option<anyhow::Error>) {
@@ -210,7 +234,7 @@ mod tests {
             ]
         );
         assert_eq!(tallies.len(), 4);
-        assert!(tallies.iter().all(|tally| tally.series()[0].0.rounds.len() == 2));
+        assert!(tallies.iter().all(|tally| tally.series()[0].series.rounds.len() == 2));
     }
 
     #[test]

@@ -8,6 +8,9 @@ const WARM_BYTES: u64 = 4096;
 /// Size of one warm-up operation.
 pub(crate) const WARM_LEN: usize = 64;
 
+/// What the pattern of the large write of a load is made of in the place of a block's index.
+pub(crate) const BULK_INDEX: u64 = 1 << 32;
+
 /// Block offsets of one slot, the same number on both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
@@ -24,6 +27,8 @@ pub(crate) struct Layout {
     pub(crate) block_bytes: usize,
     /// Arena length that holds every block, on either side.
     pub(crate) arena_bytes: usize,
+    /// Where the large write of a load lies, on both sides, and its length.
+    pub(crate) bulk: Option<(u64, usize)>,
 }
 
 impl Layout {
@@ -52,8 +57,10 @@ impl Layout {
                 Slot { local: local[range.clone()].to_vec(), remote: remote[range].to_vec() }
             })
             .collect();
-        let arena_bytes = WARM_BYTES as usize + pool * stride as usize;
-        Self { slots, block_bytes: case.block_bytes, arena_bytes }
+        let end = WARM_BYTES as usize + pool * stride as usize;
+        let bulk = case.load.map(|load| (end.next_multiple_of(4096) as u64, load.bulk_bytes));
+        let arena_bytes = bulk.map_or(end, |(at, len)| at as usize + len);
+        Self { slots, block_bytes: case.block_bytes, arena_bytes, bulk }
     }
 
     /// Every block as (index, local offset, remote offset); the index is what the pattern is made of.
@@ -81,8 +88,15 @@ mod tests {
     fn spec(backend: Backend, blocks: usize, block_bytes: usize) -> RunSpec {
         let scenario = Scenario::Kv;
         let operation = Operation::Read;
-        let case =
-            Case { scenario, operation, blocks, block_bytes, window: 1, notification_bytes: 0 };
+        let case = Case {
+            scenario,
+            operation,
+            blocks,
+            block_bytes,
+            window: 1,
+            notification_bytes: 0,
+            load: None,
+        };
         RunSpec { backend, ..crate::case::tests::spec(case) }
     }
 

@@ -30,12 +30,15 @@ mod coordinator;
 mod cpu;
 mod engine_side;
 mod layout;
+mod load_options;
 mod loopback;
 mod manifest;
 mod measure;
+mod models;
 mod nixl;
 mod pattern;
 mod pinning;
+mod plot;
 mod polling;
 mod posting;
 mod process;
@@ -100,6 +103,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Client(options) => session::client(&options),
         Command::Loopback(options) => session::loopback(&options),
         Command::Nixl(options) => nixl::compare(&options),
+        Command::Plot(options) => plot::plot(&options),
         Command::Posting(options) => Ok(posting::run(&options)?),
         #[cfg(feature = "nixl")]
         Command::NixlSide => Ok(nixl::serve_side()?),

@@ -111,6 +111,13 @@ impl<T: DeserializeOwned + Send + 'static> Helper<T> {
         control::write_line(stdin, value).with_context(|| format!("to the {} process", self.name))
     }
 
+    /// Sends a signal to the child.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
+        nix::sys::signal::kill(pid, signal)
+            .with_context(|| format!("sending {signal} to the {} process", self.name))
+    }
+
     /// An error of the child's.
     pub(crate) fn blame(&self, message: String) -> anyhow::Error {
         anyhow::anyhow!("the {} process: {message}", self.name)

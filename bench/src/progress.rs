@@ -6,6 +6,7 @@
 use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::case::{Case, Scenario};
@@ -56,7 +57,8 @@ impl Progress {
             Shown::Lines { last, begin } => {
                 let here = (round, case.scenario);
                 if last.replace(here) != Some(here) {
-                    let scenario = format!("{:?}", case.scenario).to_lowercase();
+                    let value = case.scenario.to_possible_value();
+                    let scenario = value.map_or_else(String::new, |it| it.get_name().to_owned());
                     crate::say!(
                         "[{:5.1} s] round {}/{rounds}: {scenario}",
                         begin.elapsed().as_secs_f64(),

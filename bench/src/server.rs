@@ -11,9 +11,9 @@ use crate::answering::Ledger;
 use crate::arena::{self, Arena};
 use crate::case::{Backend, Operation, RunSpec};
 use crate::control::{self, Ask, Control, PROTOCOL, Reply, TargetAddress};
-use crate::cpu::Burners;
+use crate::cpu::{Burners, Usage};
 use crate::engine_side::EngineTarget;
-use crate::layout::Layout;
+use crate::layout::{BULK_INDEX, Layout};
 use crate::manifest::Host;
 use crate::pinning;
 use crate::raw_local::RawLocalTarget;
@@ -130,7 +130,7 @@ struct OpenCase {
     layout: Layout,
     arena: Arena,
     ledger: Ledger,
-    cpu_at_begin: u64,
+    used_at_begin: Usage,
     placement: String,
 }
 
@@ -192,8 +192,16 @@ impl OpenCase {
         } else {
             Burners::none()
         };
-        let case =
-            Self { serving, burners, spec, layout, arena, ledger, cpu_at_begin: 0, placement };
+        let case = Self {
+            serving,
+            burners,
+            spec,
+            layout,
+            arena,
+            ledger,
+            used_at_begin: Usage::default(),
+            placement,
+        };
         Ok((case, address))
     }
 
@@ -229,13 +237,16 @@ impl OpenCase {
                 _ => self.arena.poison(offset, len),
             }
         }
+        if let Some((at, len)) = self.layout.bulk {
+            self.arena.poison(at, len);
+        }
         self.ledger.set_paused(false);
-        self.cpu_at_begin = self.burners.net_process_ns();
+        self.used_at_begin = self.burners.net_usage();
         Ok(Reply::Ready)
     }
 
     fn end(&mut self, sequence: u64, slots: usize, notifications: u64) -> Result<Reply> {
-        let cpu_ns = self.burners.net_process_ns().saturating_sub(self.cpu_at_begin);
+        let usage = self.burners.net_usage().since(self.used_at_begin);
         self.ledger.set_paused(true);
         let one_way = self.ledger.settle(notifications)?;
         if self.spec.case.operation != Operation::Read {
@@ -248,6 +259,14 @@ impl OpenCase {
                 })?;
             }
         }
-        Ok(Reply::Ended { cpu_ns, one_way })
+        if let Some((at, len)) = self.layout.bulk {
+            self.arena.check(at, len, sequence, BULK_INDEX).map_err(|mismatch| {
+                anyhow::anyhow!(
+                    "verification failed: {}: the large write: {mismatch}",
+                    self.spec.case.id()
+                )
+            })?;
+        }
+        Ok(Reply::Ended { usage, one_way })
     }
 }

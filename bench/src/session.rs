@@ -12,10 +12,11 @@ use crate::coordinator::{self, Pair, Plan};
 use crate::loopback::{LoopbackPair, Placement};
 use crate::manifest::Host;
 use crate::pinning::{Cores, allowed_cores, default_cores, ensure_allowed, lane_order};
+use crate::plot;
 use crate::progress::Progress;
 use crate::report::{
-    Environment, Options, Output, Results, Series, comparison_table, comparisons,
-    percentile_distribution, series_table, summary, write_atomically,
+    Environment, Load, Options, Output, Percentiles, Results, Row, Series, Tally, comparison_table,
+    comparisons, load_table, series_table, summary, write_atomically,
 };
 use crate::server::{self, ServerOptions};
 
@@ -147,12 +148,11 @@ fn measure(
 ) -> Result<(), Failure> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let begin = Instant::now();
-    let runs = plan.cases.len() * plan.rounds * plan.backends().len();
-    let mut progress = Progress::new(runs);
+    let mut progress = Progress::new(plan.runs_in_all());
     let (tallies, failure) = coordinator::run(plan, pairs, &mut progress);
 
-    let rows: Vec<_> = tallies.iter().flat_map(|tally| tally.series()).collect();
-    let series: Vec<Series> = rows.iter().map(|(row, _)| row.clone()).collect();
+    let rows: Vec<Row> = tallies.iter().flat_map(Tally::series).collect();
+    let series: Vec<Series> = rows.iter().map(|row| row.series.clone()).collect();
     let comparisons = plan
         .baselines
         .iter()
@@ -180,17 +180,21 @@ fn measure(
             burn: plan.template.burn,
             spin: plan.template.spin.clone(),
             seed: options.seed,
+            models: options.model.descriptions(),
         },
         environment,
         series,
         comparisons,
+        loads: tallies.iter().filter_map(Tally::load).collect(),
     };
-    for (row, histogram) in &rows {
-        let text = percentile_distribution(histogram);
-        write_atomically(&output.directory.join(&row.hgrm), text.as_bytes())?;
+    for Row { series, histogram, rounds } in &rows {
+        output.histograms(&series.hgrm, histogram, started, plan.template.duration, rounds)?;
     }
     let json = serde_json::to_vec_pretty(&results).context("encoding the results")?;
     write_atomically(&output.json, &json)?;
+    if !results.series.is_empty() {
+        output.report(&plot::page(&plot::of_engine(&results)))?;
+    }
     if !results.series.is_empty() {
         print(&results, output).context("writing to standard output")?;
     }
@@ -220,6 +224,9 @@ fn print(results: &Results, output: &Output) -> Result<()> {
     for placement in placements {
         writeln!(out, "{placement}")?;
     }
+    for model in &results.options.models {
+        writeln!(out, "{model}")?;
+    }
     let open = results
         .options
         .rate
@@ -243,6 +250,16 @@ fn print(results: &Results, output: &Output) -> Result<()> {
             row.unserved_operations,
             row.unserved_operations + row.operations
         )?;
+    }
+    let latency = |load: &Load, part: &str| -> Option<Percentiles> {
+        let id = format!("{}/{part}", load.id);
+        let row = results.series.iter().find(|row| row.id == id)?;
+        Some(row.latency_us)
+    };
+    let latencies = |load| Some((latency(load, "idle")?, latency(load, "loaded")?));
+    let table = load_table(results.loads.iter().map(|load| (load, latencies(load))));
+    if !table.is_empty() {
+        writeln!(out, "{table}")?;
     }
     for &baseline in &results.options.baselines {
         let table = comparison_table(&results.comparisons, baseline);

@@ -9,6 +9,8 @@ pub(crate) fn options() -> CaseOptions {
         notification_bytes: 32,
         throughput_sizes: vec![64 << 10],
         window: 16,
+        decode_bytes: 4096,
+        load: LoadShape { reads_per_s: 1000, bulk_bytes: 1 << 20 },
     }
 }
 
@@ -92,6 +94,7 @@ fn runs_that_make_no_sense_are_refused() {
         block_bytes: 4096,
         window: 1,
         notification_bytes: 0,
+        load: None,
     };
     assert_eq!(spec(good.clone()).validate(64 << 20), Ok(()));
     assert!(spec(good.clone()).validate(16 << 20).is_err(), "the pool is twice as large");
@@ -104,6 +107,7 @@ fn runs_that_make_no_sense_are_refused() {
         Case { block_bytes: usize::MAX / 2, ..good.clone() },
         Case { notification_bytes: 1 << 30, ..good.clone() },
         Case { operation: Operation::Notify, ..good.clone() },
+        Case { load: Some(LoadShape { reads_per_s: 1, bulk_bytes: 64 << 20 }), ..good.clone() },
     ] {
         assert!(spec(bad.clone()).validate(64 << 20).is_err(), "{bad:?}");
     }

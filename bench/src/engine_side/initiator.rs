@@ -15,7 +15,7 @@ use crate::pinning;
 pub(super) struct Handles {
     pub(super) engine: Engine,
     pub(super) peer: Peer,
-    /// One per slot, and one for warming up behind them.
+    /// One per slot, one for warming up behind them, and with a load the large write.
     pub(super) transfers: Arc<[Transfer]>,
 }
 

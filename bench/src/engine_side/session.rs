@@ -55,7 +55,7 @@ impl EngineSession {
             Operation::Read => Direction::Read,
             _ => Direction::Write,
         };
-        let prepare = |slot: &Slot, len: usize| -> Result<Transfer> {
+        let prepare = |direction, slot: &Slot, len: usize| -> Result<Transfer> {
             let len = len as u64;
             let local: Vec<_> =
                 slot.local.iter().map(|&offset| region.segment(offset, len)).collect();
@@ -66,9 +66,13 @@ impl EngineSession {
         let mut transfers = Vec::with_capacity(layout.slots.len() + 1);
         // Notifications alone have slots without blocks: there is nothing to prepare.
         for slot in layout.slots.iter().filter(|slot| !slot.local.is_empty()) {
-            transfers.push(prepare(slot, layout.block_bytes)?);
+            transfers.push(prepare(direction, slot, layout.block_bytes)?);
         }
-        transfers.push(prepare(&Slot { local: vec![0], remote: vec![0] }, WARM_LEN)?);
+        transfers.push(prepare(direction, &Slot { local: vec![0], remote: vec![0] }, WARM_LEN)?);
+        if let Some((at, len)) = layout.bulk {
+            let slot = Slot { local: vec![at], remote: vec![at] };
+            transfers.push(prepare(Direction::Write, &slot, len)?);
+        }
         let handles = Handles { engine: engine.clone(), peer, transfers: transfers.into() };
         Ok(Self { handles: Some(handles), engine, memory, app: spec.app })
     }

@@ -1,10 +1,14 @@
 //! The measuring loop: one generic function for closed and open loops, for every backend and for both kinds of
 //! application (a thread that polls, a task on the lane).
 
+mod load;
 mod recorder;
 mod schedule;
 mod turn;
 
+#[cfg(feature = "nixl")]
+pub(crate) use load::Posting;
+pub(crate) use load::{LoadOutcome, LoadShape, Phase, PhaseOutcome, READ_SLOTS, run_phase};
 pub(crate) use recorder::{Points, Recorder, histogram, points_of, restore};
 pub(crate) use schedule::Schedule;
 pub(crate) use turn::{Pass, PassOutcome, run_pass};

@@ -2,7 +2,10 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::{Initiator, OPERATION_TIMEOUT_NS, Recorder, Schedule, Stamp};
+use super::{
+    Initiator, LoadShape, OPERATION_TIMEOUT_NS, Phase, PhaseOutcome, Recorder, Schedule, Stamp,
+    run_phase,
+};
 use crate::case::Operation;
 use crate::clock::now_ns;
 
@@ -32,10 +35,12 @@ pub(crate) struct Pass {
     pub(crate) last_words: Vec<(u64, u64)>,
     /// Sequence number of the pass's first notification.
     pub(crate) first_notification: u64,
+    /// A phase of a load and how long it takes; then nothing else of the above says what to do but `slots`.
+    pub(crate) phase: Option<(Phase, LoadShape, u64)>,
 }
 
 /// What became of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PassOutcome {
     /// Finished operations, each recorded.
     pub(crate) operations: u64,
@@ -45,6 +50,8 @@ pub(crate) struct PassOutcome {
     pub(crate) unserved: u64,
     /// Notifications sent, including those of warm-up.
     pub(crate) notifications: u64,
+    /// Of a phase of a load, whose latencies are here and not in the recorder.
+    pub(crate) phase: Option<PhaseOutcome>,
 }
 
 /// Runs a pass.
@@ -65,6 +72,22 @@ pub(crate) async fn run_pass<I: Initiator>(
     for _ in 0..WARM_OPERATIONS {
         initiator.post(pass.slots)?;
         initiator.finished().await?;
+    }
+    if let Some((phase, shape, duration_ns)) = pass.phase {
+        let bulk_slot = pass.slots + 1;
+        // Whatever the phase, one write: both sides can then check it.
+        initiator.post(bulk_slot)?;
+        initiator.finished().await?;
+        let done = run_phase(initiator, phase, shape, bulk_slot, duration_ns).await?;
+        let operations = done.response.iter().map(|point| point.1).sum::<u64>();
+        let ended = done.service.iter().map(|point| point.1).sum();
+        let unserved = operations - ended;
+        return Ok(PassOutcome {
+            operations: ended,
+            unserved,
+            phase: Some(done),
+            ..PassOutcome::default()
+        });
     }
     match pass.rate {
         None if pass.window == 1 => run_serial(initiator, pass, recorder).await,
@@ -160,7 +183,12 @@ async fn run_window<I: Initiator>(
         recorder.record_unserved(&schedule, posted, posted + unserved, now);
         end = now;
     }
-    Ok(PassOutcome { operations: finished, span_ns: end - begin, unserved, notifications: 0 })
+    Ok(PassOutcome {
+        operations: finished,
+        span_ns: end - begin,
+        unserved,
+        ..PassOutcome::default()
+    })
 }
 
 /// Notifications, answered one by one by the target's application; free-standing or bound to a write.
@@ -230,6 +258,7 @@ async fn run_notifications<I: Initiator>(
         span_ns: end - begin,
         unserved,
         notifications: sequence - pass.first_notification,
+        phase: None,
     })
 }
 

@@ -135,6 +135,8 @@ impl NixlAgent {
 }
 
 impl Driver for NixlAgent {
+    const PREPARES: bool = true;
+
     type Prepared = Prepared;
     type Request = XferRequest;
 
@@ -212,6 +214,20 @@ impl Driver for NixlAgent {
         }
         let completed = now_ns();
         Ok(Transferred { posted_ns: Some(posted - started), completed_ns: completed - started })
+    }
+
+    #[inline]
+    fn post(&self, prepared: &Prepared) -> Result<bool> {
+        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
+        let unfinished = self.agent.post_xfer_req(request, None).context("posting a transfer")?;
+        Ok(!unfinished)
+    }
+
+    #[inline]
+    fn is_finished(&self, prepared: &Prepared) -> Result<bool> {
+        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
+        let status = self.agent.get_xfer_status(request).context("the status of a transfer")?;
+        Ok(status != XferStatus::InProgress)
     }
 
     fn notify(&mut self, text: &str) -> Result<()> {

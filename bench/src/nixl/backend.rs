@@ -71,9 +71,11 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    /// Whether the case is one that it can run: preparing and posting are NIXL's.
+    /// Whether the case is one that it can run: preparing, posting and what runs at the same time are NIXL's.
     pub(crate) fn runs(&self, case: &NixlCase) -> bool {
-        matches!(self, Self::Nixl(_)) || case.scenario != NixlScenario::Post
+        // A bare copy is over when it was posted: nothing can run beside it.
+        let of_nixl = [NixlScenario::Post, NixlScenario::DecodeUnderPrefill];
+        matches!(self, Self::Nixl(_)) || !of_nixl.contains(&case.scenario)
     }
 }
 

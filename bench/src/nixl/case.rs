@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::case::Operation;
+use crate::measure::{LoadShape, READ_SLOTS};
 use crate::units::Bytes;
 
 /// Groups of cases, as `--scenario` names them.
@@ -18,7 +19,11 @@ pub(crate) enum NixlScenario {
     Notify,
     /// The caller's own time: preparing and posting a scattered list
     Post,
-    /// All of them
+    /// Small reads at a rate, alone and beside back-to-back large writes from the same caller
+    DecodeUnderPrefill,
+    /// A target that dies or stops: when it is noticed, and when reads work again (named only)
+    Fault,
+    /// All of them but `fault`
     #[serde(skip)]
     All,
 }
@@ -26,7 +31,7 @@ pub(crate) enum NixlScenario {
 impl NixlScenario {
     /// The scenarios meant, in the order in which they run, without repetition.
     pub(crate) fn expand(given: &[Self]) -> Vec<Self> {
-        let every = [Self::Sizes, Self::Kv, Self::Notify, Self::Post];
+        let every = [Self::Sizes, Self::Kv, Self::Notify, Self::Post, Self::DecodeUnderPrefill];
         let wanted = |scenario: &Self| given.contains(scenario) || given.contains(&Self::All);
         every.into_iter().filter(wanted).collect()
     }
@@ -43,6 +48,8 @@ pub(crate) struct NixlCase {
     pub(crate) block_bytes: usize,
     /// Bytes of a notification; 0 where none is sent.
     pub(crate) notification_bytes: usize,
+    /// Scenario `decode-under-prefill`: how many of these transfers, and what runs beside them.
+    pub(crate) load: Option<LoadShape>,
 }
 
 /// Transfers that operations rotate through together stay within this much memory: a test of latency must not turn
@@ -59,11 +66,14 @@ impl NixlCase {
             NixlScenario::Kv => format!("kv/{operation}/{blocks}x{size}"),
             NixlScenario::Post => format!("post/{operation}/{blocks}x{size}"),
             NixlScenario::Notify => format!("notify/{}", Bytes(self.notification_bytes)),
-            NixlScenario::Sizes | NixlScenario::All => format!("{operation}/{size}"),
+            NixlScenario::DecodeUnderPrefill => load_id(size, self.load),
+            NixlScenario::Sizes | NixlScenario::Fault | NixlScenario::All => {
+                format!("{operation}/{size}")
+            }
         }
     }
 
-    /// Payload of one transfer.
+    /// Payload of one transfer; with a load, of one read.
     pub(crate) fn bytes(&self) -> usize {
         self.blocks * self.block_bytes
     }
@@ -72,6 +82,7 @@ impl NixlCase {
     pub(crate) fn slots(&self) -> usize {
         match self.bytes() {
             0 => 0,
+            _ if self.load.is_some() => READ_SLOTS,
             bytes => (SLOT_MEMORY / bytes).clamp(1, MAX_SLOTS),
         }
     }
@@ -86,7 +97,11 @@ impl NixlCase {
     pub(crate) fn arena_bytes(&self) -> Option<usize> {
         // Before anything else: all other figures of a case may overflow when this one does.
         self.block_bytes.checked_next_multiple_of(64)?.checked_mul(2)?.checked_mul(self.blocks)?;
-        self.distance().checked_mul(self.blocks)?.checked_mul(self.slots())
+        let slots = self.distance().checked_mul(self.blocks)?.checked_mul(self.slots())?;
+        match self.load {
+            Some(load) => slots.checked_next_multiple_of(4096)?.checked_add(load.bulk_bytes),
+            None => Some(slots),
+        }
     }
 }
 
@@ -98,6 +113,15 @@ pub(crate) struct NixlCaseOptions {
     pub(crate) sizes: Vec<usize>,
     pub(crate) shapes: Vec<(usize, usize)>,
     pub(crate) notification_bytes: usize,
+    /// Bytes of the reads of scenario `decode-under-prefill`, and what runs beside them.
+    pub(crate) decode_bytes: usize,
+    pub(crate) load: LoadShape,
+}
+
+/// Name of a case of scenario `decode-under-prefill`.
+pub(crate) fn load_id(size: Bytes, load: Option<LoadShape>) -> String {
+    let (rate, bulk) = load.map_or((0, 0), |load| (load.reads_per_s, load.bulk_bytes));
+    format!("decode-under-prefill/{size}@{rate}+{}", Bytes(bulk))
 }
 
 /// The list whose posting costs the most of those that people have: scenario `post`.
@@ -111,7 +135,10 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
             NixlScenario::Sizes => options.sizes.iter().map(|&size| (1, size)).collect(),
             NixlScenario::Kv => options.shapes.clone(),
             NixlScenario::Post => vec![POSTED_SHAPE],
-            NixlScenario::Notify | NixlScenario::All => Vec::new(),
+            NixlScenario::Notify
+            | NixlScenario::DecodeUnderPrefill
+            | NixlScenario::Fault
+            | NixlScenario::All => Vec::new(),
         };
         let mut add = |case: NixlCase| {
             if !cases.contains(&case) {
@@ -120,13 +147,39 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
         };
         for &operation in &options.operations {
             for &(blocks, block_bytes) in &shapes {
-                add(NixlCase { scenario, operation, blocks, block_bytes, notification_bytes: 0 });
+                let notification_bytes = 0;
+                let load = None;
+                add(NixlCase {
+                    scenario,
+                    operation,
+                    blocks,
+                    block_bytes,
+                    notification_bytes,
+                    load,
+                });
             }
         }
         if scenario == NixlScenario::Notify {
             let notification_bytes = options.notification_bytes;
             let operation = Operation::Notify;
-            add(NixlCase { scenario, operation, blocks: 0, block_bytes: 0, notification_bytes });
+            add(NixlCase {
+                scenario,
+                operation,
+                blocks: 0,
+                block_bytes: 0,
+                notification_bytes,
+                load: None,
+            });
+        }
+        if scenario == NixlScenario::DecodeUnderPrefill {
+            add(NixlCase {
+                scenario,
+                operation: Operation::Read,
+                blocks: 1,
+                block_bytes: options.decode_bytes,
+                notification_bytes: 0,
+                load: Some(options.load),
+            });
         }
     }
     cases
@@ -143,6 +196,8 @@ pub(crate) mod tests {
             sizes: vec![64, 1 << 20],
             shapes: vec![(256, 16 << 10)],
             notification_bytes: 16,
+            decode_bytes: 4096,
+            load: LoadShape { reads_per_s: 1000, bulk_bytes: 64 << 20 },
         })
     }
 
@@ -161,22 +216,23 @@ pub(crate) mod tests {
                 "notify/16B",
                 "post/read/4096x4KiB",
                 "post/write/4096x4KiB",
+                "decode-under-prefill/4KiB@1000+64MiB",
             ]
         );
     }
 
     #[test]
     fn scenarios_are_not_repeated() {
-        use NixlScenario::{All, Kv, Notify, Post, Sizes};
+        use NixlScenario::{All, DecodeUnderPrefill, Kv, Notify, Post, Sizes};
         assert_eq!(NixlScenario::expand(&[Kv, Sizes, Kv]), [Sizes, Kv]);
-        assert_eq!(NixlScenario::expand(&[All, Kv]), [Sizes, Kv, Notify, Post]);
+        assert_eq!(NixlScenario::expand(&[All, Kv]), [Sizes, Kv, Notify, Post, DecodeUnderPrefill]);
         assert_eq!(NixlScenario::expand(&[]), []);
     }
 
     #[test]
     fn slots_are_few_and_only_where_data_moves() {
         let slots: Vec<usize> = all().iter().map(NixlCase::slots).collect();
-        assert_eq!(slots, [16, 1, 16, 1, 1, 1, 0, 1, 1]);
+        assert_eq!(slots, [16, 1, 16, 1, 1, 1, 0, 1, 1, 64]);
     }
 
     #[test]
@@ -185,6 +241,9 @@ pub(crate) mod tests {
         assert_eq!(bytes[0], Some(16 * 64));
         assert_eq!(bytes[4], Some(2 * 256 * (16 << 10)));
         assert_eq!(bytes[6], Some(0));
+        assert_eq!(bytes[9], Some(64 * 4096 + (64 << 20)));
+        let load = LoadShape { reads_per_s: 1, bulk_bytes: usize::MAX };
+        assert_eq!(NixlCase { load: Some(load), ..all()[9].clone() }.arena_bytes(), None);
         for block_bytes in [usize::MAX, usize::MAX / 2, usize::MAX / 64] {
             assert_eq!(NixlCase { block_bytes, ..all()[4].clone() }.arena_bytes(), None);
         }

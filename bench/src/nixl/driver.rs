@@ -7,6 +7,9 @@ use crate::case::Operation;
 
 /// One side of a pair. The measuring loops are compiled for each kind, so that none pays for another.
 pub(crate) trait Driver {
+    /// Whether preparing is something to measure.
+    const PREPARES: bool;
+
     /// A transfer that can be posted again and again.
     type Prepared;
     /// One more request over the same blocks; dropping it releases it.
@@ -34,6 +37,12 @@ pub(crate) trait Driver {
 
     /// Posts a prepared transfer and polls without yielding until it is over.
     fn transfer(&self, prepared: &Self::Prepared) -> Result<Transferred>;
+
+    /// Posts a prepared transfer; true where it is over already.
+    fn post(&self, prepared: &Self::Prepared) -> Result<bool>;
+
+    /// Whether a posted transfer is over.
+    fn is_finished(&self, prepared: &Self::Prepared) -> Result<bool>;
 
     /// Sends a notification to the other side.
     fn notify(&mut self, text: &str) -> Result<()>;

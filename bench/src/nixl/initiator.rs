@@ -2,37 +2,87 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{NixlCase, NixlScenario};
+use super::case::NixlCase;
 use super::driver::Driver;
+use super::fault;
 use super::layout::NixlLayout;
+use super::load;
 use super::side::Parent;
-use super::wire::{Order, Outcome, Reply};
+use super::wire::{Iterations, Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
+use crate::cpu::Usage;
 use crate::measure::{histogram, points_of};
+use crate::units::from_hex;
 
 /// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
 const WARM_OPERATIONS: u64 = 16;
 /// Timed operations, even when the time is over.
 const MIN_OPERATIONS: u64 = 3;
-/// Timed preparations of scenario `post`.
+/// Timed preparations of a case.
 const PREPARATIONS: usize = 50;
 
+/// The two processes, for what they use of the processors.
+#[derive(Clone, Copy)]
+pub(crate) struct Meter {
+    pub(crate) own: i32,
+    pub(crate) target: i32,
+}
+
+impl Meter {
+    fn read(self) -> (Usage, Usage) {
+        (Usage::of(self.own), Usage::of(self.target))
+    }
+
+    /// Books what was used since `begin`.
+    fn book(self, begin: (Usage, Usage), outcome: &mut Outcome) {
+        let (own, target) = self.read();
+        outcome.used_initiator = own.since(begin.0);
+        outcome.used_target = target.since(begin.1);
+    }
+}
+
 /// Obeys orders until they end.
-pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64) -> Result<()> {
+pub(crate) fn run(
+    agent: &mut impl Driver,
+    parent: &Parent,
+    seed: u64,
+    mut meter: Meter,
+) -> Result<()> {
     while let Some(order) = parent.wait()? {
-        let Order::Run { case, sequence, duration_ns } = order else {
-            bail!("an initiator cannot obey {order:?}");
+        let (case, sequence, duration_ns, iterations) = match order {
+            Order::Run { case, sequence, duration_ns, iterations } => {
+                (case, sequence, duration_ns, iterations)
+            }
+            Order::Watch { case, limit_ns } => {
+                let watched = fault::watch(agent, &case, limit_ns, seed)?;
+                parent.reply(&Reply::Watched(watched))?;
+                continue;
+            }
+            // Another target in the place of one that is gone.
+            Order::Meet { metadata, address, pid } => {
+                let metadata = from_hex(&metadata).context("metadata that is no hexadecimal")?;
+                agent.meet(&metadata, address)?;
+                meter.target = pid;
+                parent.reply(&Reply::Met)?;
+                continue;
+            }
+            order => bail!("an initiator cannot obey {order:?}"),
         };
-        let outcome = if case.operation == Operation::Notify {
-            ping_pong(agent, &case, sequence, duration_ns)
+        let outcome = if let Some(shape) = case.load {
+            load::run(agent, &case, shape, sequence, duration_ns, seed)
+        } else if case.operation == Operation::Notify {
+            ping_pong(agent, &case, sequence, (duration_ns, iterations), meter)
         } else {
-            transfers(agent, &case, sequence, duration_ns, seed)
+            transfers(agent, &case, sequence, (duration_ns, iterations), seed, meter)
         };
-        parent.reply(&Reply::Ran(outcome.with_context(|| case.id())?))?;
+        parent.reply(&Reply::Ran(Box::new(outcome.with_context(|| case.id())?)))?;
     }
     Ok(())
 }
+
+/// How long a pass takes: a time, or a number of operations in its place.
+type Length = (u64, Iterations);
 
 /// Whether to go on with a timed or warming loop.
 struct Until {
@@ -43,12 +93,18 @@ struct Until {
 
 impl Until {
     /// A part of the warm-up that a quarter of the pass's duration bounds: one operation of a long list may take long.
-    fn warm(begin_ns: u64, duration_ns: u64) -> Self {
-        Self { at_ns: begin_ns + duration_ns / 4, least: 1, most: WARM_OPERATIONS }
+    fn warm(begin_ns: u64, (duration_ns, iterations): Length) -> Self {
+        match iterations.warm {
+            Some(exactly) => Self { at_ns: 0, least: exactly, most: exactly },
+            None => Self { at_ns: begin_ns + duration_ns / 4, least: 1, most: WARM_OPERATIONS },
+        }
     }
 
-    fn timed(begin_ns: u64, duration_ns: u64) -> Self {
-        Self { at_ns: begin_ns + duration_ns, least: MIN_OPERATIONS, most: u64::MAX }
+    fn timed(begin_ns: u64, (duration_ns, iterations): Length) -> Self {
+        match iterations.timed {
+            Some(exactly) => Self { at_ns: 0, least: exactly, most: exactly },
+            None => Self { at_ns: begin_ns + duration_ns, least: MIN_OPERATIONS, most: u64::MAX },
+        }
     }
 
     fn goes_on(&self, done: u64) -> bool {
@@ -60,8 +116,9 @@ fn transfers<D: Driver>(
     agent: &D,
     case: &NixlCase,
     sequence: u64,
-    duration_ns: u64,
+    length: Length,
     seed: u64,
+    meter: Meter,
 ) -> Result<Outcome> {
     let layout = NixlLayout::new(case, seed);
     let reads = case.operation == Operation::Read;
@@ -79,11 +136,12 @@ fn transfers<D: Driver>(
     for transfer in &prepared {
         agent.transfer(transfer)?;
     }
-    if duration_ns > 0 {
-        if case.scenario == NixlScenario::Post {
+    if length.0 > 0 {
+        if D::PREPARES {
             measure_preparing(agent, &prepared[0], &mut outcome)?;
         }
-        measure_transfers(agent, &prepared, duration_ns, &mut outcome)?;
+        measure_transfers(agent, &prepared, length, &mut outcome, meter)?;
+        outcome.bytes = outcome.operations * case.bytes() as u64;
     }
     if reads {
         // The target's blocks were filled in the order of its own offsets, which is that of the lists.
@@ -99,19 +157,21 @@ fn transfers<D: Driver>(
 fn measure_transfers<D: Driver>(
     agent: &D,
     prepared: &[D::Prepared],
-    duration_ns: u64,
+    length: Length,
     outcome: &mut Outcome,
+    meter: Meter,
 ) -> Result<()> {
     let slots = prepared.len() as u64;
     let next = |done: u64| &prepared[(done % slots) as usize];
-    let warm = Until::warm(now_ns(), duration_ns);
+    let warm = Until::warm(now_ns(), length);
     let mut warmed = 0;
     while warm.goes_on(warmed) {
         agent.transfer(next(warmed))?;
         warmed += 1;
     }
     let (mut completion, mut post) = (histogram(), histogram());
-    let until = Until::timed(now_ns(), duration_ns);
+    let begin = meter.read();
+    let until = Until::timed(now_ns(), length);
     let mut done = 0;
     while until.goes_on(done) {
         let times = agent.transfer(next(done))?;
@@ -121,6 +181,7 @@ fn measure_transfers<D: Driver>(
         }
         done += 1;
     }
+    meter.book(begin, outcome);
     outcome.operations = done;
     outcome.completion = points_of(&completion);
     outcome.post = points_of(&post);
@@ -148,7 +209,8 @@ fn ping_pong<D: Driver>(
     agent: &mut D,
     case: &NixlCase,
     sequence: u64,
-    duration_ns: u64,
+    length: Length,
+    meter: Meter,
 ) -> Result<Outcome> {
     let mut number = 0u64;
     let width = case.notification_bytes;
@@ -163,21 +225,23 @@ fn ping_pong<D: Driver>(
     };
     let mut outcome = Outcome::default();
     exchange(agent)?;
-    if duration_ns == 0 {
+    if length.0 == 0 {
         return Ok(outcome);
     }
-    let warm = Until::warm(now_ns(), duration_ns);
+    let warm = Until::warm(now_ns(), length);
     let mut warmed = 0;
     while warm.goes_on(warmed) {
         exchange(agent)?;
         warmed += 1;
     }
     let mut round_trip = histogram();
-    let until = Until::timed(now_ns(), duration_ns);
+    let begin = meter.read();
+    let until = Until::timed(now_ns(), length);
     while until.goes_on(outcome.operations) {
         round_trip.saturating_record(exchange(agent)?);
         outcome.operations += 1;
     }
+    meter.book(begin, &mut outcome);
     outcome.completion = points_of(&round_trip);
     Ok(outcome)
 }

@@ -11,6 +11,8 @@ pub(crate) struct NixlLayout {
     pub(crate) local: Vec<u64>,
     /// Offsets in the target's arena.
     pub(crate) remote: Vec<u64>,
+    /// Where the large write of a load lies, on both sides.
+    pub(crate) bulk: u64,
 }
 
 impl NixlLayout {
@@ -26,7 +28,9 @@ impl NixlLayout {
             }
             places.into_iter().map(|place| place * distance as u64).collect()
         };
-        Self { local: order(1), remote: order(2) }
+        // Behind the blocks, on a page of its own.
+        let bulk = (wanted * distance).next_multiple_of(4096) as u64;
+        Self { local: order(1), remote: order(2), bulk }
     }
 
     /// Offsets of one transfer, on both sides.

@@ -17,10 +17,14 @@ mod backend;
 mod case;
 #[cfg(feature = "nixl")]
 mod driver;
+mod fault;
 #[cfg(feature = "nixl")]
 mod initiator;
 #[cfg(any(feature = "nixl", test))]
 mod layout;
+#[cfg(feature = "nixl")]
+mod load;
+mod nixlbench;
 mod options;
 mod pair;
 #[cfg(feature = "nixl")]
@@ -29,12 +33,17 @@ mod report;
 mod rounds;
 #[cfg(feature = "nixl")]
 mod side;
+mod summary;
 mod tally;
 #[cfg(feature = "nixl")]
 mod target;
 mod wire;
 
+pub(crate) use case::load_id;
+pub(crate) use fault::{Fault, FaultKind};
 pub(crate) use options::NixlArgs;
+pub(crate) use report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 pub(crate) use rounds::compare;
 #[cfg(feature = "nixl")]
 pub(crate) use side::serve as serve_side;
+pub(crate) use tally::Part;

@@ -9,7 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::{BackendSpec, Contender, parse_parameter};
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
+use super::fault::{self, FaultKind};
+use super::nixlbench::NixlbenchArgs;
+use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::load_options::LoadArgs;
+use crate::models::ModelArgs;
 use crate::raw_local::RawKind;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
 
@@ -95,17 +100,33 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [NixlScenario::All], help_heading = "Cases")]
     pub(crate) scenario: Vec<NixlScenario>,
     /// Direction of the transfers
-    #[arg(long, value_enum, default_value = "both", alias = "operation", help_heading = "Cases")]
+    #[arg(long, value_enum, ignore_case = true, default_value = "both", aliases = ["operation", "op_type"], help_heading = "Cases")]
     pub(crate) op: Directions,
     /// Sizes of scenario `sizes`
     #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, default_value = "64,4KiB,64KiB,1MiB", help_heading = "Cases")]
     pub(crate) sizes: Vec<usize>,
-    /// Block lists of scenario `kv`, COUNTxSIZE
-    #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, default_value = "256x16KiB,4096x4KiB", help_heading = "Cases")]
+    /// Block lists of scenario `kv`, COUNTxSIZE [default: 256x16KiB,4096x4KiB]
+    #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, help_heading = "Cases")]
     pub(crate) kv: Vec<(usize, usize)>,
     /// Bytes of a notification, at least 16
     #[arg(long, value_name = "SIZE", value_parser = parse_notification, default_value = "16", help_heading = "Cases")]
     pub(crate) notification: usize,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) nixlbench: NixlbenchArgs,
+    /// What happens to the target in scenario `fault`
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [FaultKind::Kill, FaultKind::Stop], help_heading = "Cases")]
+    pub(crate) fault: Vec<FaultKind>,
+    /// When it happens, from the first read on
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "200ms", help_heading = "Cases")]
+    pub(crate) fault_at: Duration,
+    /// How long its being noticed is waited for
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "5s", help_heading = "Cases")]
+    pub(crate) fault_timeout: Duration,
 
     /// The backend that ratios are about: NAME[@KEY=VALUE[,KEY=VALUE]...]; a KEY in
     /// capitals is an environment variable, another a parameter of the backend
@@ -149,7 +170,15 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "4GiB", help_heading = "Method")]
     pub(crate) max_memory: usize,
 
-    /// Where to write everything as JSON
+    /// Directory of results.json, report.html and the histograms (*.hgrm, *.hlog)
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "corelane-bench-results/nixl",
+        help_heading = "Output"
+    )]
+    pub(crate) out_dir: PathBuf,
+    /// Where to write results.json instead
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub(crate) json: Option<PathBuf>,
 }
@@ -166,6 +195,7 @@ fn parse_notification(text: &str) -> Result<usize, String> {
 #[derive(Clone, Debug)]
 pub(crate) struct NixlPlan {
     pub(crate) cases: Vec<NixlCase>,
+    pub(crate) faults: Vec<FaultKind>,
     /// The one that ratios are about comes first.
     pub(crate) backends: Vec<Contender>,
     /// Memory that the largest case needs on either side.
@@ -175,17 +205,40 @@ pub(crate) struct NixlPlan {
 impl NixlArgs {
     /// The plan that these options ask for, or what is wrong with them.
     pub(crate) fn plan(&self) -> Result<NixlPlan, String> {
+        self.nixlbench.check()?;
+        let sweep = self.nixlbench.sweep()?;
+        let shapes = match (&self.kv[..], &self.model.shapes()[..]) {
+            ([], []) => vec![(256, 16 << 10), (4096, 4 << 10)],
+            (given, models) => [given, models].concat(),
+        };
+        // A sweep as nixlbench makes it is all that is asked for.
+        let (scenarios, sizes, shapes) = match sweep {
+            None => (self.scenario.clone(), self.sizes.clone(), shapes),
+            Some(shapes) => {
+                let (one, many): (Vec<_>, Vec<_>) =
+                    shapes.into_iter().partition(|&(blocks, _)| blocks == 1);
+                let sizes = one.into_iter().map(|(_, bytes)| bytes).collect();
+                (vec![NixlScenario::Sizes, NixlScenario::Kv], sizes, many)
+            }
+        };
         let cases = cases(&NixlCaseOptions {
-            scenarios: self.scenario.clone(),
+            scenarios,
             operations: self.op.operations(),
-            sizes: self.sizes.clone(),
-            shapes: self.kv.clone(),
+            sizes,
+            shapes,
             notification_bytes: self.notification,
+            decode_bytes: self.load.decode_bytes,
+            load: self.load.shape(),
         });
-        if cases.is_empty() {
+        let faults = if self.scenario.contains(&NixlScenario::Fault) {
+            self.fault.clone()
+        } else {
+            Vec::new()
+        };
+        if cases.is_empty() && faults.is_empty() {
             return Err("nothing to measure: no --scenario, or no size".to_owned());
         }
-        let mut arena = 0;
+        let mut arena = fault::case().arena_bytes().unwrap_or(0);
         for case in &cases {
             match case.arena_bytes() {
                 Some(bytes) if bytes <= self.max_memory => arena = arena.max(bytes),
@@ -198,6 +251,7 @@ impl NixlArgs {
                 }
             }
         }
+        self.load.phase_duration()?;
         let others = self.vs.iter().cloned().map(Contender::Nixl);
         let baselines = self.baseline.iter().copied().map(Contender::Raw);
         let mut backends = vec![Contender::Nixl(self.backend.clone())];
@@ -215,7 +269,18 @@ impl NixlArgs {
                 return Err(format!("{option}: {} is no folder", folder.display()));
             }
         }
-        Ok(NixlPlan { cases, backends, arena_bytes: arena })
+        Ok(NixlPlan { cases, faults, backends, arena_bytes: arena })
+    }
+
+    /// Transfers of a pass where their number was given.
+    pub(crate) fn iterations(&self) -> Iterations {
+        let NixlbenchArgs { num_iter, warmup_iter, .. } = self.nixlbench;
+        Iterations { timed: num_iter, warm: warmup_iter }
+    }
+
+    /// Time for a case on one backend in one round; of a load, for each of its phases.
+    pub(crate) fn duration_of(&self, case: &NixlCase) -> Duration {
+        if case.load.is_some() { self.load.phase_duration } else { self.duration }
     }
 
     /// Environment of a backend's processes, on top of ours.
@@ -270,10 +335,35 @@ mod tests {
     fn the_defaults_measure_everything() {
         let plan = plan("--vs UCX@UCX_TLS=tcp").expect("a plan");
         let ids: Vec<String> = plan.cases.iter().map(NixlCase::id).collect();
-        assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2, "{ids:?}");
+        assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2 + 1, "{ids:?}");
         let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
         assert_eq!(labels, ["CORELANE", "UCX@UCX_TLS=tcp"]);
-        assert_eq!(plan.arena_bytes, 4096 * 4096 * 2);
+        assert_eq!(plan.arena_bytes, (64 << 20) + 64 * 4096);
+    }
+
+    #[test]
+    fn a_sweep_is_that_of_nixlbench() {
+        let ids = |options: &str| -> Vec<String> {
+            plan(options).expect("a plan").cases.iter().map(NixlCase::id).collect()
+        };
+        let options = "--op_type READ --start_block_size 4096 --max_block_size 16384 --start_batch_size 1 --max_batch_size 2 \
+                       --num_iter 10 --warmup_iter 5 --num_threads 1 --initiator_seg_type DRAM --target_seg_type DRAM --check_consistency";
+        assert_eq!(
+            ids(options),
+            [
+                "read/4KiB",
+                "read/8KiB",
+                "read/16KiB",
+                "kv/read/2x4KiB",
+                "kv/read/2x8KiB",
+                "kv/read/2x16KiB"
+            ]
+        );
+        assert_eq!(ids("--op_type write --start_block_size 1048576"), ["write/1MiB"]);
+        assert_eq!(
+            ids("--scenario kv --op read --model llama-3.1-8b --sequence-length 64"),
+            ["kv/read/256x32KiB"]
+        );
     }
 
     #[test]
@@ -316,7 +406,7 @@ mod tests {
         let runs = |backend: usize| {
             plan.cases.iter().filter(|case| plan.backends[backend].runs(case)).count()
         };
-        assert_eq!((runs(0), runs(3)), (plan.cases.len(), plan.cases.len() - 2));
+        assert_eq!((runs(0), runs(3)), (plan.cases.len(), plan.cases.len() - 3));
     }
 
     #[test]
@@ -328,6 +418,10 @@ mod tests {
             ("--sizes 1GiB --max-memory 64MiB", "--max-memory"),
             ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
             ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
+            ("--num_threads 2", "--num_threads"),
+            ("--initiator_seg_type VRAM", "--initiator_seg_type"),
+            ("--target_seg_type BLK", "--target_seg_type"),
+            ("--start_block_size 8192 --max_block_size 4096", "--max_block_size"),
         ] {
             let message = plan(options).expect_err(options);
             assert!(message.contains(expected), "{options}: {message}");
@@ -342,6 +436,10 @@ mod tests {
             "--scenario everything",
             "--target-app snore",
             "--op sideways",
+            "--model gpt-9",
+            "--start_block_size 12parsecs",
+            "--num_iter 0",
+            "--format xml",
         ] {
             assert!(parse(options).is_err(), "{options}");
         }

@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
+use nix::sys::signal::Signal;
 
 use super::backend::Contender;
 use super::case::NixlCase;
+use super::fault::Watched;
 use super::options::{NixlArgs, NixlPlan};
-use super::wire::{NixlSystem, Order, Outcome, Reply, Role, Setup, System};
+use super::wire::{Iterations, NixlSystem, Order, Outcome, Reply, Role, Setup, System};
 use crate::process::Helper;
 use crate::session::Failure;
 
@@ -25,6 +27,9 @@ pub(crate) struct NixlPair {
     /// Version of the NIXL in use; empty where there is none.
     pub(crate) nixl: String,
     sequence: u64,
+    /// What each has to be told of the other.
+    target_order: Order,
+    initiator_order: Order,
 }
 
 impl NixlPair {
@@ -34,47 +39,59 @@ impl NixlPair {
         options: &NixlArgs,
         plan: &NixlPlan,
     ) -> Result<Self, Failure> {
-        let system = match backend {
-            Contender::Raw(kind) => System::Raw(*kind),
-            Contender::Nixl(spec) => System::Nixl(NixlSystem {
-                backend: spec.name.clone(),
-                parameters: options.parameters(spec),
-                prog_thread: options.prog_thread,
-            }),
-        };
-        let setup = |role: Role| Setup {
-            role,
-            system: system.clone(),
-            core: match role {
-                Role::Initiator => options.pin.initiator,
-                Role::Target => options.pin.target,
-            },
-            sleeps: options.target_app.sleeps(backend),
-            arena_bytes: plan.arena_bytes,
-            seed: options.seed,
-        };
-        let environment = options.environment(backend);
-        let start = |role: Role| -> Result<Helper<Reply>, Failure> {
-            let name = format!("{backend} {}", role.name());
-            let mut helper = Helper::start_with(&name, &["nixl-side".to_owned()], &environment)?;
-            helper.send(&Order::Setup(setup(role)))?;
-            Ok(helper)
-        };
         // One after the other: what NIXL or a backend objects to is then logged once.
-        let mut target = start(Role::Target)?;
+        let mut target = start_side(Role::Target, backend, options, plan)?;
         let (target_order, nixl) = introduction(receive(&mut target, None, START_PATIENCE)?)?;
-        let mut initiator = start(Role::Initiator)?;
+        let mut initiator = start_side(Role::Initiator, backend, options, plan)?;
         let (initiator_order, _) =
             introduction(receive(&mut initiator, Some(&mut target), START_PATIENCE)?)?;
-        target.send(&initiator_order)?;
-        initiator.send(&target_order)?;
-        for helper in [&mut target, &mut initiator] {
+        let mut pair = Self { initiator, target, nixl, sequence: 0, target_order, initiator_order };
+        pair.introduce()?;
+        Ok(pair)
+    }
+
+    /// Introduces the two to each other.
+    pub(crate) fn introduce(&mut self) -> Result<(), Failure> {
+        self.target.send(&self.initiator_order)?;
+        self.initiator.send(&self.target_order)?;
+        for helper in [&mut self.target, &mut self.initiator] {
             match receive(helper, None, START_PATIENCE)? {
                 Reply::Met => {}
                 other => return Err(unexpected(&other)),
             }
         }
-        Ok(Self { initiator, target, nixl, sequence: 0 })
+        Ok(())
+    }
+
+    /// Starts another target in the place of one that is gone; the two do not know each other yet.
+    pub(crate) fn replace_target(
+        &mut self,
+        backend: &Contender,
+        options: &NixlArgs,
+        plan: &NixlPlan,
+    ) -> Result<(), Failure> {
+        self.target = start_side(Role::Target, backend, options, plan)?;
+        self.target_order = introduction(receive(&mut self.target, None, START_PATIENCE)?)?.0;
+        Ok(())
+    }
+
+    /// Lets the initiator run a case again and again until a transfer fails, at most for `limit`.
+    pub(crate) fn watch(&mut self, case: &NixlCase, limit: Duration) -> Result<(), Failure> {
+        let limit_ns = limit.as_nanos() as u64;
+        Ok(self.initiator.send(&Order::Watch { case: case.clone(), limit_ns })?)
+    }
+
+    /// What the initiator saw. The target may be gone.
+    pub(crate) fn watched(&mut self, limit: Duration) -> Result<Watched, Failure> {
+        match receive(&mut self.initiator, None, limit + PASS_PATIENCE)? {
+            Reply::Watched(watched) => Ok(watched),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends a signal to the target.
+    pub(crate) fn signal_target(&self, signal: Signal) -> Result<(), Failure> {
+        Ok(self.target.signal(signal)?)
     }
 
     /// Runs a case: once untimed and once timed, both verified.
@@ -82,12 +99,18 @@ impl NixlPair {
         &mut self,
         case: &NixlCase,
         duration: Duration,
+        iterations: Iterations,
     ) -> Result<Outcome, Failure> {
-        self.pass(case, Duration::ZERO)?;
-        self.pass(case, duration)
+        self.pass(case, Duration::ZERO, iterations)?;
+        self.pass(case, duration, iterations)
     }
 
-    fn pass(&mut self, case: &NixlCase, duration: Duration) -> Result<Outcome, Failure> {
+    fn pass(
+        &mut self,
+        case: &NixlCase,
+        duration: Duration,
+        iterations: Iterations,
+    ) -> Result<Outcome, Failure> {
         self.sequence += 1;
         let sequence = self.sequence;
         let Self { initiator, target, .. } = self;
@@ -97,9 +120,9 @@ impl NixlPair {
             other => return Err(unexpected(&other)),
         }
         let duration_ns = duration.as_nanos() as u64;
-        initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns })?;
+        initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns, iterations })?;
         let outcome = match receive(initiator, Some(target), duration * 4 + PASS_PATIENCE)? {
-            Reply::Ran(outcome) => outcome,
+            Reply::Ran(outcome) => *outcome,
             other => return Err(unexpected(&other)),
         };
         target.send(&Order::End { case: case.clone(), sequence })?;
@@ -110,10 +133,45 @@ impl NixlPair {
     }
 }
 
+/// Starts one side; it will say when it is ready.
+fn start_side(
+    role: Role,
+    backend: &Contender,
+    options: &NixlArgs,
+    plan: &NixlPlan,
+) -> Result<Helper<Reply>, Failure> {
+    let system = match backend {
+        Contender::Raw(kind) => System::Raw(*kind),
+        Contender::Nixl(spec) => System::Nixl(NixlSystem {
+            backend: spec.name.clone(),
+            parameters: options.parameters(spec),
+            prog_thread: options.prog_thread,
+        }),
+    };
+    let setup = Setup {
+        role,
+        system,
+        core: match role {
+            Role::Initiator => options.pin.initiator,
+            Role::Target => options.pin.target,
+        },
+        sleeps: options.target_app.sleeps(backend),
+        arena_bytes: plan.arena_bytes,
+        seed: options.seed,
+    };
+    let name = format!("{backend} {}", role.name());
+    let environment = options.environment(backend);
+    let mut helper = Helper::start_with(&name, &["nixl-side".to_owned()], &environment)?;
+    helper.send(&Order::Setup(setup))?;
+    Ok(helper)
+}
+
 /// What the other side has to be told of a process that is ready, and its version of NIXL.
 fn introduction(reply: Reply) -> Result<(Order, String), Failure> {
     match reply {
-        Reply::Ready { metadata, address, nixl } => Ok((Order::Meet { metadata, address }, nixl)),
+        Reply::Ready { metadata, address, pid, nixl } => {
+            Ok((Order::Meet { metadata, address, pid }, nixl))
+        }
         other => Err(unexpected(&other)),
     }
 }

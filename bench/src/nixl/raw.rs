@@ -59,6 +59,8 @@ impl RawSide {
 }
 
 impl Driver for RawSide {
+    const PREPARES: bool = false;
+
     type Prepared = Copies;
     type Request = ();
 
@@ -109,6 +111,16 @@ impl Driver for RawSide {
         let started = now_ns();
         prepared.run()?;
         Ok(Transferred { posted_ns: None, completed_ns: now_ns() - started })
+    }
+
+    #[inline]
+    fn post(&self, prepared: &Copies) -> Result<bool> {
+        prepared.run()?;
+        Ok(true)
+    }
+
+    fn is_finished(&self, _prepared: &Copies) -> Result<bool> {
+        Ok(true)
     }
 
     #[inline]

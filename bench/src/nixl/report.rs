@@ -1,18 +1,24 @@
 //! What people and programs read of a comparison: a table with ratios, and a JSON file.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use super::fault::{self, Fault};
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
+use super::summary::summary;
 use super::tally::{NixlTally, Part, Ratios, p50_difference};
 use crate::case::Operation;
 use crate::manifest::Host;
 use crate::measure::{Points, points_of};
 use crate::raw_local::RawKind;
-use crate::report::{Percentiles, Spread, align, difference};
+use crate::report::{Costs, Load, Output, Percentiles, Spread, align, difference, load_table};
 use crate::units::microseconds;
 
 /// Version of the layout below: grows when a field changes its meaning or goes away, not when one is added.
-const SCHEMA_VERSION: u32 = 1;
+pub(crate) const SCHEMA_VERSION: u32 = 1;
+/// What tells the file from others.
+pub(crate) const SCHEMA: &str = "corelane-bench-nixl";
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,6 +35,12 @@ pub(crate) struct NixlResults {
     pub(crate) environment: Host,
     pub(crate) series: Vec<NixlSeries>,
     pub(crate) comparisons: Vec<NixlComparison>,
+    /// Of scenario `decode-under-prefill`, one for each backend.
+    #[serde(default)]
+    pub(crate) loads: Vec<Load>,
+    /// Of scenario `fault`, one for each backend, kind and round.
+    #[serde(default)]
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// The options in effect.
@@ -47,6 +59,11 @@ pub(crate) struct NixlOptions {
     /// Of one case on one backend in one round.
     pub(crate) duration_ms: f64,
     pub(crate) seed: u64,
+    #[serde(default)]
+    pub(crate) fault_timeout_ms: f64,
+    /// What the shapes of scenario `kv` stand for.
+    #[serde(default)]
+    pub(crate) models: Vec<String>,
 }
 
 /// One part of one case on one backend.
@@ -61,11 +78,25 @@ pub(crate) struct NixlSeries {
     pub(crate) notification_bytes: usize,
     pub(crate) target_sleeps: bool,
     pub(crate) samples: u64,
+    /// CPU time and context switches, where `part` is `completion` or `round-trip`.
+    #[serde(default)]
+    pub(crate) costs: Option<Costs>,
     /// Of all rounds together.
     pub(crate) latency_us: Percentiles,
+    /// File name of the percentile distribution, next to the other outputs.
+    #[serde(default)]
+    pub(crate) hgrm: String,
     pub(crate) rounds: Vec<Percentiles>,
     /// Non-empty histogram buckets as [nanoseconds, count].
     pub(crate) histogram_ns: Points,
+}
+
+impl NixlSeries {
+    /// Whether it has a row and a chart of its own: what a transfer spends in preparing and posting does only where a
+    /// scenario is about it.
+    pub(crate) fn is_shown(&self) -> bool {
+        !matches!(self.part, Part::Post | Part::Prepare) || self.id.starts_with("post/")
+    }
 }
 
 /// The first backend against another.
@@ -76,6 +107,15 @@ pub(crate) struct NixlComparison {
     pub(crate) vs: String,
     pub(crate) ratios: Ratios,
     pub(crate) p50_difference_us: Spread,
+}
+
+/// Name of a series' file: a backend's label may hold whatever its variables do.
+pub(crate) fn hgrm_name(id: &str, backend: &str) -> String {
+    let plain = |text: &str| -> String {
+        let known = |c: char| c.is_ascii_alphanumeric() || "+-_.=@,".contains(c);
+        text.chars().map(|c| if known(c) { c } else { '-' }).take(100).collect()
+    };
+    format!("{}.{}.hgrm", plain(id), plain(backend))
 }
 
 impl NixlResults {
@@ -90,7 +130,12 @@ impl NixlResults {
         let label = |backend: usize| plan.backends[backend].to_string();
         let mut series = Vec::new();
         let mut comparisons = Vec::new();
+        let mut loads = Vec::new();
         for tally in tallies {
+            if let Some(shape) = tally.case.load {
+                let case = (tally.case.block_bytes, shape);
+                loads.extend(tally.load.figures(&tally.case.id(), &label(tally.backend), case));
+            }
             for part in tally.parts.iter().filter(|part| !part.all.is_empty()) {
                 let id = tally.series_id(part.part);
                 let case = &tally.case;
@@ -106,7 +151,9 @@ impl NixlResults {
                     target_sleeps: case.operation != Operation::Notify
                         && options.target_app.sleeps(backend),
                     samples: part.all.len(),
+                    costs: tally.costs(part.part),
                     latency_us: Percentiles::of(&part.all),
+                    hgrm: hgrm_name(&id, &backend.to_string()),
                     rounds: part.rounds.clone(),
                     histogram_ns: points_of(&part.all),
                 });
@@ -131,7 +178,7 @@ impl NixlResults {
             }
         }
         Self {
-            schema: "corelane-bench-nixl".to_owned(),
+            schema: SCHEMA.to_owned(),
             schema_version: SCHEMA_VERSION,
             complete: true,
             failure: None,
@@ -149,10 +196,14 @@ impl NixlResults {
                 rounds: options.rounds,
                 duration_ms: options.duration.as_secs_f64() * 1e3,
                 seed: options.seed,
+                fault_timeout_ms: options.fault_timeout.as_secs_f64() * 1e3,
+                models: options.model.descriptions(),
             },
             environment,
             series,
             comparisons,
+            loads,
+            faults: Vec::new(),
         }
     }
 
@@ -184,11 +235,14 @@ impl NixlResults {
             if options.prog_thread { "on" } else { "off" },
             options.rounds,
             options.duration_ms,
-        )
+        ) + &options.models.iter().map(|model| format!("{model}\n")).collect::<String>()
     }
 
-    /// One row per series. What a transfer spends in posting is in the file, and here where a scenario is about it.
+    /// One row per series that is shown; the file has all.
     pub(crate) fn table(&self) -> String {
+        if self.series.is_empty() {
+            return String::new();
+        }
         let backend = &self.options.backend;
         let mut rows = vec![
             ["case", "backend", "samples", "p50 us", "p99", "p99.9"].map(str::to_owned).to_vec(),
@@ -201,8 +255,7 @@ impl NixlResults {
             rows[0].push("p50 diff us".to_owned());
             rows[0].push("min..max".to_owned());
         }
-        let printed = |row: &&NixlSeries| row.part != Part::Post || row.id.starts_with("post/");
-        for row in self.series.iter().filter(printed) {
+        for row in self.series.iter().filter(|row| row.is_shown()) {
             let Percentiles { p50, p99, p999, .. } = row.latency_us;
             let mut cells = vec![row.id.clone(), row.backend.clone(), row.samples.to_string()];
             cells.extend([p50, p99, p999].map(|us| microseconds((us * 1e3).round() as u64)));
@@ -226,12 +279,49 @@ impl NixlResults {
                  difference is {backend} - that row's, likewise.\n"
             )
         };
-        align(&rows, 2) + &explanation
+        align(&rows, 2) + &explanation + &self.load_table()
+    }
+
+    /// The five figures that people ask for first.
+    pub(crate) fn summary(&self) -> [String; 5] {
+        summary(self)
+    }
+
+    /// Where everything is.
+    pub(crate) fn files(&self, output: &Output) -> String {
+        format!(
+            "files         {}, {}, and {} histograms (*.hgrm, *.hlog) beside\n",
+            output.report_path().display(),
+            output.json.display(),
+            self.series.len()
+        )
+    }
+
+    /// What was noticed when of targets that died or stopped.
+    pub(crate) fn fault_table(&self) -> String {
+        let limit = Duration::from_secs_f64(self.options.fault_timeout_ms / 1e3);
+        match fault::table(&self.faults, limit) {
+            table if table.is_empty() => table,
+            table => format!("\n{table}"),
+        }
+    }
+
+    fn load_table(&self) -> String {
+        let latency = |load: &Load, part: &str| {
+            let id = format!("{}/{part}", load.id);
+            let row = self.series.iter().find(|row| row.id == id && row.backend == load.backend);
+            row.map(|row| row.latency_us)
+        };
+        let latencies = |load: &Load| Some((latency(load, "idle")?, latency(load, "loaded")?));
+        match load_table(self.loads.iter().map(|load| (load, latencies(load)))) {
+            table if table.is_empty() => table,
+            table => format!("\n{table}"),
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::nixl::tally::tests::tally;
     use clap::Parser;
@@ -248,7 +338,7 @@ mod tests {
         NixlResults::new(&options, &plan, tallies, "1.5.1".to_owned(), Host::default())
     }
 
-    fn compared() -> NixlResults {
+    pub(crate) fn compared() -> NixlResults {
         let tallies = [
             tally("read/64B", 0, &[6_000, 6_000]),
             tally("read/64B", 1, &[10_000, 12_000]),

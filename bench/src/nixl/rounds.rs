@@ -5,13 +5,17 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 
+use super::backend::Contender;
+use super::fault::{self, Fault};
+use super::nixlbench::{self, Format};
 use super::options::{NixlArgs, NixlPlan};
 use super::pair::NixlPair;
-use super::report::NixlResults;
+use super::report::{NixlResults, hgrm_name};
 use super::tally::NixlTally;
 use crate::manifest::Host;
 use crate::pinning::{allowed_cores, ensure_allowed};
-use crate::report::{ensure_writable, write_atomically};
+use crate::plot;
+use crate::report::{Output, write_atomically};
 use crate::session::Failure;
 
 /// Measures all cases on all backends, round after round.
@@ -27,9 +31,8 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
                 .to_owned(),
         ));
     }
-    if let Some(json) = &options.json {
-        ensure_writable(json).map_err(|error| Failure::Options(format!("{error:#}")))?;
-    }
+    let output = Output::prepare(&options.out_dir, options.json.as_deref())
+        .map_err(|error| Failure::Options(format!("{error:#}")))?;
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let begin = Instant::now();
     let environment = Host::describe();
@@ -39,9 +42,11 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
             .extend((0..plan.backends.len()).map(|backend| NixlTally::new(case.clone(), backend)));
     }
     let mut nixl = String::new();
-    let measured = run(options, &plan, &mut tallies, &mut nixl, begin);
+    let mut faults = Vec::new();
+    let measured = run(options, &plan, (&mut tallies, &mut faults), &mut nixl, begin);
 
     let mut results = NixlResults::new(options, &plan, &tallies, nixl, environment);
+    results.faults = faults;
     results.started_unix_s = started;
     results.elapsed_s = begin.elapsed().as_secs_f64();
     results.complete = measured.is_ok();
@@ -50,24 +55,50 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
         Err(Failure::Options(message)) => Some(message.clone()),
         Err(Failure::Run(error)) => Some(format!("{error:#}")),
     };
-    if results.series.is_empty() {
+    if results.series.is_empty() && results.faults.is_empty() {
+        output.forsake();
         return measured;
     }
-    if let Some(json) = &options.json {
-        let bytes = serde_json::to_vec_pretty(&results).context("encoding the results")?;
-        write_atomically(json, &bytes)?;
-    }
+    write(&results, &tallies, &plan, options, &output)?;
     let mut out = std::io::stdout().lock();
-    write!(out, "{}\n{}", results.header(), results.table())
+    let figures = match results.series.is_empty() {
+        true => String::new(),
+        false => results.summary().join("\n"),
+    };
+    let table = match options.nixlbench.format {
+        Format::Table => results.table() + &results.fault_table(),
+        Format::Nixlbench => nixlbench::table(&results),
+    };
+    write!(out, "{}\n{}\n{figures}\n{}", results.header(), table, results.files(&output))
         .and_then(|()| out.flush())
         .context("writing to standard output")?;
     measured
 }
 
+fn write(
+    results: &NixlResults,
+    tallies: &[NixlTally],
+    plan: &NixlPlan,
+    options: &NixlArgs,
+    output: &Output,
+) -> anyhow::Result<()> {
+    for tally in tallies {
+        let backend = plan.backends[tally.backend].to_string();
+        for part in tally.parts.iter().filter(|part| !part.all.is_empty()) {
+            let name = hgrm_name(&tally.series_id(part.part), &backend);
+            let (started, round) = (results.started_unix_s, options.duration_of(&tally.case));
+            output.histograms(&name, &part.all, started, round, &part.round_points)?;
+        }
+    }
+    let bytes = serde_json::to_vec_pretty(results).context("encoding the results")?;
+    write_atomically(&output.json, &bytes)?;
+    output.report(&plot::page(&plot::of_nixl(results)))
+}
+
 fn run(
     options: &NixlArgs,
     plan: &NixlPlan,
-    tallies: &mut [NixlTally],
+    (tallies, faults): (&mut [NixlTally], &mut Vec<Fault>),
     nixl: &mut String,
     begin: Instant,
 ) -> Result<(), Failure> {
@@ -79,12 +110,21 @@ fn run(
                 begin.elapsed().as_secs_f64(),
                 options.rounds
             );
+            if matches!(backend, Contender::Nixl(_)) {
+                for &kind in &plan.faults {
+                    faults.push(fault::run(kind, backend, options, plan, nixl)?);
+                }
+            }
+            if plan.cases.is_empty() {
+                continue;
+            }
             let mut pair = NixlPair::start(backend, options, plan)?;
             if !pair.nixl.is_empty() {
                 nixl.clone_from(&pair.nixl);
             }
             for (at, case) in plan.cases.iter().enumerate().filter(|(_, case)| backend.runs(case)) {
-                let outcome = pair.measure(case, options.duration)?;
+                let outcome =
+                    pair.measure(case, options.duration_of(case), options.iterations())?;
                 tallies[at * backends + index].add_round(&outcome)?;
             }
         }

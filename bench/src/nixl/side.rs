@@ -10,9 +10,10 @@ use nix::unistd::{dup, dup2_stdout};
 
 use super::agent::{NixlAgent, Refusal, nixl_version};
 use super::driver::Driver;
+use super::initiator::{self, Meter};
 use super::raw::RawSide;
+use super::target;
 use super::wire::{NixlSystem, Order, Reply, Role, Setup, System};
-use super::{initiator, target};
 use crate::control::{read_line, write_line};
 use crate::pinning;
 use crate::units::{from_hex, to_hex};
@@ -123,18 +124,22 @@ fn drive(parent: &Parent, mut agent: impl Driver, setup: &Setup) -> Result<()> {
     };
     let metadata = to_hex(&metadata);
     let address = agent.arena().as_ptr() as u64;
-    parent.reply(&Reply::Ready { metadata, address, nixl })?;
-    match parent.wait()? {
-        Some(Order::Meet { metadata, address }) => {
+    let pid = std::process::id() as i32;
+    parent.reply(&Reply::Ready { metadata, address, pid, nixl })?;
+    let other = match parent.wait()? {
+        Some(Order::Meet { metadata, address, pid }) => {
             let metadata = from_hex(&metadata).context("metadata that is no hexadecimal")?;
             agent.meet(&metadata, address)?;
             parent.reply(&Reply::Met)?;
+            pid
         }
         None => return Ok(()),
         Some(other) => bail!("expected to meet the other side, not {other:?}"),
-    }
+    };
     match setup.role {
-        Role::Initiator => initiator::run(&mut agent, parent, setup.seed),
+        Role::Initiator => {
+            initiator::run(&mut agent, parent, setup.seed, Meter { own: pid, target: other })
+        }
         Role::Target => target::run(&mut agent, parent, setup.seed, setup.sleeps),
     }
 }

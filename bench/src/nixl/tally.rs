@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::case::{NixlCase, NixlScenario};
 use super::wire::Outcome;
-use crate::measure::{Points, histogram, points_of, restore};
-use crate::report::{Percentiles, Spread};
+use crate::cpu::Usage;
+use crate::measure::{LoadOutcome, Points, histogram, points_of, restore};
+use crate::report::{Costs, LoadTally, Percentiles, Spread};
 
 /// What of an operation a series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +22,10 @@ pub(crate) enum Part {
     Prepare,
     /// From sending a notification to its answer.
     RoundTrip,
+    /// Reads at a rate, from the moment at which they were due, alone.
+    Idle,
+    /// The same beside large writes.
+    Loaded,
 }
 
 /// Everything measured of one part of one case on one backend.
@@ -29,6 +34,7 @@ pub(crate) struct PartTally {
     pub(crate) all: Histogram<u64>,
     /// Per round; empty where nothing was measured.
     pub(crate) rounds: Vec<Percentiles>,
+    pub(crate) round_points: Vec<Points>,
 }
 
 /// Everything measured of one case on one backend.
@@ -38,6 +44,9 @@ pub(crate) struct NixlTally {
     pub(crate) backend: usize,
     pub(crate) operations: u64,
     pub(crate) parts: Vec<PartTally>,
+    pub(crate) load: LoadTally,
+    bytes: u64,
+    used: (Usage, Usage),
 }
 
 impl NixlTally {
@@ -45,25 +54,53 @@ impl NixlTally {
         let parts = match case.scenario {
             NixlScenario::Notify => &[Part::RoundTrip][..],
             NixlScenario::Post => &[Part::Prepare, Part::Post, Part::Completion],
-            _ => &[Part::Completion, Part::Post],
+            NixlScenario::DecodeUnderPrefill => &[Part::Idle, Part::Loaded],
+            NixlScenario::Sizes | NixlScenario::Kv | NixlScenario::Fault | NixlScenario::All => {
+                &[Part::Completion, Part::Post, Part::Prepare]
+            }
         };
-        let part = |&part| PartTally { part, all: histogram(), rounds: Vec::new() };
-        Self { backend, operations: 0, parts: parts.iter().map(part).collect(), case }
+        let part = |&part| PartTally {
+            part,
+            all: histogram(),
+            rounds: Vec::new(),
+            round_points: Vec::new(),
+        };
+        Self {
+            backend,
+            operations: 0,
+            parts: parts.iter().map(part).collect(),
+            load: LoadTally::new(),
+            bytes: 0,
+            used: <(Usage, Usage)>::default(),
+            case,
+        }
     }
 
     /// Adds a round.
     pub(crate) fn add_round(&mut self, outcome: &Outcome) -> Result<()> {
         self.operations += outcome.operations;
+        self.bytes += outcome.bytes;
+        self.used.0 += outcome.used_initiator;
+        self.used.1 += outcome.used_target;
+        if let (Some(shape), Some(load)) = (self.case.load, &outcome.load) {
+            self.load.add(shape, load)?;
+        }
+        let no_load = LoadOutcome::default();
+        let load = outcome.load.as_ref().unwrap_or(&no_load);
         for part in &mut self.parts {
             let points: &Points = match part.part {
                 Part::Completion | Part::RoundTrip => &outcome.completion,
                 Part::Post => &outcome.post,
                 Part::Prepare => &outcome.prepare,
+                Part::Idle => &load.reads.response,
+                Part::Loaded => &load.both.response,
             };
             let mut round = histogram();
             restore(&mut round, points)?;
             part.rounds.push(Percentiles::of(&round));
-            restore(&mut part.all, &points_of(&round))?;
+            let points = points_of(&round);
+            restore(&mut part.all, &points)?;
+            part.round_points.push(points);
         }
         Ok(())
     }
@@ -77,7 +114,16 @@ impl NixlTally {
             Part::Post => format!("{id}/post"),
             Part::Prepare => format!("{id}/prepare"),
             Part::RoundTrip => format!("{id}/round-trip"),
+            Part::Idle => format!("{id}/idle"),
+            Part::Loaded => format!("{id}/loaded"),
         }
+    }
+
+    /// What the operations cost both processes; `None` where that was not counted.
+    pub(crate) fn costs(&self, part: Part) -> Option<Costs> {
+        let counted = matches!(part, Part::Completion | Part::RoundTrip);
+        let (initiator, target) = self.used;
+        Costs::of(initiator, target, self.operations, self.bytes).filter(|_| counted)
     }
 }
 
@@ -125,6 +171,8 @@ pub(crate) mod tests {
             completion: vec![(completion_ns, 10)],
             post: vec![(completion_ns / 10, 10)],
             prepare: vec![(completion_ns * 2, 5)],
+            load: Some(crate::report::load_outcome(8)),
+            ..Outcome::default()
         }
     }
 

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use super::case::NixlCase;
 use super::driver::Driver;
 use super::layout::NixlLayout;
+use super::load;
 use super::side::Parent;
 use super::wire::{Order, Reply};
 use crate::case::Operation;
@@ -46,11 +47,18 @@ pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, sleeps: b
 fn obey(agent: &impl Driver, parent: &Parent, order: Order, seed: u64) -> Result<()> {
     match order {
         Order::Begin { case, sequence } => {
-            renew(agent, &case, sequence, seed);
+            match case.load {
+                Some(shape) => load::renew(agent, &case, shape, sequence, seed),
+                None => renew(agent, &case, sequence, seed),
+            }
             parent.reply(&Reply::Begun)
         }
         Order::End { case, sequence } => {
-            verify(agent, &case, sequence, seed).with_context(|| case.id())?;
+            match case.load {
+                Some(shape) => load::verify(agent, &case, shape, sequence, seed),
+                None => verify(agent, &case, sequence, seed),
+            }
+            .with_context(|| case.id())?;
             parent.reply(&Reply::Ended)
         }
         other => bail!("a target cannot obey {other:?}"),

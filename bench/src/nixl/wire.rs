@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::case::NixlCase;
-use crate::measure::Points;
+use super::fault::Watched;
+use crate::cpu::Usage;
+use crate::measure::{LoadOutcome, Points};
 use crate::raw_local::RawKind;
 
 /// The two processes of a pair.
@@ -60,13 +62,22 @@ pub(crate) enum Order {
     /// Must come first.
     Setup(Setup),
     /// Who is on the other side; metadata in hexadecimal.
-    Meet { metadata: String, address: u64 },
+    Meet { metadata: String, address: u64, pid: i32 },
     /// Target: renew the source of reads, poison the destination of writes, answer notifications.
     Begin { case: NixlCase, sequence: u64 },
+    /// Initiator: the case again and again until a transfer fails, at most for that long.
+    Watch { case: NixlCase, limit_ns: u64 },
     /// Target: check the destination of writes.
     End { case: NixlCase, sequence: u64 },
     /// Initiator: every transfer once, untimed; then, with a duration, until it is over, timed. Then check.
-    Run { case: NixlCase, sequence: u64, duration_ns: u64 },
+    Run { case: NixlCase, sequence: u64, duration_ns: u64, iterations: Iterations },
+}
+
+/// How many transfers a timed pass makes, where that does not follow from its duration.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Iterations {
+    pub(crate) timed: Option<u64>,
+    pub(crate) warm: Option<u64>,
 }
 
 /// What is answered, one reply per order.
@@ -76,13 +87,15 @@ pub(crate) enum Reply {
     Ready {
         metadata: String,
         address: u64,
+        pid: i32,
         /// Version of NIXL; empty where there is none.
         nixl: String,
     },
     Met,
     Begun,
     Ended,
-    Ran(Outcome),
+    Ran(Box<Outcome>),
+    Watched(Watched),
     /// The user asked for something that cannot be.
     Refused {
         message: String,
@@ -101,6 +114,13 @@ pub(crate) struct Outcome {
     pub(crate) completion: Points,
     /// The caller's time in postXfer; empty where posting is all there is.
     pub(crate) post: Points,
-    /// The caller's time in createXferReq, of scenario `post`.
+    /// The caller's time in createXferReq.
     pub(crate) prepare: Points,
+    /// Of scenario `decode-under-prefill`, which has nothing of the above.
+    pub(crate) load: Option<LoadOutcome>,
+    /// Payload that was moved while `used` was counted.
+    pub(crate) bytes: u64,
+    /// What both processes used of the processors meanwhile.
+    pub(crate) used_initiator: Usage,
+    pub(crate) used_target: Usage,
 }

@@ -43,7 +43,8 @@ fn pair(kind: RawKind, operation: Operation, block_bytes: usize) -> Pair {
         local: vec![4096 + at * step, 4096 + (at + 4) * step],
         remote: vec![8192 + (at + 4) * step, 8192 + at * step],
     };
-    let layout = Layout { slots: (0..4).map(slot).collect(), block_bytes, arena_bytes: LEN };
+    let layout =
+        Layout { slots: (0..4).map(slot).collect(), block_bytes, arena_bytes: LEN, bulk: None };
     let address = target.address().clone();
     let initiator =
         RawLocalInitiator::reach(kind, address, &here, operation, &layout, false).expect("reaches");

@@ -31,7 +31,7 @@ fn pair(operation: Operation, block_bytes: usize) -> Pair {
     let target = RawTarget::start(LOCALHOST, there.clone(), None, ledger.clone()).expect("listen");
     let slot = |at: u64| Slot { local: vec![4096 + at], remote: vec![8192 + at] };
     let slots = (0..4).map(|index| slot(index * block_bytes as u64)).collect();
-    let layout = Layout { slots, block_bytes, arena_bytes: 1 << 20 };
+    let layout = Layout { slots, block_bytes, arena_bytes: 1 << 20, bulk: None };
     let address = (LOCALHOST, target.port()).into();
     let initiator =
         RawInitiator::connect(address, here.clone(), operation, &layout).expect("connect");

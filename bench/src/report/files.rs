@@ -3,8 +3,14 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use hdrhistogram::Histogram;
+
+use super::hgrm::percentile_distribution;
+use super::hlog::interval_log;
+use crate::measure::Points;
 
 /// Where the files of a run go. Checked before anything is measured: a minute of measuring must not end in
 /// "permission denied".
@@ -12,13 +18,57 @@ use anyhow::{Context as _, Result};
 pub(crate) struct Output {
     pub(crate) directory: PathBuf,
     pub(crate) json: PathBuf,
+    /// Directories that were made for it, outer ones first.
+    made: Vec<PathBuf>,
 }
 
 impl Output {
+    /// Takes the directories away again that were made for results which there are none of.
+    pub(crate) fn forsake(&self) {
+        for directory in self.made.iter().rev() {
+            // One that holds something is somebody's.
+            let _ = fs::remove_dir(directory);
+        }
+    }
+
+    /// Where the report goes.
+    pub(crate) fn report_path(&self) -> PathBuf {
+        self.directory.join("report.html")
+    }
+
+    /// Writes the report.
+    pub(crate) fn report(&self, page: &str) -> Result<()> {
+        write_atomically(&self.report_path(), page.as_bytes())
+    }
+
+    /// Writes the histogram of a series as percentile distribution under the name `hgrm`, and its rounds as interval log
+    /// beside it.
+    pub(crate) fn histograms(
+        &self,
+        hgrm: &str,
+        histogram: &Histogram<u64>,
+        started_unix_s: u64,
+        round: Duration,
+        rounds: &[Points],
+    ) -> Result<()> {
+        let path = self.directory.join(hgrm);
+        write_atomically(&path, percentile_distribution(histogram).as_bytes())?;
+        let log = interval_log(started_unix_s, round, rounds)?;
+        write_atomically(&path.with_extension("hlog"), &log)
+    }
+
     /// Creates the directories and proves that they can be written to.
     pub(crate) fn prepare(directory: &Path, json: Option<&Path>) -> Result<Self> {
         let json = json.map_or_else(|| directory.join("results.json"), Path::to_path_buf);
-        let output = Self { directory: directory.to_path_buf(), json };
+        let mut made: Vec<PathBuf> = [directory, parent(&json)]
+            .into_iter()
+            .flat_map(Path::ancestors)
+            .filter(|place| !place.as_os_str().is_empty() && !place.exists())
+            .map(Path::to_path_buf)
+            .collect();
+        made.sort_unstable();
+        made.dedup();
+        let output = Self { directory: directory.to_path_buf(), json, made };
         prove_writable(directory)?;
         ensure_writable(&output.json)?;
         Ok(output)
@@ -80,6 +130,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let output = Output::prepare(&directory.path().join("a/b"), None).expect("creates");
         assert_eq!(output.json, directory.path().join("a/b/results.json"));
+        output.forsake();
+        assert!(!directory.path().join("a").exists(), "nothing was written");
         let file = directory.path().join("file");
         fs::write(&file, b"").expect("writes");
         assert!(Output::prepare(&file, None).is_err());

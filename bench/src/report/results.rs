@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::costs::Costs;
+use super::load::Load;
 use crate::case::{App, Backend, Memory, Operation, Scenario, TargetApp};
 use crate::manifest::Host;
 use crate::measure::Points;
@@ -28,6 +30,9 @@ pub(crate) struct Results {
     pub(crate) environment: Environment,
     pub(crate) series: Vec<Series>,
     pub(crate) comparisons: Vec<Comparison>,
+    /// Of scenario `decode-under-prefill`, one for each backend.
+    #[serde(default)]
+    pub(crate) loads: Vec<Load>,
 }
 
 /// The options in effect, defaults filled in.
@@ -50,6 +55,9 @@ pub(crate) struct Options {
     pub(crate) burn: bool,
     pub(crate) spin: Option<String>,
     pub(crate) seed: u64,
+    /// What the shapes of scenario `kv` stand for.
+    #[serde(default)]
+    pub(crate) models: Vec<String>,
 }
 
 /// Both hosts, as the processes on them see them.
@@ -85,6 +93,9 @@ pub(crate) struct Series {
     pub(crate) operations_per_s: Option<f64>,
     /// CPU time of each process per GiB moved.
     pub(crate) cpu_s_per_gib: Option<CpuCost>,
+    /// The same and more per operation; `None` for one-way times.
+    #[serde(default)]
+    pub(crate) costs: Option<Costs>,
     pub(crate) rounds: Vec<Round>,
     /// File name of the percentile distribution, next to the other outputs.
     pub(crate) hgrm: String,
@@ -168,12 +179,20 @@ pub(crate) struct Comparison {
     pub(crate) rate_ratio: Option<Spread>,
 }
 
-/// Median and range of the per-round ratios.
+/// Median and range of per-round values, and how sure the median is.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
     pub(crate) min: f64,
     pub(crate) max: f64,
+    /// The interval of two of the values that holds the true median with probability `confidence`, whatever the
+    /// distribution: the narrowest symmetric one of at least 95%, else the whole range, which is less sure.
+    #[serde(default)]
+    pub(crate) low: f64,
+    #[serde(default)]
+    pub(crate) high: f64,
+    #[serde(default)]
+    pub(crate) confidence: f64,
 }
 
 impl Spread {
@@ -188,8 +207,27 @@ impl Spread {
         } else {
             (values[middle - 1] + values[middle]) / 2.0
         };
-        Some(Self { median, min, max })
+        let (cut, confidence) = median_interval(values.len());
+        let (low, high) = (values[cut], values[values.len() - 1 - cut]);
+        Some(Self { median, min, max, low, high, confidence })
     }
+}
+
+/// How many of `n` sorted independent values may be cut off at either end so that the rest spans the true median with at
+/// least 95%, and with which probability it does. It misses with that of at most `cut` heads, or tails, in `n` throws.
+fn median_interval(n: usize) -> (usize, f64) {
+    let (mut chance, mut missed) = (0.5f64.powi(n.min(1000) as i32), 0.0);
+    let mut best = (0, 1.0 - 2.0 * chance);
+    for cut in 0..n / 2 {
+        missed += chance;
+        let confidence = 1.0 - 2.0 * missed;
+        if cut > 0 && confidence < 0.95 {
+            break;
+        }
+        best = (cut, confidence);
+        chance *= (n - cut) as f64 / (cut + 1) as f64;
+    }
+    (best.0, best.1.max(0.0))
 }
 
 #[cfg(test)]
@@ -222,6 +260,7 @@ pub(crate) mod tests {
             gigabytes_per_s: Some(0.0071),
             operations_per_s: Some(111_000.0),
             cpu_s_per_gib: Some(CpuCost { initiator: 140.0, target: 130.0 }),
+            costs: None,
             rounds: vec![Round {
                 operations: 500,
                 p50_us: p50,
@@ -235,7 +274,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn results() -> Results {
-        let ratio = Spread { median: 1.05, min: 1.0, max: 1.2 };
+        let ratio = Spread::of(vec![1.0, 1.05, 1.2]).expect("values");
         Results {
             schema: "corelane-bench".to_owned(),
             schema_version: SCHEMA_VERSION,
@@ -258,6 +297,7 @@ pub(crate) mod tests {
                 burn: false,
                 spin: None,
                 seed: 42,
+                models: Vec::new(),
             },
             environment: Environment::default(),
             series: vec![
@@ -272,9 +312,10 @@ pub(crate) mod tests {
                 p50_ratio: ratio,
                 p99_ratio: ratio,
                 p999_ratio: ratio,
-                p50_difference_us: Spread { median: 0.5, min: -0.1, max: 0.9 },
+                p50_difference_us: Spread::of(vec![-0.1, 0.5, 0.9]).expect("values"),
                 rate_ratio: Some(ratio),
             }],
+            loads: Vec::new(),
         }
     }
 
@@ -313,6 +354,26 @@ pub(crate) mod tests {
         assert_eq!(median(&[]), None);
         let spread = Spread::of(vec![2.0, 9.0, 1.0]).expect("values");
         assert_eq!((spread.min, spread.max), (1.0, 9.0));
+    }
+
+    #[test]
+    fn the_interval_of_the_median_is_that_of_the_sign_test() {
+        // Tabulated: five values span the median with 93.75%, six with 96.9%; of ten the second and the ninth do with
+        // 97.9%, of twenty the sixth and the fifteenth with 95.9%.
+        for (n, cut, confidence) in [
+            (1, 0, 0.0),
+            (2, 0, 0.5),
+            (5, 0, 0.9375),
+            (6, 0, 0.96875),
+            (10, 1, 0.978_5),
+            (20, 5, 0.958_6),
+        ] {
+            let (found, sure) = median_interval(n);
+            assert_eq!(found, cut, "{n}");
+            assert!((sure - confidence).abs() < 1e-3, "{n}: {sure}");
+        }
+        let spread = Spread::of((1..=10).map(f64::from).collect()).expect("values");
+        assert_eq!((spread.low, spread.high, spread.min), (2.0, 9.0, 1.0));
     }
 
     #[test]

@@ -1,13 +1,14 @@
-//! The five lines at the end: the figures people ask for first, and where the rest is.
+//! The lines at the end: the five figures that people ask for first, and where the rest is.
 
 use std::path::Path;
 
+use super::load::Load;
 use super::results::{Results, Series};
 use crate::case::{Operation, Scenario};
 use crate::units::microseconds;
 
-/// Exactly five lines, whatever was measured.
-pub(crate) fn summary(results: &Results, json: &Path, directory: &Path) -> [String; 5] {
+/// Exactly six lines, whatever was measured.
+pub(crate) fn summary(results: &Results, json: &Path, directory: &Path) -> [String; 6] {
     let ours = || results.series.iter().filter(|row| row.backend == results.options.backend);
     let smallest = |operation| {
         ours()
@@ -40,14 +41,28 @@ pub(crate) fn summary(results: &Results, json: &Path, directory: &Path) -> [Stri
             notification.filter(|row| row.operation == Operation::Notify).map(latency).collect(),
         ),
         line("throughput", fastest.map(latency).into_iter().collect()),
+        line("beside bulk", results.loads.iter().map(|load| beside(load, results)).collect()),
         format!(
-            "{:<14}{} and {} histograms (*.hgrm) in {}; {verified} operations verified",
+            "{:<14}{}, {}, and {} histograms (*.hgrm, *.hlog) beside; {verified} operations verified",
             "files",
+            directory.join("report.html").display(),
             json.display(),
             results.series.len(),
-            directory.display()
         ),
     ]
+}
+
+fn beside(load: &Load, results: &Results) -> String {
+    let id = format!("{}/loaded", load.id);
+    let loaded =
+        results.series.iter().find(|row| row.id == id && row.backend.to_string() == load.backend);
+    let p999 = loaded.map_or(0.0, |row| row.latency_us.p999);
+    format!(
+        "{id} p99.9 {} us, {:.1}% served, bulk keeps {:.0}%",
+        microseconds((p999 * 1e3).round() as u64),
+        load.served_share * 100.0,
+        load.bulk_share.median * 100.0
+    )
 }
 
 fn describe(row: &Series, results: &Results) -> String {
@@ -72,14 +87,19 @@ mod tests {
     use crate::report::results::tests::results;
 
     #[test]
-    fn five_lines_name_the_figures_and_the_files() {
+    fn the_lines_name_the_figures_and_the_files() {
         let lines = summary(&results(), Path::new("out/results.json"), Path::new("out"));
         assert_eq!(lines[0], "small         read/64B p50 9.10 us, p99 18.20 (1.05 x raw-tcp)");
         assert_eq!(lines[1], "KV blocks     not measured");
+        assert_eq!(lines[4], "beside bulk   not measured");
+        let mut loaded = results();
+        loaded.loads.push(crate::report::load_of_backend("corelane"));
+        let lines_loaded = summary(&loaded, Path::new("r"), Path::new("o"));
+        assert!(lines_loaded[4].ends_with("90.0% served, bulk keeps 75%"), "{}", lines_loaded[4]);
         assert!(
-            lines[4].contains("out/results.json") && lines[4].contains("2 histograms"),
+            lines[5].contains("out/results.json") && lines[5].contains("2 histograms"),
             "{}",
-            lines[4]
+            lines[5]
         );
     }
 }

@@ -3,12 +3,13 @@
 use anyhow::Result;
 use hdrhistogram::Histogram;
 
+use super::costs::Costs;
+use super::load::{Load, LoadTally};
 use super::results::{Comparison, CpuCost, Percentiles, Round, Series, Spread};
 use crate::case::{Backend, Case};
 use crate::client::Outcome;
+use crate::cpu::Usage;
 use crate::measure::{Points, histogram, points_of, restore};
-
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// Everything measured so far for one case on one backend.
 pub(crate) struct Tally {
@@ -21,22 +22,32 @@ pub(crate) struct Tally {
     unserved: u64,
     bytes: u64,
     span_ns: u64,
-    cpu_initiator_ns: u64,
-    cpu_target_ns: u64,
+    used_initiator: Usage,
+    used_target: Usage,
     response: Measured,
     service: Measured,
     one_way: Measured,
+    idle: Measured,
+    load: LoadTally,
+}
+
+/// A row of the table with its histograms: of all rounds, and of each.
+pub(crate) struct Row {
+    pub(crate) series: Series,
+    pub(crate) histogram: Histogram<u64>,
+    pub(crate) rounds: Vec<Points>,
 }
 
 /// One kind of latency: all rounds together, and what each contributed.
 struct Measured {
     all: Histogram<u64>,
     rounds: Vec<Round>,
+    round_points: Vec<Points>,
 }
 
 impl Measured {
     fn new() -> Self {
-        Self { all: histogram(), rounds: Vec::new() }
+        Self { all: histogram(), rounds: Vec::new(), round_points: Vec::new() }
     }
 
     fn add_round<'a>(
@@ -57,7 +68,9 @@ impl Measured {
                 p999_us: p999,
                 operations_per_s,
             });
-            restore(&mut self.all, &points_of(&round))?;
+            let points = points_of(&round);
+            restore(&mut self.all, &points)?;
+            self.round_points.push(points);
         }
         Ok(())
     }
@@ -75,11 +88,13 @@ impl Tally {
             unserved: 0,
             bytes: 0,
             span_ns: 0,
-            cpu_initiator_ns: 0,
-            cpu_target_ns: 0,
+            used_initiator: Usage::default(),
+            used_target: Usage::default(),
             response: Measured::new(),
             service: Measured::new(),
             one_way: Measured::new(),
+            idle: Measured::new(),
+            load: LoadTally::new(),
         }
     }
 
@@ -96,9 +111,16 @@ impl Tally {
             self.unserved += outcome.unserved;
             self.bytes += outcome.bytes;
             self.span_ns += outcome.span_ns;
-            self.cpu_initiator_ns += outcome.cpu_initiator_ns;
-            self.cpu_target_ns += outcome.cpu_target_ns;
+            self.used_initiator += outcome.used_initiator;
+            self.used_target += outcome.used_target;
+            if let (Some(shape), Some(load)) = (self.case.load, &outcome.load) {
+                self.load.add(shape, load)?;
+            }
         }
+        fn idle(outcome: &Outcome) -> Option<&Points> {
+            outcome.load.as_ref().map(|load| &load.reads.response)
+        }
+        self.idle.add_round(outcomes.iter().map(idle), None)?;
         let done: u64 = outcomes.iter().map(|outcome| outcome.operations).sum();
         let span_ns: u64 = outcomes.iter().map(|outcome| outcome.span_ns).sum();
         let rate = (span_ns > 0).then(|| done as f64 * 1e9 * self.pairs as f64 / span_ns as f64);
@@ -108,35 +130,43 @@ impl Tally {
     }
 
     /// The rows of this case: one, or two where the target saw something too.
-    pub(crate) fn series(&self) -> Vec<(Series, Histogram<u64>)> {
+    pub(crate) fn series(&self) -> Vec<Row> {
         if self.response.all.is_empty() {
             return Vec::new();
         }
         let id = self.case.id();
+        if self.case.load.is_some() {
+            let rows = [("idle", &self.idle), ("loaded", &self.response)];
+            let row = |(part, measured): (&str, &Measured)| {
+                self.row(&format!("{id}/{part}"), measured, false)
+            };
+            return rows.map(row).into();
+        }
         if !self.case.operation.notifies() {
-            return vec![(self.row(&id, &self.response, true), self.response.all.clone())];
+            return vec![self.row(&id, &self.response, true)];
         }
         let mut rows = Vec::new();
         if !self.one_way.all.is_empty() {
-            rows.push((
-                self.row(&format!("{id}/one-way"), &self.one_way, false),
-                self.one_way.all.clone(),
-            ));
+            rows.push(self.row(&format!("{id}/one-way"), &self.one_way, false));
         }
-        rows.push((
-            self.row(&format!("{id}/round-trip"), &self.response, true),
-            self.response.all.clone(),
-        ));
+        rows.push(self.row(&format!("{id}/round-trip"), &self.response, true));
         rows
     }
 
-    fn row(&self, id: &str, measured: &Measured, rates: bool) -> Series {
+    /// What the two kinds of transfer of a load did to each other.
+    pub(crate) fn load(&self) -> Option<Load> {
+        let case = (self.case.block_bytes, self.case.load?);
+        self.load.figures(&self.case.id(), &self.backend.to_string(), case)
+    }
+
+    fn row(&self, id: &str, measured: &Measured, rates: bool) -> Row {
         // Pairs run side by side: the time that passed is the mean of theirs, the work is the sum.
         let seconds = self.span_ns as f64 / 1e9 / self.pairs as f64;
         let rate = |amount: f64| (rates && seconds > 0.0).then_some(amount / seconds);
         let moved = (rates && self.bytes > 0).then_some(self.bytes as f64);
-        let cpu = |ns: u64, bytes: f64| ns as f64 / 1e9 / (bytes / GIB);
-        Series {
+        let costs = Costs::of(self.used_initiator, self.used_target, self.operations, self.bytes)
+            .filter(|_| rates);
+        let series = Series {
             id: id.to_owned(),
             backend: self.backend,
             scenario: self.case.scenario,
@@ -155,14 +185,18 @@ impl Tally {
                 .then(|| Percentiles::of(&self.service.all)),
             gigabytes_per_s: moved.and_then(|bytes| rate(bytes / 1e9)),
             operations_per_s: rate(self.operations as f64),
-            cpu_s_per_gib: moved.map(|bytes| CpuCost {
-                initiator: cpu(self.cpu_initiator_ns, bytes),
-                target: cpu(self.cpu_target_ns, bytes),
+            cpu_s_per_gib: costs.and_then(|costs| {
+                Some(CpuCost {
+                    initiator: costs.initiator.cpu_s_per_gib?,
+                    target: costs.target.cpu_s_per_gib?,
+                })
             }),
+            costs,
             rounds: measured.rounds.clone(),
             hgrm: format!("{}.{}.hgrm", id.replace('/', "-"), self.backend),
             histogram_ns: points_of(&measured.all),
-        }
+        };
+        Row { series, histogram: measured.all.clone(), rounds: measured.round_points.clone() }
     }
 }
 
@@ -217,8 +251,8 @@ mod tests {
             verified: 164,
             bytes: 100 << 20,
             span_ns: 500_000_000,
-            cpu_initiator_ns: 400_000_000,
-            cpu_target_ns: 200_000_000,
+            used_initiator: Usage { cpu_ns: 400_000_000, ..Usage::default() },
+            used_target: Usage { cpu_ns: 200_000_000, ..Usage::default() },
             response: vec![(latency_ns, 100)],
             one_way: Some(vec![(latency_ns / 2, 100)]),
             placement: "here".to_owned(),
@@ -231,7 +265,8 @@ mod tests {
         let mut tally = Tally::new(case(Operation::Read), Backend::Corelane);
         tally.add_round(&[outcome(10_000), outcome(30_000)]).expect("adds");
         tally.add_round(&[outcome(20_000), outcome(20_000)]).expect("adds");
-        let (row, histogram) = tally.series().remove(0);
+        let Row { series: row, histogram, rounds } = tally.series().remove(0);
+        assert_eq!(rounds.len(), 2);
         assert_eq!(
             (row.operations, histogram.len(), row.pairs, row.rounds.len()),
             (400, 400, 2, 2)
@@ -249,11 +284,11 @@ mod tests {
         let mut tally = Tally::new(case(Operation::WriteNotify), Backend::Corelane);
         tally.add_round(&[outcome(10_000)]).expect("adds");
         let rows = tally.series();
-        let ids: Vec<&str> = rows.iter().map(|(row, _)| row.id.as_str()).collect();
+        let ids: Vec<&str> = rows.iter().map(|row| row.series.id.as_str()).collect();
         assert_eq!(ids, ["write+notify/4KiB/one-way", "write+notify/4KiB/round-trip"]);
-        assert!(rows[0].0.latency_us.p50 < rows[1].0.latency_us.p50);
-        assert_eq!(rows[0].0.operations_per_s, None);
-        assert_eq!(rows[0].0.hgrm, "write+notify-4KiB-one-way.corelane.hgrm");
+        assert!(rows[0].series.latency_us.p50 < rows[1].series.latency_us.p50);
+        assert_eq!(rows[0].series.operations_per_s, None);
+        assert_eq!(rows[0].series.hgrm, "write+notify-4KiB-one-way.corelane.hgrm");
     }
 
     #[test]
@@ -261,7 +296,7 @@ mod tests {
         let tally = |backend, latencies: &[u64]| {
             let mut tally = Tally::new(case(Operation::Read), backend);
             latencies.iter().for_each(|&ns| tally.add_round(&[outcome(ns)]).expect("adds"));
-            tally.series().remove(0).0
+            tally.series().remove(0).series
         };
         // The third round was disturbed for both, the second for ours only.
         let ours = tally(Backend::Corelane, &[11_000, 40_000, 110_000]);

@@ -46,12 +46,12 @@ fn every_scenario_is_measured_and_verified() {
         }
         assert_eq!(
             bench.files().len(),
-            series.len() + 1,
-            "no file but results.json and one per series"
+            2 * series.len() + 2,
+            "no file but results.json, report.html and two per series"
         );
-        let summary: Vec<&str> = ran.stdout.lines().rev().take(5).collect();
+        let summary: Vec<&str> = ran.stdout.lines().rev().take(6).collect();
         assert!(
-            summary[0].starts_with("files") && summary[4].starts_with("small"),
+            summary[0].starts_with("files") && summary[5].starts_with("small"),
             "{}",
             ran.stdout
         );
@@ -336,4 +336,36 @@ fn several_pairs_run_at_the_same_time() {
             (&2.into(), &4.into())
         );
     }
+}
+
+#[test]
+fn reads_beside_writes_are_measured_alone_and_loaded() {
+    let bench = Bench::new();
+    let (ran, results) = bench.results(
+        "loopback --scenario decode-under-prefill --phase-duration 200ms --prefill-bytes 4MiB --rounds 2",
+    );
+    let id = "decode-under-prefill/4KiB@1000+4MiB";
+    let series = results["series"].as_array().expect("series");
+    let ids: Vec<&str> = series.iter().map(|row| row["id"].as_str().expect("an id")).collect();
+    assert_eq!(ids, [format!("{id}/idle"), format!("{id}/loaded")]);
+    let load = &results["loads"][0];
+    assert_eq!((&load["id"], &load["backend"]), (&id.into(), &"corelane".into()));
+    // 1000 a second for 200 ms, twice: all of them were due, whatever became of them.
+    assert_eq!(load["reads_due"], 400);
+    assert!(load["served_share"].as_f64() > Some(0.0));
+    assert!(load["bulk_alone_gb_per_s"]["median"].as_f64() > Some(0.0));
+    assert!(load["bulk_share"]["confidence"].as_f64() == Some(0.5), "two rounds: {load}");
+    let points = series[1]["histogram_ns"].as_array().expect("points").iter();
+    assert_eq!(points.map(|point| point[1].as_u64().expect("a count")).sum::<u64>(), 400);
+    assert!(ran.stdout.contains("small reads beside large writes"), "{}", ran.stdout);
+}
+
+#[test]
+fn a_verification_of_reads_beside_writes_can_fail() {
+    let bench = Bench::new();
+    let ran = bench.run(
+        "loopback --scenario decode-under-prefill --phase-duration 100ms --prefill-bytes 1MiB --rounds 1 --sabotage noop",
+    );
+    assert_eq!(ran.code, 1, "{}", ran.stdout);
+    assert!(ran.stderr.contains("verification failed"), "{}", ran.stderr);
 }

@@ -4,4 +4,5 @@ mod common;
 mod loopback;
 mod nixl;
 mod options;
+mod plot;
 mod processes;

@@ -84,6 +84,7 @@ fn pass(window: usize, operations: u64, rate: Option<f64>) -> Pass {
         notification_bytes: 32,
         last_words: Vec::new(),
         first_notification: 0,
+        phase: None,
     }
 }
 

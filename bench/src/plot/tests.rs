@@ -1,0 +1,185 @@
+use super::charts::charts;
+use super::page;
+use super::svg::with_fixed_colours;
+use super::view::{LineView, RatioView, View};
+use crate::measure::{Points, histogram, points_of};
+use crate::nixl::{Fault, FaultKind};
+use crate::report::{Percentiles, Spread, load_of_backend};
+
+fn line(label: &str, points: &Points) -> LineView {
+    let mut all = histogram();
+    crate::measure::restore(&mut all, points).expect("in range");
+    LineView {
+        label: label.to_owned(),
+        points: points_of(&all),
+        latency_us: Percentiles::of(&all),
+        gigabytes_per_s: Some(1.5),
+        cpu_us_per_operation: Some((9.0, 0.0)),
+    }
+}
+
+/// Names that must be escaped, a distribution of one value, one over many decades, and nothing at all.
+fn view() -> View {
+    let spread = |values: &[f64]| Spread::of(values.to_vec()).expect("values");
+    let mut view = View { title: "a < b & \"c\"".to_owned(), ..View::default() };
+    view.notes.push("<script>alert(1)</script>".to_owned());
+    view.environments
+        .push(("Host".to_owned(), vec![("Kernel".to_owned(), "Linux\u{1}".to_owned())]));
+    let wide: Points = (0..60).map(|n| (100 << (n / 2), 1 << (30 - n / 2))).collect();
+    for size in [64, 4096, 1 << 20] {
+        let case = view.case(&format!("read/{size}B"), Some(("read".to_owned(), size)));
+        case.lines.push(line("CORELANE", &vec![(9_000 + size as u64, 100)]));
+        case.lines.push(line("UCX@UCX_TLS=tcp,<x>", &wide));
+    }
+    let empty = view.case("kv/read/1x1B", None);
+    empty.lines.push(line("CORELANE", &Vec::new()));
+    for id in ["read/64B", "read/4096B", "notify/16B/round-trip"] {
+        view.ratios.push(RatioView {
+            id: id.to_owned(),
+            of: "CORELANE / UCX@UCX_TLS=tcp,<x>".to_owned(),
+            p50: spread(&[0.5, 0.6, 0.7]),
+            p99: spread(&[0.001, 3.0]),
+        });
+    }
+    view.loads.push(load_of_backend("CORELANE"));
+    view.faults.push(Fault {
+        backend: "CORELANE".to_owned(),
+        kind: FaultKind::Kill,
+        reads_ended: 7,
+        longest_stall_ms: 0.5,
+        detected_ms: Some(0.4),
+        error: "remote <disconnect>".to_owned(),
+        recovered_ms: None,
+        recovery_error: String::new(),
+    });
+    view
+}
+
+fn numbers(document: &roxmltree::Document<'_>) -> Vec<f64> {
+    let geometric = ["x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r"];
+    let mut found = Vec::new();
+    for node in document.descendants().filter(roxmltree::Node::is_element) {
+        for attribute in node.attributes() {
+            if geometric.contains(&attribute.name()) {
+                found.push(attribute.value().parse().expect("a number"));
+            } else if attribute.name() == "d" {
+                let parts =
+                    attribute.value().split(['M', 'L', ' ']).filter(|part| !part.is_empty());
+                found.extend(parts.map(|part| part.parse::<f64>().expect("a number")));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_report_is_well_formed_and_shows_every_case() {
+    let view = view();
+    let page = page(&view);
+    let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
+    let document = roxmltree::Document::parse_with_options(&page, options)
+        .unwrap_or_else(|error| panic!("{error}:\n{page}"));
+    for id in ["read/64B", "read/4096B", "read/1048576B", "kv/read/1x1B"] {
+        let figure = document.descendants().find(|node| node.attribute("id") == Some(id));
+        let figure = figure.unwrap_or_else(|| panic!("no {id}"));
+        let lines = figure
+            .descendants()
+            .filter(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "path")));
+        assert!(lines.count() > 0, "{id} has no line");
+    }
+    let places = numbers(&document);
+    assert!(places.len() > 500 && places.iter().all(|place| place.is_finite()));
+    assert!(
+        places.iter().all(|place| (-1.0..=2_000.0).contains(place)),
+        "something is far outside"
+    );
+    assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");
+    assert!(!page.contains("<script"), "text became markup");
+    for outside in ["http://", "https://", "src=", "@import", "url("] {
+        let found = page.replace("http://www.w3.org/2000/svg", "");
+        assert!(!found.contains(outside), "needs something from outside: {outside}");
+    }
+    assert!(page.contains("prefers-color-scheme:dark") && page.contains("90.0%"));
+    assert!(page.contains("remote &lt;disconnect&gt;") && page.contains("400 us"));
+}
+
+#[test]
+fn charts_of_sizes_ratios_and_cases_are_drawn() {
+    let (overviews, cases) = charts(&view());
+    let names: Vec<&str> = overviews.iter().map(|chart| chart.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "read: median latency by size",
+            "read: p99 latency by size",
+            "read: bandwidth by size, one transfer at a time",
+            "CORELANE / UCX@UCX_TLS=tcp,<x>: ratio of latencies"
+        ]
+    );
+    assert_eq!(cases.len(), 4);
+    for chart in overviews.iter().chain(&cases) {
+        let fixed = with_fixed_colours(&chart.svg);
+        roxmltree::Document::parse(&fixed)
+            .unwrap_or_else(|error| panic!("{}: {error}", chart.name));
+        assert!(!fixed.contains("var("), "{} keeps a variable", chart.name);
+    }
+}
+
+/// Labels of one axis must not run into each other.
+#[test]
+fn labels_do_not_overlap() {
+    let (overviews, cases) = charts(&view());
+    for chart in overviews.iter().chain(&cases) {
+        let document = roxmltree::Document::parse(&chart.svg).expect("well-formed");
+        let text = document.descendants().filter(|node| node.tag_name().name() == "text");
+        let boxes: Vec<(f64, f64, f64, String)> = text
+            .map(|node| {
+                let at = |name| {
+                    node.attribute(name).and_then(|text| text.parse::<f64>().ok()).expect("a place")
+                };
+                let label = node.text().unwrap_or_default().to_owned();
+                let width = label.chars().count() as f64 * 6.0;
+                let left = match node.attribute("text-anchor") {
+                    Some("start") => at("x"),
+                    Some("middle") => at("x") - width / 2.0,
+                    _ => at("x") - width,
+                };
+                (left, left + width, at("y"), label)
+            })
+            .collect();
+        for (number, one) in boxes.iter().enumerate() {
+            for other in &boxes[number + 1..] {
+                let apart = one.1 <= other.0 || other.1 <= one.0 || (one.2 - other.2).abs() >= 12.0;
+                assert!(apart, "{}: '{}' runs into '{}'", chart.name, one.3, other.3);
+            }
+        }
+    }
+}
+
+#[test]
+fn several_results_are_told_apart_by_name() {
+    let mut both = View { title: "both".to_owned(), ..View::default() };
+    both.add("before", view());
+    both.add("after", view());
+    assert_eq!(both.cases.len(), 4, "cases of one name share a chart");
+    let labels = both.labels();
+    assert!(labels.contains(&"before: CORELANE".to_owned()), "{labels:?}");
+    assert!(labels.contains(&"after: CORELANE".to_owned()), "{labels:?}");
+    assert!(page(&both).contains("after: UCX@UCX_TLS=tcp"));
+}
+
+#[cfg(feature = "png")]
+#[test]
+fn every_chart_becomes_a_picture() {
+    let directory = tempfile::tempdir().expect("a directory");
+    if let Err(error) = super::png::write(&view(), directory.path()) {
+        // A machine without fonts cannot show that they work.
+        assert!(error.to_string().contains("no font"), "{error:#}");
+        return;
+    }
+    let files = std::fs::read_dir(directory.path()).expect("lists");
+    let pictures: Vec<Vec<u8>> =
+        files.map(|file| std::fs::read(file.expect("a file").path()).expect("reads")).collect();
+    assert_eq!(pictures.len(), 8);
+    assert!(pictures.iter().all(|picture| picture.starts_with(b"\x89PNG") && picture.len() > 2000));
+}
