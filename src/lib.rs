@@ -77,6 +77,9 @@
 mod config;
 mod engine;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod memory;
 mod notification;
 mod peer;
