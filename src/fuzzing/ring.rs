@@ -10,7 +10,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::Choices;
 use crate::transport::local::{
-    MAX_RING_PAYLOAD, Mapping, Message, RemoteRange, Table, TableView, create_channel, open_channel,
+    MAX_RING_PAYLOAD, Mapping, Message, Pushed, RemoteRange, Table, TableView, create_channel,
+    open_channel,
 };
 use crate::wire::{Access, MemoryKind, RailKeys, RegionDescriptor, RegionKey};
 
@@ -54,7 +55,8 @@ pub fn ring(bytes: &[u8]) {
                 let message =
                     Message::Notify { seq: pushed, ack: pushed / 2, payload: &payload[..] };
                 match producer.push(&message) {
-                    Ok(_) => pushed += 1,
+                    Ok(Pushed::Seen | Pushed::Asleep) => pushed += 1,
+                    Ok(Pushed::Full) => {}
                     Err(_) => assert!(forged, "an honest ring is broken"),
                 }
             }

@@ -28,7 +28,6 @@ pub fn options(input: &[u8]) {
     let lanes = match &config.lanes {
         LaneSpec::Auto { count } | LaneSpec::Unpinned { count } => *count,
         LaneSpec::Cores(cores) => cores.len(),
-        _ => unreachable!("options know of no other"),
     };
     assert!((1..=256).contains(&lanes));
     assert!(config.liveness.as_millis() >= 50 && config.liveness.as_secs() <= 86_400);
