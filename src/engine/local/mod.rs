@@ -32,6 +32,9 @@ use crate::wire::frame::{FrameKind, Header};
 const TAKEN: u16 = 0;
 const REFUSED: u16 = 1;
 
+/// Mappings that one peer can make us have.
+const MAX_MAPPED_OF_PEER: usize = 4096;
+
 /// What a peer on this host does with our memory.
 #[derive(Debug)]
 pub(in crate::engine) struct Accessor {
@@ -263,8 +266,9 @@ impl LaneDriver {
                 let Some(theirs) = &attachment.theirs else {
                     return Err("SHARE before ATTACH".into());
                 };
-                // A limit like that on regions, for what a peer can make us map.
-                if theirs.path.mapped_regions() < self.engine.config.limits.regions {
+                // What is not mapped is reached as other memory is.
+                let most = MAX_MAPPED_OF_PEER.min(self.engine.config.limits.regions);
+                if theirs.path.mapped_regions() < most {
                     take_share(theirs, &header, &fds)?;
                 }
             }
