@@ -22,8 +22,8 @@ use crate::engine::links::Phase;
 use crate::session::LinkId;
 use crate::sys;
 use crate::transport::local::{
-    self, Consumer, LAYOUT, LocalPath, PathParts, PeerProcess, Pid, Producer, SharedFd, TableView,
-    Uses,
+    self, Consumer, LAYOUT, LocalPath, PathParts, PeerProcess, Pid, Producer, RING_MESSAGES,
+    SharedFd, TableView, Uses,
 };
 use crate::transport::receive::LocalFrame;
 use crate::wire::RegionKey;
@@ -431,7 +431,8 @@ impl LaneDriver {
 
     /// The session's link is going: what the peer has put into its ring is taken first.
     pub(in crate::engine) fn detach(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        self.drain_ring(slot, usize::MAX, cx);
+        // No more: the peer may go on to fill it for as long as it likes.
+        self.drain_ring(slot, RING_MESSAGES, cx);
         self.rings.retain(|known| *known != slot);
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.core.peer.set_path(None);
