@@ -80,6 +80,9 @@ mod mutation;
 mod config;
 mod engine;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod memory;
 mod notification;
 mod peer;

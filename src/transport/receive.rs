@@ -15,6 +15,8 @@ use crate::sys::{self, Fds, IoSegment};
 use crate::wire::frame::{FLAG_COUNTED, FrameKind, HEADER_BYTES, Header};
 
 const MISPLACED: &str = "protocol error: shared memory where there can be none";
+/// Descriptors that one frame carries at most. A peer may send some with every byte of a header.
+const MAX_FDS: usize = 3;
 
 enum Rx {
     Header,
@@ -150,7 +152,13 @@ impl Receiver {
             None => receive(fd, ahead, into, env)?,
             Some(unix) => {
                 env.counters.receive_calls.add(1);
-                sys::recv_with_fds(fd.as_fd(), into, &mut unix.fds)?
+                let n = sys::recv_with_fds(fd.as_fd(), into, &mut unix.fds)?;
+                if unix.fds.len() > MAX_FDS {
+                    return Err("protocol error: too many descriptors with a frame"
+                        .to_owned()
+                        .into());
+                }
+                n
             }
         };
         self.have += n;

@@ -8,6 +8,7 @@ mod allocations;
 mod buffer;
 mod children;
 mod forge;
+pub mod hostile;
 mod log;
 mod near;
 mod peer_process;
@@ -28,8 +29,8 @@ pub use log::Log;
 pub use near::{Near, transport};
 pub use peer_process::{PeerProcess, Target, from_hex, to_hex};
 pub use process::{
-    allowed_cores, listening_ports, mappings, open_files, pin_process, resident_bytes, threads,
-    writable_ranges,
+    allowed_cores, listening_ports, mappings, mappings_of, open_files, pin_process, resident_bytes,
+    resident_bytes_of, threads, threads_of, writable_ranges,
 };
 pub use proxy::{Passing, Proxy};
 pub use random::Random;

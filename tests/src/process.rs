@@ -17,9 +17,19 @@ pub fn threads() -> usize {
     entries("/proc/self/task")
 }
 
+/// Threads of a process.
+pub fn threads_of(pid: u32) -> usize {
+    entries(&format!("/proc/{pid}/task"))
+}
+
 /// Memory mappings of this process.
 pub fn mappings() -> usize {
-    fs::read_to_string("/proc/self/maps").expect("/proc/self/maps").lines().count()
+    mappings_of(std::process::id())
+}
+
+/// Memory mappings of a process.
+pub fn mappings_of(pid: u32) -> usize {
+    fs::read_to_string(format!("/proc/{pid}/maps")).expect("the process lives").lines().count()
 }
 
 /// Where a process has memory that it may write: addresses and lengths.
@@ -37,7 +47,12 @@ pub fn writable_ranges(pid: u32) -> Vec<(u64, u64)> {
 
 /// Bytes of this process that are in memory.
 pub fn resident_bytes() -> u64 {
-    let statm = fs::read_to_string("/proc/self/statm").expect("/proc/self/statm");
+    resident_bytes_of(std::process::id())
+}
+
+/// Bytes of a process that are in memory.
+pub fn resident_bytes_of(pid: u32) -> u64 {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).expect("the process lives");
     let pages: u64 = statm.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("statm");
     pages * 4096
 }

@@ -11,6 +11,9 @@
 
 mod allocation;
 mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handles;
 mod log;
 mod memory;

@@ -78,8 +78,9 @@ pub(super) fn take_share(theirs: &Theirs, header: &Header, fds: &sys::Fds) -> Re
     let most = len.saturating_add(4 << 20);
     match Mapping::received(fd.as_fd(), len.max(1)..=most, writable, theirs.same_user) {
         Ok(map) => {
-            let memory = PeerMemory { map, base: header.addr, len: header.id };
-            theirs.path.map(RegionKey(header.key), memory);
+            if let Some(memory) = PeerMemory::new(map, header.addr, header.id) {
+                theirs.path.map(RegionKey(header.key), memory);
+            }
         }
         // It is reached as other memory is.
         Err(reason) => tracing::debug!(reason, "memory of a peer's engine is not mapped"),

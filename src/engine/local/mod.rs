@@ -22,7 +22,8 @@ use crate::engine::links::Phase;
 use crate::session::LinkId;
 use crate::sys;
 use crate::transport::local::{
-    self, Consumer, LAYOUT, LocalPath, PathParts, PeerProcess, Producer, SharedFd, TableView, Uses,
+    self, Consumer, LAYOUT, LocalPath, PathParts, PeerProcess, Pid, Producer, RING_MESSAGES,
+    SharedFd, TableView, Uses,
 };
 use crate::transport::receive::LocalFrame;
 use crate::wire::RegionKey;
@@ -32,9 +33,15 @@ use crate::wire::frame::{FrameKind, Header};
 const TAKEN: u16 = 0;
 const REFUSED: u16 = 1;
 
+/// Mappings that one peer can make us have.
+const MAX_MAPPED_OF_PEER: usize = 4096;
+/// Sessions of one process that may have ended with copies in progress. Those of an engine end within microseconds.
+const MAX_LEFT_BEHIND: usize = 16;
+
 /// What a peer on this host does with our memory.
 #[derive(Debug)]
 pub(in crate::engine) struct Accessor {
+    pid: Option<Pid>,
     uses: Uses,
     process: PeerProcess,
 }
@@ -48,14 +55,22 @@ impl Accessors {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, accessor: Arc<Accessor>) {
+    /// Adds one. False: its process has left too many sessions with copies that never ended. Each of them is watched until the
+    /// process ends, with a mapping and descriptors, which must not become more and more.
+    fn add(&self, accessor: Arc<Accessor>) -> bool {
         let mut all = self.lock();
         // Those that are gone for good make room.
         all.retain(|known| {
             let over = || known.uses.in_progress().is_empty() || known.process.is_gone();
             !(known.process.is_disconnected() && over())
         });
+        let left_behind =
+            |known: &&Arc<Accessor>| known.process.is_disconnected() && known.pid == accessor.pid;
+        if all.iter().filter(left_behind).count() >= MAX_LEFT_BEHIND {
+            return false;
+        }
         all.push(accessor);
+        true
     }
 
     /// Waits until every copy that is in progress now has ended, or its process has; false: not in time.
@@ -263,8 +278,9 @@ impl LaneDriver {
                 let Some(theirs) = &attachment.theirs else {
                     return Err("SHARE before ATTACH".into());
                 };
-                // A limit like that on regions, for what a peer can make us map.
-                if theirs.path.mapped_regions() < self.engine.config.limits.regions {
+                // What is not mapped is reached as other memory is.
+                let most = MAX_MAPPED_OF_PEER.min(self.engine.config.limits.regions);
+                if theirs.path.mapped_regions() < most {
                     take_share(theirs, &header, &fds)?;
                 }
             }
@@ -309,7 +325,7 @@ impl LaneDriver {
         let nonce = (header.id, header.key.to_le_bytes());
         let (reach, reason) = local::reach(pid, own, nonce);
         let process = PeerProcess::new(pid, reach.process_memory(), own);
-        let accessor = Arc::new(Accessor { uses: ring.uses(), process });
+        let accessor = Arc::new(Accessor { pid, uses: ring.uses(), process });
         let path = Arc::new(LocalPath::new(PathParts {
             peer: peer.core.peer.name.clone(),
             reach,
@@ -326,9 +342,13 @@ impl LaneDriver {
     fn set_theirs(&mut self, slot: usize, theirs: Result<Theirs, String>, cx: &mut Cx<'_>) -> bool {
         let Some(peer) = self.peers.get_mut(slot) else { return false };
         let Some(attachment) = peer.local.as_mut() else { return false };
+        let theirs = theirs.and_then(|theirs| {
+            let is_known = self.engine.accessors.add(theirs.accessor.clone());
+            let reason = || "copies that its process announced in earlier sessions never ended";
+            is_known.then_some(theirs).ok_or_else(|| reason().into())
+        });
         match theirs {
             Ok(theirs) => {
-                self.engine.accessors.add(theirs.accessor.clone());
                 theirs.ring.set_asleep(self.asleep);
                 attachment.theirs = Some(theirs);
                 attachment.outgoing.push_back(frame(FrameKind::Attached, TAKEN));
@@ -411,7 +431,8 @@ impl LaneDriver {
 
     /// The session's link is going: what the peer has put into its ring is taken first.
     pub(in crate::engine) fn detach(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        self.drain_ring(slot, usize::MAX, cx);
+        // No more: the peer may go on to fill it for as long as it likes.
+        self.drain_ring(slot, RING_MESSAGES, cx);
         self.rings.retain(|known| *known != slot);
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.core.peer.set_path(None);

@@ -13,6 +13,11 @@ use super::requests::ActiveKey;
 use super::{Core, Env, Event, ProtocolError};
 use crate::error::Error;
 use crate::plan::PlanInner;
+use crate::wire::frame::Header;
+use crate::wire::rdma::MAX_QUEUE_PAIRS;
+
+/// Frames about queue pairs that may wait to be sent: more than two engines ever have to say at a time.
+const MAX_TOLD: usize = 4 * MAX_QUEUE_PAIRS;
 
 /// Rails that a connection uses: ours, and the peer's number for its own.
 pub(crate) type RailPairs = SmallVec<[(usize, usize); 2]>;
@@ -191,9 +196,20 @@ impl Core {
         Ok(())
     }
 
-    /// Says something about transport `rdma` to the peer.
-    pub(crate) fn tell(&mut self, header: crate::wire::frame::Header) {
-        self.control.push_back(header);
+    /// Says something about transport `rdma` to the peer. A peer that makes this side say more and more, and reads none of it,
+    /// is cut off.
+    pub(crate) fn tell(&mut self, header: Header) {
+        let waiting = self.control.iter().filter(|waiting| waiting.kind.is_rdma()).count();
+        if waiting < MAX_TOLD {
+            return self.control.push_back(header);
+        }
+        if let Some(link) = self.session_link() {
+            self.close(
+                link,
+                "protocol error: too many RDMA frames without reading the answers",
+                false,
+            );
+        }
     }
 
     /// An acknowledgement was asked for.

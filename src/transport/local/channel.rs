@@ -32,6 +32,8 @@ const USE_COUNT: usize = 32;
 const LINE_WORDS: usize = 8;
 const RING: usize = 4096;
 const SLOTS: u64 = 512;
+/// More messages than a ring holds at a time.
+pub(crate) const RING_MESSAGES: usize = SLOTS as usize;
 const SLOT_BYTES: usize = 128;
 /// Bytes of a slot before the payload: in the first slot of a message, and in the others.
 const FIRST_HEADER: usize = 32;

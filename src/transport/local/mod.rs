@@ -27,8 +27,8 @@ mod shm;
 mod table;
 
 pub(crate) use channel::{
-    Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, Uses, create as create_channel,
-    open as open_channel,
+    Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, RING_MESSAGES, Uses,
+    create as create_channel, open as open_channel,
 };
 pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer};
 pub(crate) use death::PeerProcess;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use smallvec::SmallVec;
@@ -92,13 +93,31 @@ pub(crate) fn reach(
 /// Memory of a peer's engine, mapped here.
 #[derive(Debug)]
 pub(crate) struct PeerMemory {
-    pub(crate) map: Mapping,
+    map: Mapping,
     /// Where the peer has it.
-    pub(crate) base: u64,
-    pub(crate) len: u64,
+    base: u64,
+    len: u64,
+}
+
+/// Mappings of memory of peers' engines in this process. The kernel gives a process 65,530 in all (`vm.max_map_count`), and
+/// without any left nothing works any more.
+static MAPPED: AtomicUsize = AtomicUsize::new(0);
+const MAX_MAPPED: usize = 16_384;
+
+impl Drop for PeerMemory {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl PeerMemory {
+    /// Memory that its owner has at `base`; `None`: this process has as many mappings as it may.
+    pub(crate) fn new(map: Mapping, base: u64, len: u64) -> Option<Self> {
+        let memory = Self { map, base, len };
+        // Counted before it is looked at: `drop` takes it back.
+        (MAPPED.fetch_add(1, Ordering::Relaxed) < MAX_MAPPED).then_some(memory)
+    }
+
     fn translate(&self, segment: &IoSegment) -> Option<IoSegment> {
         let offset = segment.addr().checked_sub(self.base)?;
         let end = offset.checked_add(segment.len() as u64)?;

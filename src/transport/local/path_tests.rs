@@ -89,13 +89,14 @@ fn mapped_memory_is_translated_within_its_bounds_only() {
     let fd = shm::create(c"test", 4096, false).unwrap();
     let map = Mapping::new(fd.as_fd(), 4096, true).unwrap();
     let start = map.addr();
-    let memory = PeerMemory { map, base: 1 << 40, len: 4000 };
+    let memory = PeerMemory::new(map, 1 << 40, 4000).unwrap();
     let at = |addr, len| memory.translate(&IoSegment::new(addr, len)).map(|s| (s.addr(), s.len()));
     assert_eq!(at(1 << 40, 4000), Some((start, 4000)));
     assert_eq!(at((1 << 40) + 100, 5), Some((start + 100, 5)));
     for (addr, len) in [((1 << 40) - 1, 1), ((1 << 40) + 1, 4000), (1 << 40, 4001), (0, 1)] {
         assert_eq!(at(addr, len), None);
     }
-    let lying = PeerMemory { len: 1 << 30, ..memory };
+    let mut lying = memory;
+    lying.len = 1 << 30;
     assert!(lying.translate(&IoSegment::new((1 << 40) + 4000, 97)).is_none());
 }

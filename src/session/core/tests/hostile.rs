@@ -4,11 +4,12 @@ use super::memory::Rng;
 use super::net::link_id;
 use super::world::{CHUNK, World, ms};
 use crate::plan::Operation::{Read, Write};
-use crate::session::core::{Dest, LinkId, MAX_OUTSTANDING, ProtocolError, TxPayload};
+use crate::session::core::{Dest, Event, LinkId, MAX_OUTSTANDING, ProtocolError, TxPayload};
 use crate::sync::SlotState;
 use crate::wire::Access;
 use crate::wire::frame::{FLAG_COUNTED, FLAG_VOID, FrameKind, HEADER_BYTES, Header, MAX_PAYLOAD};
 use crate::wire::hello::LinkKind;
+use crate::wire::rdma::RdmaFrame;
 
 const LEN: usize = 12 * CHUNK;
 
@@ -282,6 +283,18 @@ fn unanswered_pings_are_bounded_and_failed_transfers_do_not_count_as_pings() {
         assert!(frame(&mut w, session, new(FrameKind::Ping), &[]).is_ok());
     }
     refused(frame(&mut w, session, new(FrameKind::Ping), &[]));
+    finish(w);
+}
+
+#[test]
+fn answers_about_queue_pairs_that_nobody_reads_are_bounded() {
+    let (mut w, session) = world(15);
+    for _ in 0..100_000 {
+        w.quiet_call(0, |core, _| core.tell(RdmaFrame::None.encode()));
+    }
+    assert!(w.nodes[0].core.control.len() < 1000, "{}", w.nodes[0].core.control.len());
+    let closes = |event: &Event| matches!(event, Event::Close { link, .. } if *link == session);
+    assert!(w.quiet_call(0, |core, _| core.poll_event()).is_some_and(|event| closes(&event)));
     finish(w);
 }
 

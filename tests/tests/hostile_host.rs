@@ -1,0 +1,540 @@
+//! A peer on the same host that was let in, and shares memory, descriptors and indices that no engine would.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use corelane::{Access, Operation, Peer};
+use corelane_tests::hostile::{Header, HostilePeer, Identity, frame, knock_locally, send_with};
+use corelane_tests::{
+    Near, Random, Target, end_of, eventually, local_config, mappings_of, open_files,
+    resident_bytes_of, target, threads_of,
+};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::eventfd::EventFd;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+const LEN: usize = 1 << 20;
+const MEMORY: u64 = 48 << 20;
+/// Descriptors for watching a process that says that it still copies: two for each of 16 sessions; and some that come and go.
+const LEFT_BEHIND: usize = 2 * 16 + 8;
+/// docs/protocol.md: a channel's length, and the words in it.
+const CHANNEL: usize = 4096 + 512 * 128;
+const HEAD: usize = 8;
+const ASLEEP: usize = 9;
+const USES: usize = 32;
+const RING: usize = 512;
+const SLOT: usize = 16;
+
+fn sealed() -> SealFlag {
+    SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL
+}
+
+/// A memfd with these bytes at its start.
+fn memfd(bytes: &[u8], len: u64, seals: SealFlag) -> File {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"hostile", flags).unwrap());
+    file.set_len(len).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    if !seals.is_empty() {
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    }
+    file
+}
+
+/// Shared memory, mapped here.
+struct Map(*mut AtomicU64, usize);
+
+// SAFETY: it is only touched as atomic words.
+unsafe impl Sync for Map {}
+// SAFETY: as above.
+unsafe impl Send for Map {}
+
+impl Map {
+    fn of(fd: &impl AsRawFd, len: usize) -> Self {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; the result is checked.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+        };
+        assert!(start != libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        Self(start.cast(), len)
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: a page-aligned mapping that lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.0, self.1 / 8) }
+    }
+
+    fn set(&self, word: usize, value: u64) {
+        self.words()[word].store(value, Ordering::SeqCst);
+    }
+
+    /// Puts a message into a slot of the ring; `length` is what it says.
+    fn put(&self, position: u64, kind: u64, length: u64, seq: u64, ack: u64) {
+        let slot = RING + (position % 512) as usize * SLOT;
+        self.set(slot + 1, kind | length << 32);
+        self.set(slot + 2, seq);
+        self.set(slot + 3, ack);
+        self.set(slot, position + 1);
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the range is this mapping, and nothing borrows from it any more.
+        unsafe { libc::munmap(self.0.cast(), self.1) };
+    }
+}
+
+/// An engine in another process, which a well-behaved peer uses all the time.
+struct Victim {
+    far: Target,
+    identity: Identity,
+    near: Near,
+    peer: Peer,
+    files: usize,
+    threads: usize,
+    mappings: usize,
+    memory: u64,
+    magics: [u64; 2],
+    number: u128,
+}
+
+impl Victim {
+    fn new(settings: &str) -> Self {
+        let far = target!("far", LEN, "read", settings);
+        let near = Near::new(local_config(), LEN);
+        let peer = near.connect(&far.metadata);
+        let pid = far.process.id();
+        let mut victim = Self {
+            identity: Identity::of(&far.metadata),
+            far,
+            near,
+            peer,
+            files: 0,
+            threads: 0,
+            mappings: 0,
+            memory: 0,
+            magics: [0; 2],
+            number: 0,
+        };
+        // The layouts are those that it uses itself.
+        let honest = victim.connect();
+        let (link, attach, fds) = honest;
+        assert_eq!((attach.kind, attach.status, fds.len()), (frame::ATTACH, 1, 3));
+        for (index, fd) in fds.into_iter().take(2).enumerate() {
+            let mut word = [0; 8];
+            File::from(fd).read_exact_at(&mut word, 0).unwrap();
+            victim.magics[index] = u64::from_le_bytes(word);
+        }
+        link.stream.end();
+        drop(link);
+        victim.assert_serves();
+        victim.files = open_files(pid);
+        victim.threads = threads_of(pid);
+        victim.mappings = mappings_of(pid);
+        victim.memory = resident_bytes_of(pid);
+        victim
+    }
+
+    /// A session, and what the engine shares with us on it.
+    #[track_caller]
+    fn connect(&mut self) -> (HostilePeer, Header, Vec<OwnedFd>) {
+        self.number += 1;
+        let from = Identity::invented(&format!("hostile-{}", self.number), 1000 + self.number);
+        let stream = knock_locally(self.identity.incarnation);
+        let mut link = HostilePeer::connect(stream, &from, &self.identity);
+        let (header, fds) = link.next_with().unwrap();
+        (link, header, fds)
+    }
+
+    fn table(&self) -> File {
+        let words = [self.magics[0], 1, 16];
+        memfd(&words.map(u64::to_le_bytes).concat(), (8 + 16 * 8) * 8, sealed())
+    }
+
+    fn channel(&self) -> File {
+        memfd(&self.magics[1].to_le_bytes(), CHANNEL as u64, sealed())
+    }
+
+    /// A session with shared memory both ways, as honest engines have it.
+    #[track_caller]
+    fn attach(&mut self) -> Attached {
+        let (mut link, theirs, fds) = self.connect();
+        let doorbell = EventFd::new().unwrap();
+        let (table, channel) = (self.table(), self.channel());
+        let attach = Header { status: 1, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+        assert!(link.send_with(&attach, &[table.as_fd(), channel.as_fd(), doorbell.as_fd()]));
+        assert_eq!(link.next().unwrap().0.kind, frame::ATTACHED);
+        assert!(link.send(&Header::new(frame::ATTACHED), &[]));
+        link.ping(1).unwrap();
+        let ours = Map::of(&channel, CHANNEL);
+        let their_map = Map::of(&fds[1], CHANNEL);
+        Attached { link, theirs, fds, ours, their_map, _doorbell: doorbell }
+    }
+
+    #[track_caller]
+    fn assert_serves(&self) {
+        for len in [64, 300_000] {
+            self.near.memory.poison(0, LEN);
+            let read =
+                self.near.transfer(&self.peer, Operation::Read, (0, 0), &self.far.region, len);
+            end_of(&read).unwrap();
+            self.near.memory.assert_pattern(1, 0, len, 0);
+        }
+        // Not only copied by this side: its lane answers, too.
+        let other = Near::named("other", local_config(), 4096, Access::LOCAL);
+        let peer = other.connect(&self.far.metadata);
+        let read = other.transfer(&peer, Operation::Read, (0, 8192), &self.far.region, 4096);
+        end_of(&read).unwrap();
+        other.memory.assert_pattern(1, 0, 4096, 8192);
+    }
+
+    #[track_caller]
+    fn assert_whole(&mut self) {
+        self.assert_serves();
+        self.far.assert_pattern(1, 0, LEN, 0);
+        let pid = self.far.process.id();
+        eventually("its descriptors are closed", || open_files(pid) <= self.files + LEFT_BEHIND);
+        eventually("what was mapped is unmapped", || {
+            mappings_of(pid) <= self.mappings + LEFT_BEHIND
+        });
+        assert!(threads_of(pid) <= self.threads, "threads were left");
+        let memory = resident_bytes_of(pid);
+        assert!(memory < self.memory + MEMORY, "from {} to {memory} bytes", self.memory);
+    }
+}
+
+struct Attached {
+    link: HostilePeer,
+    theirs: Header,
+    fds: Vec<OwnedFd>,
+    /// The channel that we write.
+    ours: Map,
+    /// The channel that the engine writes.
+    their_map: Map,
+    _doorbell: EventFd,
+}
+
+#[test]
+fn descriptors_that_are_no_shared_memory_are_refused() {
+    let mut victim = Victim::new("");
+    let bell = EventFd::new().unwrap();
+    let (table, channel) = (victim.table(), victim.channel());
+    let magics = victim.magics;
+    let words = |magic: u64| magic.to_le_bytes();
+    let (pipe, _other_end) = std::io::pipe().unwrap();
+    let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+    let no_seals = SealFlag::empty();
+    let may_shrink = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    let bad_tables = [
+        memfd(&words(magics[0]), 4096, no_seals),
+        memfd(&words(magics[0]), 4096, may_shrink),
+        memfd(&words(magics[0]), 4096, SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
+        memfd(&words(magics[0]), 8, sealed()),
+        memfd(&words(magics[0]), 1 << 40, sealed()),
+        memfd(&words(magics[0] ^ 1), 4096, sealed()),
+        memfd(b"", 0, sealed()),
+    ];
+    let bad_channels = [
+        memfd(&words(magics[1]), CHANNEL as u64, no_seals),
+        memfd(&words(magics[1]), CHANNEL as u64, may_shrink),
+        memfd(&words(magics[1]), CHANNEL as u64 - 1, sealed()),
+        memfd(&words(magics[1]), CHANNEL as u64 + 4096, sealed()),
+        memfd(&words(magics[1] ^ 1), CHANNEL as u64, sealed()),
+        // Sealed against the writing that an engine does.
+        memfd(&words(magics[1]), CHANNEL as u64, sealed() | SealFlag::F_SEAL_WRITE),
+    ];
+    let good = [table.as_fd(), channel.as_fd(), bell.as_fd()];
+    let mut cases: Vec<Vec<BorrowedFd<'_>>> = vec![
+        vec![],
+        vec![good[0]],
+        vec![good[0], good[1]],
+        vec![good[1], good[0], good[2]],
+        vec![good[2], good[1], good[0]],
+        vec![good[0], good[1], good[0]],
+        vec![good[0], good[1], null.as_fd()],
+        vec![good[0], good[1], pipe.as_fd()],
+        vec![pipe.as_fd(), good[1], good[2]],
+        vec![null.as_fd(), good[1], good[2]],
+    ];
+    cases.extend(bad_tables.iter().map(|bad| vec![bad.as_fd(), good[1], good[2]]));
+    cases.extend(bad_channels.iter().map(|bad| vec![good[0], bad.as_fd(), good[2]]));
+    let attach = Header { status: 1, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+    for (number, fds) in cases.iter().enumerate() {
+        let (mut link, _, _) = victim.connect();
+        link.send_with(&attach, fds);
+        // Refused or cut off; and never taken.
+        let taken = |frames: &[(Header, Vec<u8>)]| {
+            frames.iter().any(|(header, _)| header.kind == frame::ATTACHED && header.status == 0)
+        };
+        match link.ping(9) {
+            Ok(frames) | Err(frames) => assert!(!taken(&frames), "case {number}"),
+        }
+        victim.assert_serves();
+    }
+    // Another layout; and fields that say where our memory is, which it is not.
+    for status in [0, 2, 0xffff] {
+        let (mut link, _, _) = victim.connect();
+        link.send_with(&Header { status, ..attach }, &good);
+        let Ok(frames) = link.ping(9) else { continue };
+        assert!(frames.iter().all(|(h, _)| h.kind != frame::ATTACHED || h.status == 1), "{status}");
+    }
+    for (id, key) in [(0, 0), (u64::MAX, 5), (u64::MAX - 8, u128::MAX), (1 << 47, 5)] {
+        let (mut link, _, _) = victim.connect();
+        link.send_with(&Header { id, key, ..attach }, &good);
+        let _ = link.ping(9);
+    }
+    // A second time.
+    let mut attached = victim.attach();
+    attached.link.send_with(&attach, &good);
+    assert!(attached.link.ping(9).is_err());
+    drop(attached);
+    victim.assert_whole();
+}
+
+#[test]
+fn more_descriptors_than_any_frame_has_end_the_link() {
+    let mut victim = Victim::new("");
+    let pid = victim.far.process.id();
+    let null = File::open("/dev/null").unwrap();
+    let many = [null.as_fd(); 10];
+    let (link, _, _) = victim.connect();
+    let header = Header::new(frame::ATTACH).encode();
+    let mut most = 0;
+    // With each byte of one header.
+    for byte in &header[..63] {
+        if !send_with(&link.stream, &[*byte], &many) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+        most = most.max(open_files(pid).saturating_sub(victim.files));
+    }
+    println!("{most} descriptors held");
+    assert!(most < 64, "{most} descriptors of a peer are held");
+    drop(link);
+    // With frames that carry none, and with payload.
+    for kind in [frame::PING, frame::SHARE, frame::UNSHARE, frame::NOTIFY, frame::READ] {
+        let (mut link, _, _) = victim.connect();
+        for _ in 0..100 {
+            if !link.send_with(&Header { len: 4, addr: 4, ..Header::new(kind) }, &many) {
+                break;
+            }
+        }
+        eventually("they are closed", || open_files(pid) <= victim.files + 16);
+    }
+    victim.assert_whole();
+}
+
+#[test]
+fn garbage_in_the_ring_ends_the_link() {
+    let mut victim = Victim::new("");
+    let mut random = Random::new(9);
+    let huge = [4097, 1 << 16, 0x7fff_ffff, 0xffff_ffff];
+    type Garble<'a> = Box<dyn Fn(&Attached) + 'a>;
+    let mut cases: Vec<(String, Garble<'_>)> = Vec::new();
+    for length in huge {
+        cases.push((format!("{length} bytes"), Box::new(move |a| a.ours.put(0, 1, length, 0, 0))));
+    }
+    for kind in [0, 3, 4, 0xff] {
+        cases.push((format!("kind {kind}"), Box::new(move |a| a.ours.put(0, kind, 0, 0, 0))));
+    }
+    for seq in [1, u64::MAX] {
+        cases.push((format!("number {seq}"), Box::new(move |a| a.ours.put(0, 1, 4, seq, 0))));
+    }
+    cases.push((
+        "twice".into(),
+        Box::new(|a| {
+            a.ours.put(0, 1, 4, 0, 0);
+            a.ours.put(1, 1, 4, 0, 0);
+        }),
+    ));
+    for ack in [1, 1 << 40, u64::MAX] {
+        cases.push((format!("ack {ack}"), Box::new(move |a| a.ours.put(0, 2, 0, 0, ack))));
+    }
+    cases.push(("ack with payload".into(), Box::new(|a| a.ours.put(0, 2, 8, 0, 0))));
+    for (what, garble) in &cases {
+        let mut attached = victim.attach();
+        garble(&attached);
+        eventually(what, || attached.link.ping(3).is_err());
+    }
+    // Noise everywhere, while it looks.
+    for _ in 0..20 {
+        let attached = victim.attach();
+        for _ in 0..20_000 {
+            let word = random.below(CHANNEL / 8);
+            attached.ours.set(word, random.next() >> (random.below(8) * 8));
+        }
+        for position in 0..512 {
+            let (kind, length) = (random.below(4) as u64, random.below(5000) as u64);
+            attached.ours.put(position, kind, length, random.below(3) as u64, 0);
+        }
+        victim.assert_serves();
+    }
+    victim.assert_whole();
+}
+
+#[test]
+fn lies_about_what_was_taken_end_the_link() {
+    let mut victim = Victim::new("");
+    let region = victim.far.region.clone();
+    for lie in [1, 2, 512, 1 << 32, u64::MAX] {
+        let mut attached = victim.attach();
+        attached.their_map.set(HEAD, lie);
+        attached.their_map.set(ASLEEP, lie);
+        // Have it write: an acknowledgement of a notification.
+        attached.ours.put(0, 1, 8, 0, 0);
+        let _ = attached.link.ping(2);
+        eventually("it has noticed", || {
+            let number = attached.their_map.words()[RING].load(Ordering::SeqCst);
+            attached.link.ping(3).is_err() || number == 0
+        });
+        victim.assert_serves();
+    }
+    // Its own ring overwritten, and uses that never end or that are all taken.
+    let attached = victim.attach();
+    for word in USES..CHANNEL / 8 {
+        attached.their_map.set(word, u64::MAX);
+    }
+    for word in 0..32 {
+        attached.ours.set(USES + word * 8, 1);
+    }
+    victim.assert_serves();
+    drop(attached);
+    assert_eq!(region, victim.far.region);
+    victim.assert_whole();
+}
+
+/// Each session that ends with copies in progress is watched until its process ends: no more than some of them.
+#[test]
+fn copies_that_never_end_are_bounded_over_many_sessions() {
+    let mut victim = Victim::new("");
+    for _ in 0..100 {
+        let (mut link, _, _) = victim.connect();
+        let (table, channel, bell) = (victim.table(), victim.channel(), EventFd::new().unwrap());
+        let ours = Map::of(&channel, CHANNEL);
+        ours.set(USES, 1);
+        let attach = Header { status: 1, ..Header::new(frame::ATTACH) };
+        link.send_with(&attach, &[table.as_fd(), channel.as_fd(), bell.as_fd()]);
+        let _ = link.ping(1);
+    }
+    victim.assert_whole();
+}
+
+/// A ring that is filled as fast as it is emptied holds up nobody: not while the link is up, nor when it ends.
+#[test]
+fn a_ring_that_never_ends_keeps_the_lane_from_nothing() {
+    let mut victim = Victim::new("");
+    let attached = victim.attach();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let ring = &attached.ours;
+        scope.spawn(|| {
+            // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
+            let mut position = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let taken = ring.words()[HEAD].load(Ordering::Relaxed);
+                position = position.max(taken);
+                while position < taken + 512 {
+                    ring.put(position, 2, 0, 0, 0);
+                    position += 1;
+                }
+            }
+        });
+        let watch = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            victim.assert_serves();
+            let before = ring.words()[HEAD].load(Ordering::Relaxed);
+            attached.link.stream.end();
+            for _ in 0..20 {
+                victim.assert_serves();
+            }
+            let taken = ring.words()[HEAD].load(Ordering::Relaxed) - before;
+            println!("{before} messages taken, and {taken} after the end");
+        }));
+        stop.store(true, Ordering::Relaxed);
+        watch.unwrap();
+    });
+    drop(attached);
+    victim.assert_whole();
+}
+
+#[test]
+fn shared_regions_that_are_none_are_not_mapped_and_bounded() {
+    let mut victim = Victim::new("");
+    let pid = victim.far.process.id();
+    let good = memfd(b"", 4096, sealed());
+    let open = memfd(b"", 4096, SealFlag::empty());
+    let share =
+        Header { status: 3, id: 4096, key: 7 << 32, addr: 1 << 20, ..Header::new(frame::SHARE) };
+    let cases = [
+        (Header { id: 0, ..share }, &good),
+        (Header { id: 4097, ..share }, &good),
+        (Header { id: u64::MAX, ..share }, &good),
+        (Header { addr: u64::MAX, ..share }, &good),
+        (Header { status: 0xffff, ..share }, &good),
+        (share, &open),
+    ];
+    for (header, fd) in cases {
+        let mut attached = victim.attach();
+        attached.link.send_with(&header, &[fd.as_fd()]);
+        let _ = attached.link.ping(2);
+        victim.assert_serves();
+    }
+    let mut early = victim.connect().0;
+    early.send_with(&share, &[good.as_fd()]);
+    assert!(early.ping(2).is_err(), "before ATTACH");
+    // Without number.
+    let mut attached = victim.attach();
+    let mut sent = 0u32;
+    for number in 0..70_000u32 {
+        let key = u128::from(number) << 32;
+        if !attached.link.send_with(&Header { key, ..share }, &[good.as_fd()]) {
+            break;
+        }
+        sent += 1;
+    }
+    let _ = attached.link.ping(3);
+    let mapped = mappings_of(pid).saturating_sub(victim.mappings);
+    println!("{sent} regions shared, {mapped} mapped");
+    // The kernel lets a process have 65,530 mappings in all.
+    assert!(mapped < 32_000, "{mapped} mappings");
+    victim.assert_serves();
+    drop(attached);
+    victim.assert_whole();
+}
+
+/// What the engine shares cannot be cut short or written to by who gets it.
+#[test]
+fn what_is_shared_cannot_be_cut_short_or_altered() {
+    let mut victim = Victim::new("");
+    let attached = victim.attach();
+    assert_eq!(attached.theirs.kind, frame::ATTACH);
+    for fd in &attached.fds[..2] {
+        let file = File::from(fd.try_clone().unwrap());
+        let len = file.metadata().unwrap().len();
+        for other in [0, len / 2, len + 4096] {
+            assert!(file.set_len(other).is_err(), "its length was changed to {other}");
+        }
+        assert!(fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).is_err());
+        assert_eq!(file.metadata().unwrap().len(), len);
+    }
+    let table = File::from(attached.fds[0].try_clone().unwrap());
+    assert!(table.write_at(&[0; 8], 8).is_err(), "the region table can be written to");
+    // Holes read as zeros: keys that are gone.
+    let punched = nix::fcntl::fallocate(
+        &table,
+        nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
+            | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        0,
+        4096,
+    );
+    assert!(punched.is_err(), "the region table can be emptied");
+    victim.assert_serves();
+    drop(attached);
+    victim.assert_whole();
+}
