@@ -434,18 +434,18 @@ fn a_ring_that_never_ends_keeps_the_lane_from_nothing() {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let ring = &attached.ours;
-        scope.spawn(|| {
-            // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
-            let mut position = 0;
-            while !stop.load(Ordering::Relaxed) {
-                let taken = ring.words()[HEAD].load(Ordering::Relaxed);
-                position = position.max(taken);
-                while position < taken + 512 {
-                    ring.put(position, 2, 0, 0, 0);
-                    position += 1;
+        // Several, so that one of them always runs; they write the same.
+        for _ in 0..4 {
+            scope.spawn(|| {
+                // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
+                while !stop.load(Ordering::Relaxed) {
+                    let taken = ring.words()[HEAD].load(Ordering::Relaxed);
+                    for position in taken..taken + 512 {
+                        ring.put(position, 2, 0, 0, 0);
+                    }
                 }
-            }
-        });
+            });
+        }
         let watch = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             victim.assert_serves();
             let before = ring.words()[HEAD].load(Ordering::Relaxed);
