@@ -22,6 +22,7 @@ declare_steps() {
     step tests          run_tests
     step doc-tests      run_doc_tests
     step loom           run_loom
+    step fuzz           run_fuzz
     step build          build_and_inspect
     step bench          smoke_bench        has_bench
     step rdma           run_rdma           has_rdma
@@ -50,6 +51,9 @@ prepare() {
     fi
     if is_selected loom; then
         crate_flag_sets+=("$loom_flags")
+    fi
+    if is_selected fuzz; then
+        crate_manifests+=("$repo_root/fuzz/Cargo.toml")
     fi
     need "a C++ compiler" can_compile_cxx g++
     if is_selected clippy || is_selected docs || is_selected nixl; then
@@ -89,6 +93,7 @@ has_rustfmt() {
 
 check_format() {
     cargo fmt --all --check -- --color never
+    cargo fmt --manifest-path fuzz/Cargo.toml --check -- --color never
 }
 
 have_shellcheck() {
@@ -216,6 +221,12 @@ run_loom_tests() {
         printf '%s has no loom test: expected some in a module named loom\n' "$package"
         return 1
     fi
+}
+
+# --- fuzz: every decoder and the protocol core, from the committed corpus, for a moment each
+
+run_fuzz() {
+    CARGO_TARGET_DIR=$target fuzz/run.sh --seconds "${CORELANE_TEST_FUZZ_SECONDS:-10}" --jobs 2
 }
 
 # --- the benchmark as a user runs it
