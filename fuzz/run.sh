@@ -47,21 +47,32 @@ done
 host=$(rustc -vV | sed -n 's/^host: //p')
 readonly host
 
+# True where the toolchain has the sanitizer's run-time library, as those of rustup have.
+has_address_sanitizer() {
+    compgen -G "$(rustc --print target-libdir)/librustc*_rt.asan.a" >/dev/null
+}
+
 # What `cargo fuzz build` would say to the compiler. The sanitizer is one of rustc's unstable options, which
 # RUSTC_BOOTSTRAP lets a stable compiler take.
 build() {
     local flags=(
-        --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module
+        --cfg fuzzing -Cpasses=sancov-module
         -Cllvm-args=-sanitizer-coverage-level=4
         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters
         -Cllvm-args=-sanitizer-coverage-pc-table
         -Cllvm-args=-sanitizer-coverage-trace-compares
         -Cforce-frame-pointers=yes
     )
-    RUSTC_BOOTSTRAP=1 RUSTFLAGS="${flags[*]}" CARGO_TARGET_DIR="$work/build" \
+    if has_address_sanitizer; then
+        flags+=(-Zsanitizer=address)
+    else
+        printf 'without AddressSanitizer, which this toolchain does not have\n'
+    fi
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS="${RUSTFLAGS:-} ${flags[*]}" CARGO_TARGET_DIR="$work/build" \
         cargo build --release --locked --manifest-path "$fuzz_dir/Cargo.toml" --target "$host"
 }
 
+# A minute for one input, since the machine may be busy; they take milliseconds.
 # The largest allocation that one input may cause, in MiB: decoders state less than a page; a session holds one
 # notification of 16 MiB.
 malloc_limit() {
@@ -75,7 +86,7 @@ run_target() {
     local target=$1 log=$work/$1.log verdict=0
     mkdir -p -- "$work/$target" "$work/findings"
     RUST_BACKTRACE=0 "$work/build/$host/release/$target" "$work/$target" "$fuzz_dir/corpus/$target" \
-        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb="$(malloc_limit "$target")" \
+        -max_total_time="$seconds" -timeout=60 -rss_limit_mb=1024 -malloc_limit_mb="$(malloc_limit "$target")" \
         -max_len=8192 -print_final_stats=1 -artifact_prefix="$work/findings/$target-" >"$log" 2>&1 || verdict=$?
     report "$target" "$log" "$verdict"
     return "$verdict"

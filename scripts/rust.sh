@@ -188,12 +188,16 @@ rustup_add() {
 # The crates differ by the cfg flags that a build sets; who builds with others adds them here.
 crate_flag_sets=("")
 
-# Runs cargo fetch for every set of flags.
+# Workspaces whose crates are needed; who builds another one adds it here.
+crate_manifests=("$repo_root/Cargo.toml")
+
+# Runs cargo fetch for every workspace and every set of flags.
 cargo_fetch() {
-    local flags
-    for flags in "${crate_flag_sets[@]}"; do
-        RUSTFLAGS=$flags cargo fetch --locked --manifest-path "$repo_root/Cargo.toml" --target "$(host_triple)" "$@" ||
-            return
+    local flags manifest
+    for manifest in "${crate_manifests[@]}"; do
+        for flags in "${crate_flag_sets[@]}"; do
+            RUSTFLAGS=$flags cargo fetch --locked --manifest-path "$manifest" --target "$(host_triple)" "$@" || return
+        done
     done
 }
 

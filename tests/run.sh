@@ -24,6 +24,7 @@ declare_steps() {
     step loom           run_loom
     step simulator      run_simulator
     step memcheck       run_memcheck       has_valgrind
+    step fuzz           run_fuzz
     step build          build_and_inspect
     step bench          smoke_bench        has_bench
     step rdma           run_rdma           has_rdma
@@ -59,6 +60,9 @@ prepare() {
     fi
     if is_selected loom; then
         crate_flag_sets+=("$loom_flags")
+    fi
+    if is_selected fuzz; then
+        crate_manifests+=("$repo_root/fuzz/Cargo.toml")
     fi
     need "a C++ compiler" can_compile_cxx g++
     if is_selected clippy || is_selected docs || is_selected nixl || is_selected nixl-rdma; then
@@ -98,6 +102,7 @@ has_rustfmt() {
 
 check_format() {
     cargo fmt --all --check -- --color never
+    cargo fmt --manifest-path fuzz/Cargo.toml --check -- --color never
 }
 
 have_shellcheck() {
@@ -265,6 +270,12 @@ run_memcheck() {
             --errors-for-leak-kinds=definite --show-leak-kinds=definite \
             "$program" --test-threads 4 "${too_much_for_memcheck[@]}" </dev/null
     done <"$scratch/memcheck-programs"
+}
+
+# --- fuzz: every decoder and the protocol core, from the committed corpus, for a moment each
+
+run_fuzz() {
+    CARGO_TARGET_DIR=$target fuzz/run.sh --seconds "${CORELANE_TEST_FUZZ_SECONDS:-10}" --jobs 2
 }
 
 # --- the benchmark as a user runs it

@@ -64,6 +64,11 @@ impl<'a> Choices<'a> {
         self.array::<1>()[0]
     }
 
+    /// Once in `n` times.
+    fn rarely(&mut self, n: u8) -> bool {
+        self.u8().is_multiple_of(n)
+    }
+
     fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.array())
     }

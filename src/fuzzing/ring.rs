@@ -19,8 +19,8 @@ use crate::wire::{Access, MemoryKind, RailKeys, RegionDescriptor, RegionKey};
 pub fn ring(bytes: &[u8]) {
     let Ok((mut producer, fd)) = create_channel() else { return };
     let Ok(mut consumer) = open_channel(&*fd) else { return };
-    let Ok(forger) = Mapping::received(fd.as_fd(), 1..=usize::MAX, true, false) else { return };
-    let words = forger.words();
+    let Ok(other) = Mapping::received(fd.as_fd(), 1..=usize::MAX, true, false) else { return };
+    let words = other.words();
     let mut choices = Choices::new(bytes);
     let mut forged = false;
     let (mut pushed, mut taken) = (0u64, 0u64);

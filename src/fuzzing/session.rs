@@ -320,7 +320,7 @@ impl World {
             Ok(Dest::None) => {}
             Ok(dest) => {
                 assert!(header.kind.has_payload());
-                let wait = choices.u8() & 3 == 0;
+                let wait = choices.rarely(4);
                 match self.links.iter_mut().find(|link| link.id == id) {
                     Some(link) => link.arriving = Some(dest),
                     None => self.call(|_, env| Core::drop_payload(dest, env)),
@@ -405,7 +405,7 @@ impl World {
                 }
                 header.addr = header.len + u64::from(choices.u8() & 0x80);
                 header.key = u128::from(choices.u8() & 7) | u128::from(choices.u8() & 3) << 64;
-                if choices.u8() & 7 == 0 {
+                if choices.rarely(8) {
                     header.set_acknowledges(u64::from(choices.u8()));
                 }
                 if header.flags & 2 != 0 {
@@ -454,10 +454,10 @@ impl World {
         }
         self.next_notification = welcome.expects;
         self.session = welcome.session;
-        if choices.u8() & 7 == 0 {
+        if choices.rarely(8) {
             self.call(Core::accept_failed);
         } else {
-            let on_this_host = choices.u8() & 3 == 0;
+            let on_this_host = choices.rarely(4);
             let id = self.add_link(kind);
             let liveness = welcome.liveness_ms;
             self.call(|core, env| core.session_up(id, liveness, false, on_this_host, env));
@@ -469,7 +469,7 @@ impl World {
     fn answer_attempt(&mut self, choices: &mut Choices<'_>) {
         let Some(kind) = self.wanted.pop() else { return };
         let refused = choices.u8();
-        if refused & 3 == 0 {
+        if refused.is_multiple_of(4) {
             return self.fail_attempt(kind, refused);
         }
         if kind == LinkKind::Bulk {
@@ -478,12 +478,12 @@ impl World {
             return self.handle_events();
         }
         let welcome = Welcome {
-            resumed: choices.u8() & 3 == 0,
+            resumed: choices.rarely(4),
             session: if choices.u8() & 1 == 0 { self.session } else { u64::from(choices.u8()) },
             expects: u64::from(choices.u8() % 8),
             liveness_ms: choices.u32(),
         };
-        let on_this_host = choices.u8() & 3 == 0;
+        let on_this_host = choices.rarely(4);
         let id = self.add_link(kind);
         let up = self.call(|core, env| core.session_welcomed(id, &welcome, on_this_host, env));
         if up.is_err() {
@@ -525,7 +525,7 @@ impl World {
         };
         let session = session.id;
         let seq = if choices.u8() < 200 { self.next_notification } else { u64::from(choices.u8()) };
-        let message = if choices.u8() & 3 == 0 {
+        let message = if choices.rarely(4) {
             Message::Ack(u64::from(choices.u8() % 16))
         } else {
             self.next_notification += 1;
@@ -647,7 +647,7 @@ impl World {
             match self.core.next_timeout() {
                 Some(at) if at <= end => {
                     self.now = at.max(self.now);
-                    self.call(|core, env| core.on_timeout(env));
+                    self.call(Core::on_timeout);
                     self.handle_events();
                 }
                 _ => {

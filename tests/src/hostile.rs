@@ -211,6 +211,9 @@ impl Header {
     }
 }
 
+/// A frame of an engine, with body and payload.
+pub type Frame = (Header, Vec<u8>);
+
 /// A link to an engine, over TCP or a Unix socket.
 #[derive(Debug)]
 pub enum Stream {
@@ -395,7 +398,7 @@ impl HostilePeer {
 
     /// The next frame with its payload; `None`: the engine has hung up.
     #[track_caller]
-    pub fn next(&mut self) -> Option<(Header, Vec<u8>)> {
+    pub fn receive(&mut self) -> Option<Frame> {
         let mut bytes = [0; 64];
         read_all(&mut self.stream, &mut bytes)?;
         let header = Header::decode(&bytes);
@@ -409,10 +412,10 @@ impl HostilePeer {
 
     /// Asks whether the engine is still there, and gives all frames until it says so; `Err`: it has hung up.
     #[track_caller]
-    pub fn ping(&mut self, id: u64) -> Result<Vec<(Header, Vec<u8>)>, Vec<(Header, Vec<u8>)>> {
+    pub fn ping(&mut self, id: u64) -> Result<Vec<Frame>, Vec<Frame>> {
         self.send(&Header { id, ..Header::new(frame::PING) }, &[]);
         let mut frames = Vec::new();
-        while let Some((header, payload)) = self.next() {
+        while let Some((header, payload)) = self.receive() {
             if header.kind == frame::PONG && header.id == id {
                 return Ok(frames);
             }
@@ -423,10 +426,10 @@ impl HostilePeer {
 
     /// Ends the conversation, and gives all frames that the engine has sent until it has hung up, too.
     #[track_caller]
-    pub fn end(mut self) -> Vec<(Header, Vec<u8>)> {
+    pub fn end(mut self) -> Vec<Frame> {
         self.stream.end();
         let mut frames = Vec::new();
-        while let Some(next) = self.next() {
+        while let Some(next) = self.receive() {
             frames.push(next);
         }
         frames
@@ -434,7 +437,7 @@ impl HostilePeer {
 
     /// The next frame and the descriptors that came with it (Unix sockets only).
     #[track_caller]
-    pub fn next_with(&mut self) -> Option<(Header, Vec<OwnedFd>)> {
+    pub fn receive_with(&mut self) -> Option<(Header, Vec<OwnedFd>)> {
         let (mut bytes, mut descriptors) = ([0; 64], Vec::new());
         let mut have = 0;
         while have < bytes.len() {

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use corelane::{Access, Operation, Peer};
-use corelane_tests::hostile::{Header, HostilePeer, Identity, frame, knock_locally, send_with};
+use corelane_tests::hostile::{
+    Frame, Header, HostilePeer, Identity, frame, knock_locally, send_with,
+};
 use corelane_tests::{
     Near, Random, Target, end_of, eventually, local_config, mappings_of, open_files,
     resident_bytes_of, target, threads_of,
@@ -149,7 +151,7 @@ impl Victim {
         let from = Identity::invented(&format!("hostile-{}", self.number), 1000 + self.number);
         let stream = knock_locally(self.identity.incarnation);
         let mut link = HostilePeer::connect(stream, &from, &self.identity);
-        let (header, fds) = link.next_with().unwrap();
+        let (header, fds) = link.receive_with().unwrap();
         (link, header, fds)
     }
 
@@ -170,7 +172,7 @@ impl Victim {
         let (table, channel) = (self.table(), self.channel());
         let attach = Header { status: 1, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
         assert!(link.send_with(&attach, &[table.as_fd(), channel.as_fd(), doorbell.as_fd()]));
-        assert_eq!(link.next().unwrap().0.kind, frame::ATTACHED);
+        assert_eq!(link.receive().unwrap().0.kind, frame::ATTACHED);
         assert!(link.send(&Header::new(frame::ATTACHED), &[]));
         link.ping(1).unwrap();
         let ours = Map::of(&channel, CHANNEL);
@@ -270,7 +272,7 @@ fn descriptors_that_are_no_shared_memory_are_refused() {
         let (mut link, _, _) = victim.connect();
         link.send_with(&attach, fds);
         // Refused or cut off; and never taken.
-        let taken = |frames: &[(Header, Vec<u8>)]| {
+        let taken = |frames: &[Frame]| {
             frames.iter().any(|(header, _)| header.kind == frame::ATTACHED && header.status == 0)
         };
         match link.ping(9) {
@@ -434,18 +436,18 @@ fn a_ring_that_never_ends_keeps_the_lane_from_nothing() {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let ring = &attached.ours;
-        scope.spawn(|| {
-            // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
-            let mut position = 0;
-            while !stop.load(Ordering::Relaxed) {
-                let taken = ring.words()[HEAD].load(Ordering::Relaxed);
-                position = position.max(taken);
-                while position < taken + 512 {
-                    ring.put(position, 2, 0, 0, 0);
-                    position += 1;
+        // Several, so that one of them always runs; they write the same.
+        for _ in 0..4 {
+            scope.spawn(|| {
+                // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
+                while !stop.load(Ordering::Relaxed) {
+                    let taken = ring.words()[HEAD].load(Ordering::Relaxed);
+                    for position in taken..taken + 512 {
+                        ring.put(position, 2, 0, 0, 0);
+                    }
                 }
-            }
-        });
+            });
+        }
         let watch = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             victim.assert_serves();
             let before = ring.words()[HEAD].load(Ordering::Relaxed);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use corelane::{Access, Operation, Peer, RegionDescriptor};
 use corelane_tests::hostile::{
-    Header, Hello, HostilePeer, HostileTarget, Identity, Verdict, frame, hear, knock,
+    Frame, Header, Hello, HostilePeer, HostileTarget, Identity, Verdict, frame, hear, knock,
     knock_locally, say, shake,
 };
 use corelane_tests::{
@@ -100,7 +100,7 @@ impl Victim {
 
     /// All that the engine says to a peer: data only of the region, and only as it is.
     #[track_caller]
-    fn assert_discloses_nothing(&self, asked: &Header, frames: &[(Header, Vec<u8>)]) {
+    fn assert_discloses_nothing(&self, asked: &Header, frames: &[Frame]) {
         for (header, payload) in frames {
             if header.kind == frame::DATA {
                 let region: &RegionDescriptor = &self.far.region;
@@ -111,6 +111,9 @@ impl Victim {
         }
     }
 }
+
+/// What is wrong with it, and the frames with their payload.
+type Conversation<'a> = (&'a str, Vec<(Header, &'a [u8])>);
 
 /// Sets a field of a header.
 type Change = (&'static str, fn(&mut Header, u128), &'static [u128]);
@@ -359,7 +362,7 @@ fn ten_thousand_guessed_keys_open_nothing() {
 fn frames_in_the_wrong_order_or_direction_end_the_link() {
     let mut victim = Victim::new("transports=tcp");
     let notify = |aux| Header { aux, len: 4, addr: 4, ..Header::new(frame::NOTIFY) };
-    let cases: [(&str, Vec<(Header, &[u8])>); 12] = [
+    let cases: [Conversation<'_>; 12] = [
         (
             "an answer to nothing",
             vec![(Header { id: 1, len: 4, ..Header::new(frame::DATA) }, b"abcd")],
@@ -442,7 +445,7 @@ fn bulk_links_carry_nothing_else_and_are_bounded() {
         let (verdict, mut link) = bulk(session.session);
         assert_eq!(verdict, Verdict::Welcome(session.session));
         link.send(&Header { kind, ..victim.read(0, 8) }, &[0; 8]);
-        assert_eq!(link.next(), None, "{kind}");
+        assert_eq!(link.receive(), None, "{kind}");
     }
     let mut held = Vec::new();
     let refused = (0..200).find(|_| {
@@ -652,7 +655,7 @@ fn answers_that_do_not_fit_end_the_transfer_and_write_nowhere_else() {
             scope.spawn(|| {
                 let mut link = target.session();
                 let request = loop {
-                    let Some((header, _)) = link.next() else { return };
+                    let Some((header, _)) = link.receive() else { return };
                     if header.kind == frame::READ {
                         break header;
                     }
