@@ -56,7 +56,7 @@ pub(crate) enum Command {
     /// Starts both sides on this host as pinned processes and measures between them
     Loopback(LoopbackArgs),
     /// Measures backends of NIXL side by side, through its C API
-    Nixl(NixlArgs),
+    Nixl(Box<NixlArgs>),
     /// Draws a report of result files, or compares several
     Plot(PlotArgs),
     /// Measures what posting RDMA requests costs, with a device that does nothing

@@ -100,10 +100,22 @@ impl ModelArgs {
         self.model.iter().map(describe).collect()
     }
 
+    /// Blocks and their bytes of a request of so many tokens, where one model was named.
+    pub(crate) fn shape_of_request(&self, tokens: u32) -> Option<(usize, usize)> {
+        match self.model[..] {
+            [model] => Some(self.shape_for(model, tokens)),
+            _ => None,
+        }
+    }
+
     fn shape(&self, model: Model) -> (usize, usize) {
+        self.shape_for(model, self.sequence_length)
+    }
+
+    fn shape_for(&self, model: Model, sequence_length: u32) -> (usize, usize) {
         let (layers, cache) = model.layers_and_cache();
         let whole = |number: u32| number as usize;
-        let pages = whole(self.sequence_length).div_ceil(whole(self.block_tokens));
+        let pages = whole(sequence_length).div_ceil(whole(self.block_tokens));
         let tokens = whole(self.block_tokens) * whole(self.element_bytes);
         match cache {
             // Fewer heads than ranks are replicated: each has one at least.

@@ -74,7 +74,7 @@ impl Contender {
     /// Whether the case is one that it can run: preparing, posting and what runs at the same time are NIXL's.
     pub(crate) fn runs(&self, case: &NixlCase) -> bool {
         // A bare copy is over when it was posted: nothing can run beside it.
-        let of_nixl = [NixlScenario::Post, NixlScenario::DecodeUnderPrefill];
+        let of_nixl = [NixlScenario::Post, NixlScenario::DecodeUnderPrefill, NixlScenario::Trace];
         matches!(self, Self::Nixl(_)) || !of_nixl.contains(&case.scenario)
     }
 }

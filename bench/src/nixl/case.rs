@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::trace::Trace;
 use crate::case::Operation;
 use crate::measure::{LoadShape, READ_SLOTS};
 use crate::units::Bytes;
@@ -23,7 +24,9 @@ pub(crate) enum NixlScenario {
     DecodeUnderPrefill,
     /// A target that dies or stops: when it is noticed, and when reads work again (named only)
     Fault,
-    /// All of them but `fault`
+    /// Requests as a recording has them: --trace (named only)
+    Trace,
+    /// All of them but `fault` and `trace`
     #[serde(skip)]
     All,
 }
@@ -50,6 +53,8 @@ pub(crate) struct NixlCase {
     pub(crate) notification_bytes: usize,
     /// Scenario `decode-under-prefill`: how many of these transfers, and what runs beside them.
     pub(crate) load: Option<LoadShape>,
+    /// Scenario `trace`: what is replayed. `blocks` are then those of the longest request.
+    pub(crate) trace: Option<Trace>,
 }
 
 /// Transfers that operations rotate through together stay within this much memory: a test of latency must not turn
@@ -67,6 +72,9 @@ impl NixlCase {
             NixlScenario::Post => format!("post/{operation}/{blocks}x{size}"),
             NixlScenario::Notify => format!("notify/{}", Bytes(self.notification_bytes)),
             NixlScenario::DecodeUnderPrefill => load_id(size, self.load),
+            NixlScenario::Trace => {
+                format!("trace/{}", self.trace.as_ref().map_or("", |trace| &trace.name))
+            }
             NixlScenario::Sizes | NixlScenario::Fault | NixlScenario::All => {
                 format!("{operation}/{size}")
             }
@@ -83,6 +91,7 @@ impl NixlCase {
         match self.bytes() {
             0 => 0,
             _ if self.load.is_some() => READ_SLOTS,
+            _ if self.trace.is_some() => 1,
             bytes => (SLOT_MEMORY / bytes).clamp(1, MAX_SLOTS),
         }
     }
@@ -138,6 +147,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
             NixlScenario::Notify
             | NixlScenario::DecodeUnderPrefill
             | NixlScenario::Fault
+            | NixlScenario::Trace
             | NixlScenario::All => Vec::new(),
         };
         let mut add = |case: NixlCase| {
@@ -156,6 +166,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
                     block_bytes,
                     notification_bytes,
                     load,
+                    trace: None,
                 });
             }
         }
@@ -169,6 +180,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
                 block_bytes: 0,
                 notification_bytes,
                 load: None,
+                trace: None,
             });
         }
         if scenario == NixlScenario::DecodeUnderPrefill {
@@ -179,6 +191,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
                 block_bytes: options.decode_bytes,
                 notification_bytes: 0,
                 load: Some(options.load),
+                trace: None,
             });
         }
     }

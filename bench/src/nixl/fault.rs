@@ -75,6 +75,7 @@ pub(crate) fn case() -> NixlCase {
         block_bytes: 4096,
         notification_bytes: 0,
         load: None,
+        trace: None,
     }
 }
 

@@ -7,6 +7,7 @@ use super::driver::Driver;
 use super::fault;
 use super::layout::NixlLayout;
 use super::load;
+use super::replay;
 use super::side::Parent;
 use super::wire::{Iterations, Order, Outcome, Reply};
 use crate::case::Operation;
@@ -69,7 +70,9 @@ pub(crate) fn run(
             }
             order => bail!("an initiator cannot obey {order:?}"),
         };
-        let outcome = if let Some(shape) = case.load {
+        let outcome = if let Some(trace) = &case.trace {
+            replay::run(agent, &case, trace, sequence, duration_ns, seed)
+        } else if let Some(shape) = case.load {
             load::run(agent, &case, shape, sequence, duration_ns, seed)
         } else if case.operation == Operation::Notify {
             ping_pong(agent, &case, sequence, (duration_ns, iterations), meter)

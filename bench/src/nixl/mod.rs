@@ -29,6 +29,8 @@ mod options;
 mod pair;
 #[cfg(feature = "nixl")]
 mod raw;
+#[cfg(feature = "nixl")]
+mod replay;
 mod report;
 mod rounds;
 #[cfg(feature = "nixl")]
@@ -37,6 +39,7 @@ mod summary;
 mod tally;
 #[cfg(feature = "nixl")]
 mod target;
+mod trace;
 mod wire;
 
 pub(crate) use case::load_id;

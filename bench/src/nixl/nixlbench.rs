@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::report::{NixlResults, NixlSeries};
 use super::tally::Part;
+use crate::case::Operation;
 use crate::units::parse_bytes;
 
 /// How results are printed.
@@ -124,15 +125,21 @@ impl NixlbenchArgs {
 /// of a batch, all others are for a transfer.
 pub(crate) fn table(results: &NixlResults) -> String {
     let mut text = String::new();
-    let mut last = None;
-    for row in results.series.iter().filter(|row| row.part == Part::Completion) {
-        let head = (&row.backend, row.operation);
-        if last.replace(head) != Some(head) {
-            text += &format!("\n{}, {}\n", row.backend, row.operation.to_string().to_uppercase());
-            text += &cells("Block Size (B)", &HEADER);
-            text += &format!("{}\n", "-".repeat(20 + 15 * HEADER.len()));
+    let mut heads: Vec<(&str, Operation)> = Vec::new();
+    let rows = || results.series.iter().filter(|row| row.part == Part::Completion);
+    for row in rows() {
+        let head = (row.backend.as_str(), row.operation);
+        if !heads.contains(&head) {
+            heads.push(head);
         }
-        text += &cells(&row.block_bytes.to_string(), &figures(row, results));
+    }
+    for (backend, operation) in heads {
+        text += &format!("\n{backend}, {}\n", operation.to_string().to_uppercase());
+        text += &cells("Block Size (B)", &HEADER);
+        text += &format!("{}\n", "-".repeat(20 + 15 * HEADER.len()));
+        for row in rows().filter(|row| row.backend == backend && row.operation == operation) {
+            text += &cells(&row.block_bytes.to_string(), &figures(row, results));
+        }
     }
     text
 }
@@ -197,6 +204,7 @@ mod tests {
             })
             .collect();
         assert_eq!(rows.len(), 2, "{text}");
+        assert_eq!(text.matches("Block Size").count(), 2, "one table for each backend: {text}");
         assert!(rows.iter().all(|row| row.len() == 10 && row[1] == 1.0), "{text}");
         // 64 bytes in 6 us; the transfer of one block is the block's.
         assert!((rows[0][2] - 0.010_6).abs() < 0.001 && (rows[0][3] - rows[0][8]).abs() < 0.2);

@@ -11,6 +11,7 @@ use super::backend::{BackendSpec, Contender, parse_parameter};
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
 use super::fault::{self, FaultKind};
 use super::nixlbench::NixlbenchArgs;
+use super::trace::{self, TraceArgs};
 use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation};
 use crate::load_options::LoadArgs;
@@ -117,6 +118,8 @@ pub(crate) struct NixlArgs {
     #[command(flatten)]
     pub(crate) load: LoadArgs,
     #[command(flatten)]
+    pub(crate) trace: TraceArgs,
+    #[command(flatten)]
     pub(crate) nixlbench: NixlbenchArgs,
     /// What happens to the target in scenario `fault`
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [FaultKind::Kill, FaultKind::Stop], help_heading = "Cases")]
@@ -221,7 +224,7 @@ impl NixlArgs {
                 (vec![NixlScenario::Sizes, NixlScenario::Kv], sizes, many)
             }
         };
-        let cases = cases(&NixlCaseOptions {
+        let mut cases = cases(&NixlCaseOptions {
             scenarios,
             operations: self.op.operations(),
             sizes,
@@ -230,6 +233,7 @@ impl NixlArgs {
             decode_bytes: self.load.decode_bytes,
             load: self.load.shape(),
         });
+        cases.extend(self.trace_case()?);
         let faults = if self.scenario.contains(&NixlScenario::Fault) {
             self.fault.clone()
         } else {
@@ -272,6 +276,27 @@ impl NixlArgs {
         Ok(NixlPlan { cases, faults, backends, arena_bytes: arena })
     }
 
+    /// The case of a recording, where scenario `trace` is asked for.
+    fn trace_case(&self) -> Result<Option<NixlCase>, String> {
+        match (&self.trace.trace, self.scenario.contains(&NixlScenario::Trace)) {
+            (None, false) => Ok(None),
+            (None, true) => Err("--scenario trace needs a recording: --trace FILE".to_owned()),
+            (Some(_), false) => Err("--trace is for --scenario trace".to_owned()),
+            (Some(path), true) => {
+                let trace = trace::read(path, &self.trace, &self.model)?;
+                Ok(Some(NixlCase {
+                    scenario: NixlScenario::Trace,
+                    operation: Operation::Read,
+                    blocks: trace.most_blocks(),
+                    block_bytes: trace.block_bytes,
+                    notification_bytes: 0,
+                    load: None,
+                    trace: Some(trace),
+                }))
+            }
+        }
+    }
+
     /// Transfers of a pass where their number was given.
     pub(crate) fn iterations(&self) -> Iterations {
         let NixlbenchArgs { num_iter, warmup_iter, .. } = self.nixlbench;
@@ -280,7 +305,11 @@ impl NixlArgs {
 
     /// Time for a case on one backend in one round; of a load, for each of its phases.
     pub(crate) fn duration_of(&self, case: &NixlCase) -> Duration {
-        if case.load.is_some() { self.load.phase_duration } else { self.duration }
+        match &case.trace {
+            Some(trace) => trace.duration().max(Duration::from_millis(1)),
+            None if case.load.is_some() => self.load.phase_duration,
+            None => self.duration,
+        }
     }
 
     /// Environment of a backend's processes, on top of ours.
@@ -419,6 +448,9 @@ mod tests {
             ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
             ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
             ("--num_threads 2", "--num_threads"),
+            ("--scenario trace", "--trace FILE"),
+            ("--trace /nowhere.csv", "--scenario trace"),
+            ("--scenario trace --trace /nowhere.csv", "/nowhere.csv"),
             ("--initiator_seg_type VRAM", "--initiator_seg_type"),
             ("--target_seg_type BLK", "--target_seg_type"),
             ("--start_block_size 8192 --max_block_size 4096", "--max_block_size"),
@@ -439,6 +471,7 @@ mod tests {
             "--model gpt-9",
             "--start_block_size 12parsecs",
             "--num_iter 0",
+            "--trace-speed 0",
             "--format xml",
         ] {
             assert!(parse(options).is_err(), "{options}");

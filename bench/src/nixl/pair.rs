@@ -50,6 +50,17 @@ impl NixlPair {
         Ok(pair)
     }
 
+    /// Whether a backend can be had at all: what is wrong with the last of several must not show after all others have run.
+    pub(crate) fn probe(
+        backend: &Contender,
+        options: &NixlArgs,
+        plan: &NixlPlan,
+    ) -> Result<(), Failure> {
+        let smallest = NixlPlan { arena_bytes: 4096, ..plan.clone() };
+        let mut target = start_side(Role::Target, backend, options, &smallest)?;
+        introduction(receive(&mut target, None, START_PATIENCE)?).map(|_| ())
+    }
+
     /// Introduces the two to each other.
     pub(crate) fn introduce(&mut self) -> Result<(), Failure> {
         self.target.send(&self.initiator_order)?;

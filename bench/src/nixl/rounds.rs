@@ -103,6 +103,11 @@ fn run(
     begin: Instant,
 ) -> Result<(), Failure> {
     let backends = plan.backends.len();
+    if backends > 1 {
+        for backend in &plan.backends {
+            NixlPair::probe(backend, options, plan)?;
+        }
+    }
     for round in 1..=options.rounds {
         for (index, backend) in plan.backends.iter().enumerate() {
             crate::say!(

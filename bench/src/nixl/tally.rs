@@ -22,6 +22,8 @@ pub(crate) enum Part {
     Prepare,
     /// From sending a notification to its answer.
     RoundTrip,
+    /// From a request's arrival in a recording to its end.
+    Request,
     /// Reads at a rate, from the moment at which they were due, alone.
     Idle,
     /// The same beside large writes.
@@ -55,6 +57,7 @@ impl NixlTally {
             NixlScenario::Notify => &[Part::RoundTrip][..],
             NixlScenario::Post => &[Part::Prepare, Part::Post, Part::Completion],
             NixlScenario::DecodeUnderPrefill => &[Part::Idle, Part::Loaded],
+            NixlScenario::Trace => &[Part::Request, Part::Post, Part::Prepare],
             NixlScenario::Sizes | NixlScenario::Kv | NixlScenario::Fault | NixlScenario::All => {
                 &[Part::Completion, Part::Post, Part::Prepare]
             }
@@ -89,7 +92,7 @@ impl NixlTally {
         let load = outcome.load.as_ref().unwrap_or(&no_load);
         for part in &mut self.parts {
             let points: &Points = match part.part {
-                Part::Completion | Part::RoundTrip => &outcome.completion,
+                Part::Completion | Part::RoundTrip | Part::Request => &outcome.completion,
                 Part::Post => &outcome.post,
                 Part::Prepare => &outcome.prepare,
                 Part::Idle => &load.reads.response,
@@ -110,6 +113,7 @@ impl NixlTally {
         let id = self.case.id();
         match part {
             Part::Completion if self.case.scenario != NixlScenario::Post => id,
+            Part::Request => id,
             Part::Completion => format!("{id}/completion"),
             Part::Post => format!("{id}/post"),
             Part::Prepare => format!("{id}/prepare"),

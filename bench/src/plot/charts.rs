@@ -85,10 +85,14 @@ fn legend_places<'a>(labels: impl Iterator<Item = &'a str>) -> Vec<(f64, f64)> {
 }
 
 fn cut(label: &str) -> String {
-    if label.chars().count() <= LONGEST_LABEL {
+    cut_to(label, LONGEST_LABEL)
+}
+
+fn cut_to(label: &str, most: usize) -> String {
+    if label.chars().count() <= most {
         return label.to_owned();
     }
-    label.chars().take(LONGEST_LABEL - 1).chain(['…']).collect()
+    label.chars().take(most - 1).chain(['…']).collect()
 }
 
 /// Grid and labels of a vertical axis; labels that would touch are left out.
@@ -149,6 +153,8 @@ fn percentiles(case: &CaseView, labels: &[String]) -> Chart {
     for (above, label) in tail.ticks() {
         let x = tail.at(above);
         svg.line((x, top), (x, bottom), "--grid", 1.0);
+        // The last may be too wide for the margin.
+        let x = x.min(WIDTH - 4.0 - width_of(&label) / 2.0);
         svg.text((x, bottom + 18.0), Anchor::Middle, "--muted", &label);
     }
     frame(
@@ -280,14 +286,15 @@ fn size_chart(
 /// Ratios with their range over the rounds: one row a case, p50 above p99.
 fn ratios<'a>(of: &str, rows: impl Iterator<Item = &'a RatioView>) -> Chart {
     const ROW: f64 = 30.0;
+    const LONGEST_ID: usize = 46;
     let rows: Vec<&RatioView> = rows.collect();
     let name = format!("{of}: ratio of latencies");
     let legend = [
         ("p50".to_owned(), "--line0".to_owned(), ""),
         ("p99; bars: lowest to highest round".to_owned(), "--line1".to_owned(), ""),
     ];
-    let longest = rows.iter().map(|row| width_of(&row.id)).fold(60.0, f64::max);
-    let left = (longest + 20.0).min(WIDTH * 0.48);
+    let longest = rows.iter().map(|row| width_of(&cut_to(&row.id, LONGEST_ID)));
+    let left = longest.fold(60.0, f64::max) + 20.0;
     let top = top_below(&legend_places(legend.iter().map(|(label, ..)| label.as_str())));
     let bottom = top + 8.0 + ROW * rows.len() as f64;
     let mut svg = Svg::new(WIDTH, bottom + 48.0);
@@ -309,7 +316,8 @@ fn ratios<'a>(of: &str, rows: impl Iterator<Item = &'a RatioView>) -> Chart {
     svg.text(((left + RIGHT) / 2.0, bottom + 38.0), Anchor::Middle, "--muted", below);
     for (number, row) in rows.iter().enumerate() {
         let y = top + 8.0 + ROW * (number as f64 + 0.5);
-        svg.text((left - 10.0, y + 4.0), Anchor::End, "--ink", &row.id);
+        let id = cut_to(&row.id, LONGEST_ID);
+        svg.text((left - 10.0, y + 4.0), Anchor::End, "--ink", &id);
         for (spread, y, colour, what) in
             [(row.p50, y - 5.0, "--line0", "p50"), (row.p99, y + 5.0, "--line1", "p99")]
         {

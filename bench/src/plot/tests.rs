@@ -33,7 +33,8 @@ fn view() -> View {
     }
     let empty = view.case("kv/read/1x1B", None);
     empty.lines.push(line("CORELANE", &Vec::new()));
-    for id in ["read/64B", "read/4096B", "notify/16B/round-trip"] {
+    let long = "decode-under-prefill/4096000000001B@1000000+67108863B/loaded";
+    for id in ["read/64B", "read/4096B", "notify/16B/round-trip", long] {
         view.ratios.push(RatioView {
             id: id.to_owned(),
             of: "CORELANE / UCX@UCX_TLS=tcp,<x>".to_owned(),
@@ -148,6 +149,7 @@ fn labels_do_not_overlap() {
             })
             .collect();
         for (number, one) in boxes.iter().enumerate() {
+            assert!(one.0 >= 0.0 && one.1 <= 640.0, "{}: '{}' is cut off", chart.name, one.3);
             for other in &boxes[number + 1..] {
                 let apart = one.1 <= other.0 || other.1 <= one.0 || (one.2 - other.2).abs() >= 12.0;
                 assert!(apart, "{}: '{}' runs into '{}'", chart.name, one.3, other.3);

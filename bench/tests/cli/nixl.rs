@@ -59,6 +59,19 @@ fn bad_options_are_one_line_and_exit_code_2() {
 }
 
 #[test]
+fn a_recording_that_is_none_is_refused_with_its_line() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("bad.csv"), "time_s,bytes\n0,4096\nsoon,4096\n").expect("writes");
+    for (file, expected) in [("bad.csv", "line 3: time_s is 'soon'"), ("none.csv", "none.csv")] {
+        let ran = run(&mut nixl(&bench, &format!("--scenario trace --trace {file}")));
+        assert_eq!(ran.code, 2, "{}", ran.stderr);
+        assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+        assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+        assert_eq!(bench.files(), ["bad.csv"]);
+    }
+}
+
+#[test]
 fn what_is_missing_is_named_with_its_remedy() {
     let bench = Bench::new();
     std::fs::create_dir(bench.path("libs")).expect("creates");
