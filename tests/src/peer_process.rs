@@ -195,6 +195,11 @@ impl PeerProcess {
     /// Kills it, and waits for its end: its memory is out of reach, too.
     pub fn end(&self) {
         self.kill();
+        self.wait_for_end();
+    }
+
+    /// Waits until it has ended.
+    pub fn wait_for_end(&self) {
         self.wait_for(libc::WEXITED);
     }
 }

@@ -52,6 +52,11 @@ pub(crate) struct Outcome {
     pub(crate) in_phase: [bool; 2],
     /// From the signal to the end of the last transfer, in us; none where none had to end.
     pub(crate) detection_us: Option<u64>,
+    /// To the first error, and to the last end of each slot that was posted after the strike or in flight then.
+    pub(crate) first_error_us: Option<u64>,
+    pub(crate) ends_us: Vec<i64>,
+    /// To the end of the victim's process, by the watch's own waiting.
+    pub(crate) exited_us: Option<u64>,
     pub(crate) stopped_ms: u64,
     /// Resident bytes of the victim.
     pub(crate) resident: u64,
@@ -165,6 +170,9 @@ impl Contest {
             strike,
             in_phase: [false; 2],
             detection_us: None,
+            first_error_us: None,
+            ends_us: Vec::new(),
+            exited_us: None,
             stopped_ms: 0,
             resident: 0,
             completed: 0,
@@ -189,7 +197,14 @@ impl Contest {
         // Last, because it ends the silence of phase idle.
         self.board.signal_ns.store(signal, SeqCst);
         match strike {
-            Strike::Kill => self.watch_ends(signal, &mut outcome),
+            Strike::Kill => std::thread::scope(|scope| {
+                let exit = scope.spawn(|| {
+                    victim.wait_for_end();
+                    now_ns()
+                });
+                self.watch_ends(signal, &mut outcome);
+                outcome.exited_us = exit.join().ok().map(|exit| (exit - signal) / 1000);
+            }),
             Strike::Short => self.watch_short(&victim, &mut outcome, &mut random),
             Strike::Long => self.watch_long(&victim, signal, &mut outcome, &mut random)?,
         }
@@ -287,6 +302,12 @@ impl Contest {
             if ended > from && Duration::from_nanos(ended - from) > bound {
                 let took = Duration::from_nanos(ended - from);
                 outcome.problems.push((Kind::Hang, format!("slot {index} ended after {took:?}")));
+            }
+            outcome.ends_us.push((ended as i64 - signal as i64) / 1000);
+            if slot.outcome.load(SeqCst) == outcome::FAILED && ended > signal {
+                let us = (ended - signal) / 1000;
+                outcome.first_error_us =
+                    Some(outcome.first_error_us.map_or(us, |first| first.min(us)));
             }
             // Of one that was posted after the strike, its own time counts where peers only stand still.
             last = last.max(if outcome.strike == Strike::Kill {
