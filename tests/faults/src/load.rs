@@ -23,6 +23,7 @@ pub(crate) const CHURN_WRITE: usize = 8;
 pub(crate) const CONNECTION: usize = 9;
 pub(crate) const RETURN_READ: usize = 10;
 pub(crate) const RETURN_WRITE: usize = 11;
+pub(crate) const SMALL: [usize; 5] = [0, 1, 2, 3, 6];
 /// Slots whose transfers are in flight for long.
 pub(crate) const BULK: [usize; 2] = [4, 5];
 
@@ -129,11 +130,12 @@ pub(crate) struct Slot {
     posted: Option<Instant>,
 }
 
-/// Prepares the load of a side.
-pub(crate) fn slots(
+/// Prepares a part of the load of a side.
+fn slots(
     shared: &Shared,
     local: &Region,
     remote: &RegionDescriptor,
+    wanted: &[usize],
 ) -> Result<Vec<Slot>, Error> {
     let mut at = 0;
     let mut slots = Vec::new();
@@ -160,16 +162,18 @@ pub(crate) fn slots(
             Ok(shared.engine.prepare(operation, &shared.peer, &mine, &there)?.transfer())
         };
         let transfers = places.iter().map(transfer).collect::<Result<_, Error>>()?;
-        slots.push(Slot {
-            index,
-            spec,
-            local_at: at,
-            source_at,
-            transfers,
-            block: 0,
-            number: 0,
-            posted: None,
-        });
+        if wanted.contains(&index) {
+            slots.push(Slot {
+                index,
+                spec,
+                local_at: at,
+                source_at,
+                transfers,
+                block: 0,
+                number: 0,
+                posted: None,
+            });
+        }
         at += spec.len;
     }
     Ok(slots)
@@ -343,7 +347,25 @@ impl Slot {
 }
 
 /// Posts slots again and again until the round ends, and waits for the end of what is then in flight.
-pub(crate) fn drive(shared: &Arc<Shared>, mut slots: Vec<Slot>) {
+pub(crate) fn drive(
+    shared: &Arc<Shared>,
+    local: &Region,
+    remote: &RegionDescriptor,
+    wanted: &[usize],
+) {
+    // Preparing connects already: that, too, waits for its turn.
+    while !(shared.may_connect() || shared.board.control() >= Control::Stop) {
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    let mut slots = match slots(shared, local, remote, wanted) {
+        Ok(slots) => slots,
+        Err(error) => {
+            shared.problem(Kind::Failed, format!("preparing the load: {error}"));
+            return wanted
+                .iter()
+                .for_each(|&slot| shared.own().slots[slot].stopped.store(1, SeqCst));
+        }
+    };
     loop {
         let control = shared.board.control();
         let posting = control == Control::Run && shared.may_post();

@@ -10,7 +10,7 @@ use crate::load::{self, CHURN_BYTES, CHURNS};
 /// How long nothing may write to memory that is nobody's any more.
 const QUARANTINE: Duration = Duration::from_millis(1100);
 /// Sets at a time; then a round waits for the oldest.
-const MAX_SETS: usize = 16;
+const MAX_SETS: usize = 10;
 
 /// What a side needs in a round. All poison while it rests.
 #[derive(Debug)]

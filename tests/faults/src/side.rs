@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::board::{Board, Control, SideBoard, doing, now_ns, outcome};
 use crate::churn;
 use crate::load::{
-    self, BULK, CONNECTION, RETURN_BYTES, RETURN_READ, RETURN_WRITE, SPARE_BYTES, return_at,
+    self, BULK, CONNECTION, RETURN_BYTES, RETURN_READ, RETURN_WRITE, SMALL, SPARE_BYTES, return_at,
 };
 use crate::memory::{Pool, Set};
 use crate::notes::{self, bound_payload};
@@ -158,12 +158,15 @@ impl Shared {
         pattern_of(1 - self.side, self.seed)
     }
 
-    /// Whether transfers may be posted: it is for this side to connect, or that has been done.
-    pub(crate) fn may_post(&self) -> bool {
-        // The board has to say first that it connects.
+    /// Whether this side may do what connects: the board says that it does, or it is done, or its turn has come anyway.
+    pub(crate) fn may_connect(&self) -> bool {
         let connects = self.initiates && self.own().is_doing(doing::HANDSHAKE);
-        let connected = connects || self.was_connected.load(SeqCst);
-        (connected && self.phase != Phase::Idle) || self.board.signalled()
+        connects || self.was_connected.load(SeqCst) || self.board.signalled()
+    }
+
+    /// Whether transfers may be posted.
+    pub(crate) fn may_post(&self) -> bool {
+        self.may_connect() && (self.phase != Phase::Idle || self.board.signalled())
     }
 
     /// Whether an error is the end: the peer is dead, or long silent.
@@ -409,18 +412,18 @@ fn start(
     theirs: &RegionDescriptor,
     their_spare: RegionDescriptor,
 ) -> Result<Vec<JoinHandle<()>>> {
-    let (mut small, mut bulk) = (Vec::new(), Vec::new());
-    for (index, slot) in load::slots(shared, local, theirs)?.into_iter().enumerate() {
-        if BULK.contains(&index) { bulk.push(slot) } else { small.push(slot) }
-    }
     let spawn = |name: &str, work: Box<dyn FnOnce(&Arc<Shared>) + Send>| {
         let shared = shared.clone();
         std::thread::Builder::new().name(name.into()).spawn(move || work(&shared))
     };
+    let driver = |name: &str, wanted: &'static [usize]| {
+        let (local, theirs) = (local.clone(), theirs.clone());
+        spawn(name, Box::new(move |shared| load::drive(shared, &local, &theirs, wanted)))
+    };
     let own = local.clone();
     let mut threads = vec![
-        spawn("small", Box::new(|shared| load::drive(shared, small)))?,
-        spawn("bulk", Box::new(|shared| load::drive(shared, bulk)))?,
+        driver("small", &SMALL)?,
+        driver("bulk", &BULK)?,
         spawn("notes", Box::new(notes::exchange))?,
         spawn("monitor", Box::new(monitor))?,
         spawn("return", Box::new(move |shared| come_back(shared, &own, &their_spare)))?,

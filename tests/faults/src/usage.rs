@@ -10,7 +10,7 @@ pub(crate) struct Samples {
 }
 
 /// Fewer say nothing.
-const ENOUGH: usize = 24;
+const ENOUGH: usize = 100;
 
 impl Samples {
     pub(crate) fn new(name: String) -> Self {
