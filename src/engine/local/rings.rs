@@ -36,7 +36,12 @@ impl LaneDriver {
     }
 
     /// Takes messages of one ring.
-    pub(in crate::engine) fn drain_ring(&mut self, slot: usize, most: usize, cx: &mut Cx<'_>) -> bool {
+    pub(in crate::engine) fn drain_ring(
+        &mut self,
+        slot: usize,
+        most: usize,
+        cx: &mut Cx<'_>,
+    ) -> bool {
         let mut taken = 0;
         while taken < most {
             let Some(peer) = self.peers.get_mut(slot) else { break };
