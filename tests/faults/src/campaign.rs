@@ -219,7 +219,7 @@ fn work(
         liveness: Duration::from_millis(options.liveness),
         slack: options.slack,
     };
-    let mut contest = Contest::new(rules, job)?;
+    let mut contest = Contest::new(rules.clone(), job)?;
     let mut samples = Samples::new(format!("survivor {job}"));
     let locked = || results.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
@@ -236,10 +236,18 @@ fn work(
         let seed = Random::new(options.seed.wrapping_mul(1_000_003) + round as u64).next() >> 20;
         let heavy =
             options.ballast_every > 0 && round % options.ballast_every == options.ballast_every - 1;
-        let outcome = contest
-            .round(round, seed, phase, strike, if heavy { 1024 } else { 0 })
-            .with_context(|| format!("round {round}, seed {seed}, {} {strike:?}", phase.name()))?;
-        locked().add(&outcome)?;
+        match contest.round(round, seed, phase, strike, if heavy { 1024 } else { 0 }) {
+            Ok(outcome) => locked().add(&outcome)?,
+            Err(error) => {
+                let text =
+                    format!("round {round} (seed {seed}, {}, {strike:?}): {error:#}", phase.name());
+                locked().problem(phase, Kind::Failed, text);
+                // Nobody knows what state its processes are in.
+                contest = Contest::new(rules.clone(), job)?;
+                samples = Samples::new(format!("survivor {job}"));
+                continue;
+            }
+        }
         let late = contest.late_so_far()?;
         locked().add_late(late);
         samples.add(contest.usage()?);

@@ -6,6 +6,7 @@
 //! memory of the *watch*, this process) what they do. The watch waits until the board shows the phase that it is after,
 //! strikes the victim, and from then on only reads the board: no engine is asked whether it is still alive.
 
+mod agents;
 mod board;
 mod campaign;
 mod churn;
@@ -40,6 +41,13 @@ enum Command {
     Kill(campaign::Options),
     /// Peers are stopped (SIGSTOP) for less and for longer than the liveness timeout, and go on.
     Stall(campaign::Options),
+    /// Twenty agents connect, transfer, die and return, and nothing grows.
+    Soak(agents::Options),
+    /// Nobody is taken for dead, with a short liveness timeout on cores that are busy.
+    Liveness(agents::Options),
+    /// Some agents; started by the others.
+    #[command(hide = true)]
+    Agents(agents::Role),
     /// A side of a round; started by the others.
     #[command(hide = true)]
     Side(side::Options),
@@ -49,6 +57,12 @@ fn main() -> Result<ExitCode> {
     let good = match Cli::parse().command {
         Command::Kill(options) => campaign::run(&options, false)?,
         Command::Stall(options) => campaign::run(&options, true)?,
+        Command::Soak(options) => agents::soak(&options)?,
+        Command::Liveness(options) => agents::liveness(&options)?,
+        Command::Agents(role) => {
+            agents::run_role(&role)?;
+            true
+        }
         Command::Side(options) => {
             side::run(&options)?;
             true
