@@ -20,6 +20,7 @@ declare_steps() {
     step docs           build_docs
     step other-arch     check_other_arch   has_other_arch
     step tests          run_tests
+    step faults         run_faults
     step doc-tests      run_doc_tests
     step loom           run_loom
     step simulator      run_simulator
@@ -191,6 +192,20 @@ run_cargo_tests() {
     else
         cargo test "$@" "${cargo_features[@]}" --lib --bins --tests --locked --no-fail-fast
     fi
+}
+
+# Peers killed and stopped under load, a selection; docs/reliability.md has the commands and figures of whole runs. Bounds
+# of time are wide, since this machine may have other things to do.
+run_faults() {
+    local faults=$target/debug/corelane-faults transport failed=0
+    cargo build --package corelane-faults "${cargo_features[@]}" --locked
+    for transport in local tcp; do
+        "$faults" kill --transport "$transport" --rounds 60 --slack 50 --log "$log_dir/faults-kill-$transport.jsonl" || failed=1
+        "$faults" stall --transport "$transport" --rounds 60 --jobs 4 --slack 10 \
+            --log "$log_dir/faults-stall-$transport.jsonl" || failed=1
+    done
+    "$faults" soak --duration 10s || failed=1
+    return "$failed"
 }
 
 run_doc_tests() {

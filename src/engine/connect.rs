@@ -68,6 +68,12 @@ impl LaneDriver {
         let Some(metadata) = peer.core.peer.metadata() else {
             return self.cannot_try(slot, "its metadata has not been loaded", cx);
         };
+        if self.peers[slot].last_process.as_ref().is_some_and(|process| process.has_ended()) {
+            // An engine lives in one process. What the kernel has not closed yet would take a connection, and answer nothing.
+            let reason = "its process has ended".into();
+            let failure = ConnectFailure { reason, handshake: None, refused: true };
+            return self.give_up(slot, &failure, cx);
+        }
         let common = metadata.transports & self.engine.identity.transports;
         let mut untried = VecDeque::new();
         if common & TransportKind::Local.bit() != 0 {

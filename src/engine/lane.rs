@@ -14,7 +14,7 @@ use super::EngineShared;
 use super::accept::Adopted;
 use super::connect::Connector;
 use super::links::Link;
-use super::local::Attachment;
+use super::local::{Accessor, Attachment};
 use crate::error::Error;
 use crate::memory::{LaneRegions, RegionInner};
 use crate::peer::{NO_SLOT, PeerShared};
@@ -90,6 +90,8 @@ pub(super) struct LanePeer {
     unload: bool,
     /// What is shared with a peer on this host.
     pub(super) local: Option<Box<Attachment>>,
+    /// Whose memory it was, while there is no session.
+    pub(super) last_process: Option<Arc<Accessor>>,
     /// The queue pairs to it.
     pub(super) rdma: Option<Box<RdmaLink>>,
     /// The transports that it allows.
@@ -221,6 +223,7 @@ impl LaneDriver {
             unsaid_failures: 0,
             unload: false,
             local: None,
+            last_process: None,
             rdma: None,
             transports: 0,
         });

@@ -40,7 +40,7 @@ pub struct PeerProcess {
 impl PeerProcess {
     /// Starts the binary.
     pub fn start(binary: &str) -> Self {
-        Self::run(&mut Command::new(binary)).expect("the peer process starts")
+        Self::start_command(&mut Command::new(binary)).expect("the peer process starts")
     }
 
     /// Starts the binary by another program; that is what signals go to.
@@ -50,7 +50,7 @@ impl PeerProcess {
     pub fn start_by(words: &[&str]) -> Result<Self, String> {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stderr(Stdio::piped());
-        let mut process = Self::run(&mut command).map_err(|error| error.to_string())?;
+        let mut process = Self::start_command(&mut command).map_err(|error| error.to_string())?;
         // Any command: it answers, or its output ends.
         let _ = writeln!(process.input, "allocations").and_then(|()| process.input.flush());
         let answers = process.answers.get_mut().expect("nobody panicked while receiving");
@@ -64,7 +64,11 @@ impl PeerProcess {
         Err(reason.trim().to_owned())
     }
 
-    fn run(command: &mut Command) -> std::io::Result<Self> {
+    /// Starts any program that answers each line of its standard input with one that begins with `ok` or `error`.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_command(command: &mut Command) -> std::io::Result<Self> {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let input = child.stdin.take().expect("its standard input");
         let output = BufReader::new(child.stdout.take().expect("its standard output"));
@@ -191,6 +195,11 @@ impl PeerProcess {
     /// Kills it, and waits for its end: its memory is out of reach, too.
     pub fn end(&self) {
         self.kill();
+        self.wait_for_end();
+    }
+
+    /// Waits until it has ended.
+    pub fn wait_for_end(&self) {
         self.wait_for(libc::WEXITED);
     }
 }

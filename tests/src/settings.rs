@@ -74,6 +74,7 @@ fn set(config: &mut EngineConfig, key: &str, value: &str) -> Option<()> {
         "liveness_ms" => config.liveness = millis()?,
         "operation_ms" => config.operation_timeout = millis()?,
         "connect_ms" => config.connect_timeout = millis()?,
+        "reconnect_ms" => config.reconnect_timeout = millis()?,
         "linger_ms" => config.linger = millis()?,
         "deregister_ms" => config.deregister_timeout = millis()?,
         "stream_idle_ms" => config.stream_idle = millis()?,

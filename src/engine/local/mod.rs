@@ -46,6 +46,13 @@ pub(in crate::engine) struct Accessor {
     process: PeerProcess,
 }
 
+impl Accessor {
+    /// Whether the process is known to be gone for good, and its engine with it.
+    pub(in crate::engine) fn has_ended(&self) -> bool {
+        self.process.has_ended()
+    }
+}
+
 /// All that have, or had, access.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Accessors(Mutex<Vec<Arc<Accessor>>>);
@@ -441,6 +448,7 @@ impl LaneDriver {
             && let Some(theirs) = &attachment.theirs
         {
             theirs.accessor.process.set_disconnected();
+            peer.last_process = Some(theirs.accessor.clone());
         }
     }
 

@@ -34,6 +34,16 @@ impl PeerProcess {
         self.disconnected.load(Ordering::Acquire)
     }
 
+    /// Whether it is known that no thread of it lives in the address space that we knew, so that nothing of it will ever answer:
+    /// long before the kernel has taken its memory away and closes its sockets, 60 ms for each GiB. Some system calls.
+    pub(crate) fn has_ended(&self) -> bool {
+        if self.own {
+            return false;
+        }
+        self.memory.as_ref().is_some_and(|memory| memory.is_empty())
+            || self.pidfd.as_ref().is_some_and(|pidfd| cma::has_exited(pidfd.as_fd()))
+    }
+
     /// Whether no thread of it touches our memory any more, whatever it has counted. Some system calls.
     pub(crate) fn is_gone(&self) -> bool {
         if self.own {

@@ -1,0 +1,82 @@
+//! What processes hold over time: memory, files, threads.
+
+use crate::side::Usage;
+
+/// Samples of one process.
+#[derive(Debug)]
+pub(crate) struct Samples {
+    name: String,
+    samples: Vec<Usage>,
+}
+
+/// Fewer say nothing.
+const ENOUGH: usize = 100;
+
+impl Samples {
+    pub(crate) fn new(name: String) -> Self {
+        Self { name, samples: Vec::new() }
+    }
+
+    pub(crate) fn add(&mut self, usage: Usage) {
+        self.samples.push(usage);
+    }
+
+    fn mean(samples: &[Usage], of: impl Fn(&Usage) -> f64) -> f64 {
+        samples.iter().map(of).sum::<f64>() / samples.len().max(1) as f64
+    }
+
+    /// Prints the second quarter (in the first, pools fill) beside the last; false: it has grown.
+    pub(crate) fn report(&self) -> bool {
+        let quarter = self.samples.len() / 4;
+        if self.samples.len() < ENOUGH {
+            return true;
+        }
+        let (early, late) =
+            (&self.samples[quarter..2 * quarter], &self.samples[self.samples.len() - quarter..]);
+        let mut good = true;
+        let mut line = format!("{:<14}", self.name);
+        let mib = |usage: &Usage| usage.resident as f64 / f64::from(1 << 20);
+        // More than what allocators and a process table move by.
+        let columns: [(&str, f64, f64, f64); 3] = [
+            ("MiB", Self::mean(early, mib), Self::mean(late, mib), 16.0),
+            (
+                "files",
+                Self::mean(early, |usage| usage.files as f64),
+                Self::mean(late, |usage| usage.files as f64),
+                4.0,
+            ),
+            (
+                "threads",
+                Self::mean(early, |usage| usage.threads as f64),
+                Self::mean(late, |usage| usage.threads as f64),
+                2.0,
+            ),
+        ];
+        for (what, early, late, room) in columns {
+            let grown = late > early + room + early * 0.05;
+            good &= !grown;
+            let mark = if grown { " GROWN" } else { "" };
+            line += &format!("  {early:>8.1} -> {late:>8.1} {what}{mark}");
+        }
+        println!("{line}");
+        good
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_leaks_is_found_and_what_is_flat_is_not() {
+        let report = |files: &dyn Fn(usize) -> usize| {
+            let mut samples = Samples::new("x".into());
+            for i in 0..100 {
+                samples.add(Usage { resident: 100 << 20, files: files(i), threads: 5 });
+            }
+            samples.report()
+        };
+        assert!(report(&|i| 20 + i % 3));
+        assert!(!report(&|i| 20 + i / 5));
+    }
+}
