@@ -343,7 +343,7 @@ impl Contest {
         let most = self.rules.liveness.as_micros() as usize * 6 / 10;
         let pause = Duration::from_micros((5000 + random.below(most)) as u64);
         std::thread::sleep(pause);
-        outcome.stopped_ms = pause.as_millis() as u64;
+        outcome.stopped_ms = (now_ns() - self.board.signal_ns.load(SeqCst)) / 1_000_000;
         victim.thaw();
         std::thread::sleep(Duration::from_millis(20 + random.below(40) as u64));
     }
@@ -389,11 +389,9 @@ impl Contest {
         let arrived = || {
             (0..2).all(|from| {
                 let (from, to) = (&self.board.sides[from], &self.board.sides[1 - from]);
-                let quiet = from
-                    .slots
-                    .iter()
-                    .enumerate()
-                    .all(|(index, slot)| !slot.in_flight() || index == CONNECTION);
+                // A slot that looks quiet may be about to be posted, as long as its thread runs.
+                let quiet = from.drivers_ended.load(SeqCst) == 2
+                    && from.slots[..CONNECTION].iter().all(|slot| !slot.in_flight());
                 let dropped = if strike == Strike::Long { from.dropped.load(SeqCst) } else { 0 };
                 let sent = from.sent.load(SeqCst);
                 quiet && to.received.load(SeqCst) + dropped >= sent && unseen(from, strike) == 0

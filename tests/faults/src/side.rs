@@ -419,7 +419,8 @@ fn start(
     theirs: &RegionDescriptor,
     their_spare: RegionDescriptor,
 ) -> Result<Vec<JoinHandle<()>>> {
-    let spawn = |name: &str, work: Box<dyn FnOnce(&Arc<Shared>) + Send>| {
+    type Work = Box<dyn FnOnce(&Arc<Shared>) + Send>;
+    let spawn = |name: &str, work: Work| {
         let shared = shared.clone();
         std::thread::Builder::new().name(name.into()).spawn(move || work(&shared))
     };
