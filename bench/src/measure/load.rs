@@ -45,7 +45,7 @@ impl Phase {
     }
 }
 
-/// Where the caller posts: reads by their slot, the write as the slot [`Posting::bulk_slot`].
+/// Where the caller posts: reads by their slot, the write as the slot behind those.
 pub(crate) trait Posting {
     fn post(&mut self, slot: usize) -> Result<()>;
     /// A posted slot that has ended since the last call, if any.
