@@ -130,14 +130,18 @@ impl Core {
         let key = ActiveKey::from_bits(key);
         let Some(active) = self.active_mut(key) else { return };
         let notified = matches!(end, WiredEnd::Done { notified: true });
+        let later_turn = active.was_posted_before(env.now);
         if let Some(payload) = active.end_wired(notified) {
             self.peer.release(1, payload);
             env.counters.notifications_sent.add(1);
         }
         match end {
             WiredEnd::Done { .. } => {
-                // Completions are looked for when a turn begins, just after its look at the clock.
-                env.clock = None;
+                // Completions are looked for when a turn begins, just after its look at the clock: that is good enough, but for
+                // what was posted in the same turn.
+                if later_turn {
+                    env.clock = None;
+                }
                 self.finish(key.slot, env);
             }
             WiredEnd::Stopped => self.fail(key.slot, Error::Cancelled, env),

@@ -108,6 +108,11 @@ impl Active {
         self.notification.take().map(|payload| payload.len())
     }
 
+    #[inline]
+    pub(super) fn was_posted_before(&self, now: Instant) -> bool {
+        self.posted < now
+    }
+
     pub(super) fn begin_again(&mut self) {
         self.redone = self.redone.saturating_add(1);
     }
