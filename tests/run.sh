@@ -290,7 +290,7 @@ run_memcheck() {
 # --- fuzz: every decoder and the protocol core, from the committed corpus, for a moment each
 
 run_fuzz() {
-    CARGO_TARGET_DIR=$target fuzz/run.sh --seconds "${CORELANE_TEST_FUZZ_SECONDS:-10}" --jobs 2
+    CARGO_TARGET_DIR=$target fuzz/run.sh --seconds "${CORELANE_TEST_FUZZ_SECONDS:-5}" --jobs 2
 }
 
 # --- the benchmark as a user runs it
