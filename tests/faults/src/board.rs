@@ -85,8 +85,8 @@ pub(crate) struct SideBoard {
     pub(crate) doubled: AtomicU64,
     /// That this side's engine says it has dropped.
     pub(crate) dropped: AtomicU64,
-    /// Threads that post no more.
-    pub(crate) drivers_ended: AtomicU64,
+    /// Threads that post and send no more.
+    pub(crate) senders_ended: AtomicU64,
     pub(crate) slots: [SlotBoard; SLOTS],
     /// The descriptor of the region that comes and goes: even number while it is whole.
     churn_version: AtomicU64,

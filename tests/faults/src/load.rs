@@ -378,7 +378,7 @@ pub(crate) fn drive(
             };
         }
         if control >= Control::Stop && slots.iter().all(|slot| slot.posted.is_none()) {
-            shared.own().drivers_ended.fetch_add(1, SeqCst);
+            shared.own().senders_ended.fetch_add(1, SeqCst);
             return;
         }
         if !worked {

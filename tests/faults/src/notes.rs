@@ -158,8 +158,12 @@ pub(crate) fn exchange(shared: &Arc<Shared>) {
     let mut sender = Sender::new(shared);
     let before = shared.engine.stats().totals.notifications_dropped;
     let mut look = Instant::now();
+    let mut may_send = true;
     loop {
         let control = shared.board.control();
+        if control >= Control::Stop && std::mem::take(&mut may_send) {
+            shared.own().senders_ended.fetch_add(1, SeqCst);
+        }
         let mut worked = take(shared) > 0;
         if control == Control::Run && shared.may_post() && shared.phase != Phase::Idle {
             worked |= sender.send(shared);

@@ -119,6 +119,9 @@ fn spin(time: Duration) {
     }
 }
 
+/// Threads of a side that post or send: two of the load, one of the notifications.
+const SENDERS: u64 = 3;
+
 /// Nothing hangs that takes no longer, on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -389,8 +392,9 @@ impl Contest {
         let arrived = || {
             (0..2).all(|from| {
                 let (from, to) = (&self.board.sides[from], &self.board.sides[1 - from]);
-                // A slot that looks quiet may be about to be posted, as long as its thread runs.
-                let quiet = from.drivers_ended.load(SeqCst) == 2
+                // A slot that looks quiet may be about to be posted, and a notification to be sent, by a thread that
+                // has not looked at the board since.
+                let quiet = from.senders_ended.load(SeqCst) == SENDERS
                     && from.slots[..CONNECTION].iter().all(|slot| !slot.in_flight());
                 let dropped = if strike == Strike::Long { from.dropped.load(SeqCst) } else { 0 };
                 let sent = from.sent.load(SeqCst);
