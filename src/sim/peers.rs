@@ -157,17 +157,10 @@ impl Node {
     pub fn unload(&mut self, peer: &Peer) -> TicketHandle {
         self.table.remove(&peer.0);
         peer.0.set_unloaded();
-        let ticket = Ticket::new();
-        match self.slot_of(&peer.0) {
-            Some(slot) => {
-                self.peers[slot].unload = true;
-                let deadline = self.now + self.config.linger;
-                let answer = ticket.clone();
-                self.with_core(slot, Input::Leave, |core, env| core.leave(deadline, answer, env));
-            }
-            None => ticket.complete(0),
+        if let Some(slot) = self.slot_of(&peer.0) {
+            self.peers[slot].unload = true;
         }
-        TicketHandle(TicketKind::Left(ticket))
+        self.disconnect(peer)
     }
 
     /// Ends the session with a peer.
