@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use corelane::{AssistMode, Engine, EngineConfig, Error, LaneSpec, Spin, TransportKind};
 
-/// The defaults, listening on the loopback address only.
+/// The defaults, listening on the loopback address only. Who says goodbye to a living peer is not hurried: on a slow machine
+/// the first connection alone can take longer than lingering does.
 pub fn local_config() -> EngineConfig {
     let mut config = EngineConfig::default();
+    config.linger = Duration::from_secs(20);
     config.listen.addresses = vec![Ipv4Addr::LOCALHOST.into()];
     config
 }
