@@ -46,7 +46,7 @@ pub fn ring(bytes: &[u8]) {
             }
             // How far the consumer says it is.
             2 => {
-                words[8].store(u64::from(choices.u16()), Ordering::SeqCst);
+                words[16].store(u64::from(choices.u16()), Ordering::SeqCst);
                 forged = true;
             }
             3 | 4 => {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! byte     0  layout; at 16 the nonce that shows the consumer whose memory it reaches
-//!         64  written by the consumer: head, asleep
+//!         64  written by the consumer, rarely, and read by the producer at every message: asleep
+//!        128  written by the consumer at every message, and read by the producer when the ring looks full: head
 //!        256  written by the producer's threads: uses[32], a line each; odd: a copy is in progress
 //!       4096  ring[512] of 128 bytes, written by the producer's lane
 //! ```
@@ -25,8 +26,10 @@ use super::shm::{self, Mapping, SharedFd};
 
 const MAGIC: u64 = 0x6e61_6863_7261_6300 | LAYOUT as u64;
 const NONCE: usize = 2;
-const HEAD: usize = 8;
-const ASLEEP: usize = 9;
+/// In lines of their own, and of the pair that is fetched together: where they shared one, it went to and fro with every
+/// message.
+const ASLEEP: usize = 8;
+const HEAD: usize = 16;
 const USES: usize = 32;
 const USE_COUNT: usize = 32;
 const LINE_WORDS: usize = 8;

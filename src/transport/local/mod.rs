@@ -38,4 +38,4 @@ pub(crate) use shm::{Mapping, SharedFd};
 pub(crate) use table::{RemoteRange, Table, TableView};
 
 /// Layout of the shared memory; both sides must agree.
-pub(crate) const LAYOUT: u16 = 1;
+pub(crate) const LAYOUT: u16 = 2;
