@@ -234,15 +234,7 @@ impl FdTable {
             }
             return;
         }
-        let mut position = self.hot.len();
-        while position > 0 {
-            position -= 1;
-            let Some(index) = self.hot.get(position).copied() else { continue };
-            let entry = &self.entries[index as usize];
-            if entry.calm && now_ns.saturating_sub(entry.last_active_ns) > HOT_IDLE_NS {
-                self.cool_and_watch(index);
-            }
-        }
+        self.cool_calm(now_ns);
         let excess = self.hot.len().saturating_sub(keep);
         if excess == 0 {
             return;
@@ -263,6 +255,19 @@ impl FdTable {
             self.cool_and_watch(*index);
         }
         self.scratch = idle;
+    }
+
+    /// Lets calm descriptors cool that have been idle for long; whoever called has the lane's thread do the ring work.
+    pub(crate) fn cool_calm(&mut self, now_ns: u64) {
+        let mut position = self.hot.len();
+        while position > 0 {
+            position -= 1;
+            let Some(index) = self.hot.get(position).copied() else { continue };
+            let entry = &self.entries[index as usize];
+            if entry.calm && now_ns.saturating_sub(entry.last_active_ns) > HOT_IDLE_NS {
+                self.cool_and_watch(index);
+            }
+        }
     }
 
     fn cool_and_watch(&mut self, index: u32) {

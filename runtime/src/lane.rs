@@ -198,7 +198,11 @@ impl<D: Driver> Lane<D> {
         // SAFETY: the token was just acquired, so this thread is in no turn of this lane.
         let (turn, needs_lane) = unsafe {
             let turn = shared.turn(None, Some(before_ns));
-            (turn, shared.token.with(|core| core.pump.needs_lane()))
+            let needs_lane = shared.token.with(|core| {
+                core.pump.cool_calm();
+                core.pump.needs_lane()
+            });
+            (turn, needs_lane)
         };
         shared.counters.assisted_turns.add(1);
         shared.token.release();

@@ -12,6 +12,8 @@ use crate::{FdId, Interest, Start, TimerId, fds::FdTable, wheel::Wheel};
 
 /// A tick of the timer wheel is 2^20 ns, 1.05 ms.
 pub(crate) const TICK_BITS: u32 = 20;
+/// How often hot descriptors are looked through for idle ones.
+pub(crate) const COOL_EVERY_NS: u64 = 50_000;
 
 /// What a timer of the wheel is for.
 #[derive(Clone, Copy)]
@@ -41,6 +43,8 @@ pub(crate) struct Pump {
     pub(crate) fds: FdTable,
     pub(crate) wheel: Wheel<TimerKind>,
     sleepers: Slab<Waker>,
+    /// When callers look for calm descriptors next.
+    calm_at_ns: u64,
 }
 
 impl Pump {
@@ -54,6 +58,7 @@ impl Pump {
             fds: FdTable::with_capacity(capacity),
             wheel: Wheel::with_capacity(capacity),
             sleepers: Slab::with_capacity(64),
+            calm_at_ns: 0,
         }
     }
 
@@ -114,6 +119,16 @@ impl Pump {
 
     pub(crate) fn take_sleeper(&mut self, key: u32) -> Option<Waker> {
         self.sleepers.try_remove(key as usize)
+    }
+
+    /// After a turn on a caller's thread: the lane's own may not come for as long as callers drive, and until then a calm
+    /// descriptor that was hot at the beginning would cost each of their turns a system call, 0.2 us. A load where none is hot.
+    #[inline]
+    pub(crate) fn cool_calm(&mut self) {
+        if self.fds.hot_count() > 0 && self.now_ns >= self.calm_at_ns {
+            self.calm_at_ns = self.now_ns + COOL_EVERY_NS;
+            self.fds.cool_calm(self.now_ns);
+        }
     }
 
     /// After a turn on a caller's thread: whether the lane's thread must wake up to keep its promises.
@@ -198,5 +213,34 @@ impl Cx<'_> {
     /// Whether this turn runs on the lane's own thread.
     pub fn on_lane_thread(&self) -> bool {
         self.pump.on_lane_thread
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fds::HOT_IDLE_NS;
+
+    #[test]
+    fn callers_let_calm_descriptors_cool_and_call_the_lane_that_stands_by() {
+        let mut pump = Pump::new(Instant::now(), 4);
+        let calm = pump.fds.add(8, 1, Interest::READABLE, Start::Hot, 0);
+        pump.fds.set_calm(calm, true);
+        pump.fds.add(9, 2, Interest::READABLE, Start::Hot, 0);
+        pump.intent = Intent::Standby;
+        pump.set_now_ns(HOT_IDLE_NS);
+        pump.cool_calm();
+        assert_eq!((pump.fds.hot_count(), pump.needs_lane()), (2, false), "not idle yet");
+        pump.set_now_ns(HOT_IDLE_NS + COOL_EVERY_NS);
+        pump.cool_calm();
+        assert_eq!(
+            (pump.fds.hot_count(), pump.needs_lane()),
+            (1, true),
+            "the ring has to watch it"
+        );
+        // The other is one of those that may stay hot.
+        pump.set_now_ns(10 * HOT_IDLE_NS);
+        pump.cool_calm();
+        assert_eq!(pump.fds.hot_count(), 1);
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     executor::{Executor, yield_to_tasks},
     placement,
     policy::{Idle, Policy},
-    pump::{Intent, Pump, TICK_BITS},
+    pump::{COOL_EVERY_NS, Intent, Pump, TICK_BITS},
     ring::{Doorbell, Ring},
     shared::{Core, DEDICATED, DRIVEN_NS, ENDED, Shared, Turn, lock},
     sleep::LaneState,
@@ -36,8 +36,6 @@ const STANDBY_MAX_NS: u64 = 10_000_000;
 const STANDBY_SHARE: u64 = 16;
 /// A stand-by that begins this soon after the last goes on where that was.
 const STANDBY_AGAIN_NS: u64 = 5_000_000;
-/// How often hot descriptors are looked over while the lane spins.
-const COOL_EVERY_NS: u64 = 50_000;
 
 type Started<D> = SyncSender<Result<Arc<Shared<D>>, LaneError>>;
 

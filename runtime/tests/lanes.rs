@@ -154,6 +154,36 @@ fn callers_drive_a_shared_lane_and_it_stands_by() {
     lane.stop(Duration::from_secs(1)).unwrap();
 }
 
+/// Otherwise it costs each turn of a caller a system call, for as long as callers drive.
+#[test]
+fn a_calm_descriptor_goes_quiet_while_callers_drive_and_is_still_heard() {
+    let (lane, _) = start(config(AssistMode::Always, Spin::default()));
+    let drive_until = |what: &str, done: &mut dyn FnMut() -> bool| {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !done() {
+            assert!(Instant::now() < end, "never: {what}");
+            (0..1000).for_each(|_| _ = lane.assist());
+        }
+    };
+    let (theirs, mut ours) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    submit(&lane, Ask::Echo(theirs, Start::Hot));
+    submit(&lane, Ask::Calm);
+    for _ in 0..3 {
+        let mut before = lane.stats();
+        drive_until("quiet", &mut || {
+            let after = lane.stats();
+            let turns = after.assisted_turns - before.assisted_turns;
+            let calls = after.fd_calls - before.fd_calls;
+            before = after;
+            turns > 100 && calls < turns / 10
+        });
+        ours.write_all(b"?").unwrap();
+        drive_until("echo", &mut || ours.read(&mut [0]).is_ok());
+    }
+    lane.stop(Duration::from_secs(1)).unwrap();
+}
+
 /// Without spinning there is nothing between a caller that drives and a lane that watches by itself.
 #[test]
 fn a_lane_that_is_told_that_nobody_drives_parks_and_stands_by_no_more() {

@@ -33,6 +33,8 @@ pub enum Ask {
     Panic(&'static str),
     /// Takes the stream and echoes on it.
     Echo(UnixStream, Start),
+    /// All streams are calm from now on.
+    Calm,
     /// Forgets all streams.
     Close,
     Block(Duration),
@@ -68,6 +70,7 @@ impl Driver for Probe {
                 let id = cx.add_fd(stream.as_raw_fd(), token, Interest::READABLE, start);
                 self.streams.push((stream, id));
             }
+            Ask::Calm => self.streams.iter().for_each(|(_, id)| cx.set_calm(*id, true)),
             Ask::Close => self.streams.drain(..).for_each(|(_, id)| cx.remove_fd(id)),
             Ask::Block(time) => std::thread::sleep(time),
             Ask::Run(f) => f(cx),
