@@ -66,7 +66,11 @@ impl Rail {
         }
         let gid_index = match config.gid_index {
             Some(index) => index,
-            None => choose_gid(device, port, state.ethernet, state.gids),
+            None if !state.ethernet => 0,
+            None => {
+                let gid = |index| device.gid(port, index);
+                choose_gid(state.gids, gid, |index| device.is_roce_v2(port, index))
+            }
         };
         let gid = device.gid(port, gid_index);
         if state.ethernet && gid.is_none() {
@@ -90,21 +94,17 @@ impl Rail {
     }
 }
 
-/// RoCE v2 with an IPv4 address, where there is one: what networks route.
-fn choose_gid(device: &Device, port: u8, ethernet: bool, gids: u32) -> u8 {
-    if !ethernet {
-        return 0;
-    }
-    let places = || 0..gids.min(256) as u8;
-    let v2 = |index: &u8| device.gid(port, *index).is_some() && device.is_roce_v2(port, *index);
-    let v4 = |index: &u8| {
-        device
-            .gid(port, *index)
-            .is_some_and(|gid| std::net::Ipv6Addr::from(gid.0).to_ipv4_mapped().is_some())
-    };
-    let mut all = places().filter(v2);
-    let first = all.clone().next();
-    all.find(v4).or(first).unwrap_or(0)
+/// RoCE v2 with an IPv4 address, where there is one: what networks route. `gids`: how many places there are.
+fn choose_gid(gids: u32, gid: impl Fn(u8) -> Option<Gid>, is_v2: impl Fn(u8) -> bool) -> u8 {
+    // Drivers have 256 places and more; later ones cannot be asked for.
+    let places = (0..=u8::MAX).take(gids as usize);
+    let v2: SmallVec<[(u8, Gid); 16]> = places
+        .filter_map(|index| gid(index).map(|gid| (index, gid)))
+        .filter(|(index, _)| is_v2(*index))
+        .collect();
+    let is_v4 = |gid: &Gid| std::net::Ipv6Addr::from(gid.0).to_ipv4_mapped().is_some();
+    let chosen = v2.iter().find(|(_, gid)| is_v4(gid)).or(v2.first());
+    chosen.map_or(0, |(index, _)| *index)
 }
 
 /// The rails of an engine, in order of preference.
@@ -323,5 +323,30 @@ impl Registrations {
         let regions =
             std::mem::take(&mut *self.regions.lock().unwrap_or_else(PoisonError::into_inner));
         drop(regions);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A table as drivers have them: each address once for RoCE v1 and once for v2, link-local first.
+    fn table(places: u32, addresses: &[&str]) -> u8 {
+        let addresses: Vec<std::net::Ipv6Addr> =
+            addresses.iter().map(|text| text.parse().unwrap()).collect();
+        let gid = |index: u8| Some(Gid(addresses.get(usize::from(index) / 2)?.octets()));
+        choose_gid(places, gid, |index| index % 2 == 1)
+    }
+
+    #[test]
+    fn an_ipv4_address_of_roce_v2_is_preferred_however_large_the_table_is() {
+        for places in [6, 16, 255, 256, 257, 1024, u32::MAX] {
+            let all = ["fe80::1", "fd00::1", "::ffff:10.9.0.1", "::ffff:10.9.0.2"];
+            assert_eq!(table(places, &all), 5, "{places} places");
+            assert_eq!(table(places, &all[..2]), 1, "{places} places");
+            assert_eq!(table(places, &[]), 0, "{places} places");
+        }
+        assert_eq!(table(0, &["fe80::1"]), 0);
+        assert_eq!(table(1, &["fe80::1"]), 0, "only v1");
     }
 }
