@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, RemoteSegment};
 use crate::peer::Peer;
 use crate::plan::{
-    DescriptorPair, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner, RemoteBlocks,
+    DescriptorPair, Device, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner, RemoteBlocks,
     RemoteList,
 };
 use crate::sync::Ticket;
@@ -95,8 +95,15 @@ impl Engine {
             local: shared.may_be_local(&peer.shared),
             rdma: shared.may_be_rdma(&peer.shared),
         };
-        let plan = Plan { inner: Arc::new(build(&builder)?), engine: shared.clone() };
+        let mut inner = build(&builder)?;
         drop(registry);
+        if let Some(Device::Listed(listed)) = inner.device.take() {
+            // Not under the lock: mapping memory of another process takes its time.
+            let same_process = super::shared::is_of_this_process(peer.shared.incarnation);
+            let ready = listed.finish(same_process, shared.config.gpu.settings())?;
+            inner.device = Some(Device::Ready(Box::new(ready)));
+        }
+        let plan = Plan { inner: Arc::new(inner), engine: shared.clone() };
         if !peer.is_connected() {
             let warm_up = Message::Connect(peer.shared.clone(), Ticket::new());
             self.submit(peer.shared.lane, warm_up)?;

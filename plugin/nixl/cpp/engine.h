@@ -126,7 +126,7 @@ public:
     bool supportsRemote() const override { return true; }
     bool supportsLocal() const override { return true; }
     bool supportsNotif() const override { return true; }
-    nixl_mem_list_t getSupportedMems() const override { return {DRAM_SEG}; }
+    nixl_mem_list_t getSupportedMems() const override { return corelane::supportedMems(); }
 
     nixl_status_t registerMem(const nixlBlobDesc &mem, const nixl_mem_t &type,
                               nixlBackendMD *&out) override;
