@@ -178,11 +178,16 @@ impl GpuConfig {
     fn validate(&self) -> Result<()> {
         let refuse = |why: String| Err(Error::Config(why));
         if !(1..=1024).contains(&self.multiprocessors) {
-            return refuse(format!("gpu_multiprocessors={} is outside 1..=1024", self.multiprocessors));
+            return refuse(format!(
+                "gpu_multiprocessors={} is outside 1..=1024",
+                self.multiprocessors
+            ));
         }
         if !(64 << 10..=1 << 40).contains(&self.copy_engine_bytes) {
             let bytes = self.copy_engine_bytes;
-            return refuse(format!("gpu_copy_engine_bytes={bytes} is outside 65536..=1099511627776"));
+            return refuse(format!(
+                "gpu_copy_engine_bytes={bytes} is outside 65536..=1099511627776"
+            ));
         }
         Ok(())
     }

@@ -227,7 +227,8 @@ pub(crate) fn host_id() -> u64 {
             // Nobody's: then nobody takes this host for its own.
             return random().map_or(0, u64::from_le_bytes);
         };
-        let hash: [u8; 32] = Sha256::new_with_prefix(b"corelane host").chain_update(id).finalize().into();
+        let hash: [u8; 32] =
+            Sha256::new_with_prefix(b"corelane host").chain_update(id).finalize().into();
         let mut short = [0; 8];
         short.copy_from_slice(&hash[..8]);
         u64::from_le_bytes(short)

@@ -17,6 +17,9 @@ use crate::plan::Class;
 use crate::transfer::TransferShared;
 use crate::transport::local::{CopyError, OwnedUse};
 
+/// Copies of GPUs to and from one peer at the same time: half of the places that it has for copies. Threads that copy host
+/// memory wait for a place, and this lane may be one of them, on whom the others here depend.
+const AT_ONCE: usize = 16;
 /// How long a lane that ends, or leaves a peer for good, waits for GPUs.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -147,9 +150,14 @@ impl GpuCopies {
             return Started::Failed(Error::Backend("a plan for no GPU was given to one".into()));
         };
         // A kernel that touches memory which is gone takes the model's context down: better to look first.
-        let freed = plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
+        let freed =
+            plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
         if let Some(region) = freed {
             return Started::Failed(Error::Fault { addr: region.descriptor.base() });
+        }
+        let of_peer = |flying: &&Flying| Arc::ptr_eq(&flying.transfer.plan.peer, &plan.peer);
+        if self.flying.iter().filter(of_peer).count() >= AT_ONCE {
+            return Started::Full;
         }
         let in_use = match path.begin_on_device(plan) {
             Ok(in_use) => in_use,

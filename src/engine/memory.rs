@@ -137,7 +137,8 @@ impl Engine {
         let memory = OwnMemory::allocate(len, core.and_then(node_of))
             .map_err(|e| Error::io(format!("allocating {len} bytes of shared memory"), e))?;
         let base = memory.as_ptr() as usize as u64;
-        let region = self.add_region(base, len as u64, MemoryKind::Dram, access, Backing::Engine(memory))?;
+        let region =
+            self.add_region(base, len as u64, MemoryKind::Dram, access, Backing::Engine(memory))?;
         Ok(Buffer { region, engine: self.clone(), freed: false })
     }
 

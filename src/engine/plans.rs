@@ -7,8 +7,8 @@ use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, RemoteSegment};
 use crate::peer::Peer;
 use crate::plan::{
-    DescriptorPair, Device, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner, RemoteBlocks,
-    RemoteList,
+    DescriptorPair, Device, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner,
+    RemoteBlocks, RemoteList,
 };
 use crate::sync::Ticket;
 use crate::transfer::Plan;

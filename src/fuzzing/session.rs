@@ -153,7 +153,11 @@ impl World {
             rail_keys: RailKeys::new(),
             device: None,
         };
-        let Ok(region) = self.registry.insert(make, crate::memory::Backing::Application, Registrations::default()) else {
+        let Ok(region) = self.registry.insert(
+            make,
+            crate::memory::Backing::Application,
+            Registrations::default(),
+        ) else {
             unreachable!("three regions are within the limit")
         };
         self.regions.add(region.clone());

@@ -41,7 +41,7 @@ fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         kind: MemoryKind::Vram { device: 2 },
         access: Access::READ_WRITE,
         rail_keys: [7, 0, 9].into_iter().collect(),
-        device: Some(Box::new(DeviceMemory {
+        device: Some(Box::new(crate::wire::DeviceMemory {
             uuid: [3; 16],
             host: 77,
             base: 0x7000_0000 - 512,

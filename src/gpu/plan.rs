@@ -74,7 +74,10 @@ pub(crate) struct DevicePlan {
 
 #[derive(Debug)]
 enum Copies {
-    Direct { table: Table, large: Box<[(u64, u64, u64)]> },
+    Direct {
+        table: Table,
+        large: Box<[(u64, u64, u64)]>,
+    },
     /// Why the plan can go nowhere.
     None(String),
 }
@@ -124,18 +127,12 @@ impl DeviceBuilder {
         }
         let key = remote.region.key.0;
         // Lists go through the regions one after the other, mostly.
-        let theirs = match self.theirs.iter().rposition(|known| known.key == key) {
-            Some(known) => known,
-            None => {
-                self.theirs.push(Theirs {
-                    key,
-                    memory: remote.region.device.clone(),
-                    start: u64::MAX,
-                    end: 0,
-                });
-                self.theirs.len() - 1
-            }
-        };
+        let known = self.theirs.iter().rposition(|known| known.key == key);
+        let theirs = known.unwrap_or_else(|| {
+            let memory = remote.region.device.clone();
+            self.theirs.push(Theirs { key, memory, start: u64::MAX, end: 0 });
+            self.theirs.len() - 1
+        });
         let range = &mut self.theirs[theirs];
         range.start = range.start.min(remote.addr);
         range.end = range.end.max(remote.addr + remote.len);
@@ -198,14 +195,17 @@ impl DeviceBuilder {
         let first = self.theirs.first();
         if same_process {
             let address = first.map_or(0, |theirs| theirs.start);
-            let ordinal = is_device_memory(address)
-                .ok_or_else(|| Unfit::Never("the peer's GPU memory is not there any more".into()))?;
+            let ordinal = is_device_memory(address).ok_or_else(|| {
+                Unfit::Never("the peer's GPU memory is not there any more".into())
+            })?;
             return Ok(Device::get(ordinal)?);
         }
         let uuid = first.and_then(|theirs| theirs.memory.as_ref()).map(|memory| memory.uuid);
         let device = uuid.map(|uuid| Device::with_uuid(&uuid)).transpose()?.flatten();
         device.ok_or_else(|| {
-            Unfit::Never("the peer's GPU is not visible in this process (CUDA_VISIBLE_DEVICES)".into())
+            Unfit::Never(
+                "the peer's GPU is not visible in this process (CUDA_VISIBLE_DEVICES)".into(),
+            )
         })
     }
 
@@ -279,13 +279,15 @@ impl DeviceBuilder {
             return Ok(0);
         }
         if same_process {
-            let ordinal = is_device_memory(theirs.start)
-                .ok_or_else(|| Unfit::Never("the peer's GPU memory is not there any more".into()))?;
+            let ordinal = is_device_memory(theirs.start).ok_or_else(|| {
+                Unfit::Never("the peer's GPU memory is not there any more".into())
+            })?;
             device.reach(Device::get(ordinal)?).map_err(|error| Unfit::Never(error.0))?;
             return Ok(0);
         }
         let memory = theirs.memory.as_ref();
-        let Some((memory, handle)) = memory.and_then(|memory| Some((memory, memory.handle?))) else {
+        let Some((memory, handle)) = memory.and_then(|memory| Some((memory, memory.handle?)))
+        else {
             return Err(Unfit::Never(
                 "the peer's GPU memory cannot be exported by CUDA IPC: it is virtual memory (PyTorch's \
                  expandable_segments), or its system allows no IPC"

@@ -251,12 +251,15 @@ mod tests {
     #[test]
     fn overlapping_repeated_and_adjacent_registrations_are_told_apart() {
         let mut registry = Registry::new(10);
-        let wide =
-            registry.insert(|s| descriptor(s, 1000, 1000), Backing::Application, Registrations::default()).unwrap();
-        let narrow =
-            registry.insert(|s| descriptor(s, 1500, 10), Backing::Application, Registrations::default()).unwrap();
-        let again =
-            registry.insert(|s| descriptor(s, 1500, 10), Backing::Application, Registrations::default()).unwrap();
+        let wide = registry
+            .insert(|s| descriptor(s, 1000, 1000), Backing::Application, Registrations::default())
+            .unwrap();
+        let narrow = registry
+            .insert(|s| descriptor(s, 1500, 10), Backing::Application, Registrations::default())
+            .unwrap();
+        let again = registry
+            .insert(|s| descriptor(s, 1500, 10), Backing::Application, Registrations::default())
+            .unwrap();
         assert!(Arc::ptr_eq(registry.find(1505, 100).unwrap(), &wide));
         assert!(registry.find(1995, 10).is_none(), "past the end of everything");
         assert!(registry.close(&again) && !registry.close(&again));
@@ -274,9 +277,15 @@ mod tests {
     #[test]
     fn the_limit_is_a_typed_error() {
         let mut registry = Registry::new(1);
-        registry.insert(|s| descriptor(s, 0, 1), Backing::Application, Registrations::default()).unwrap();
+        registry
+            .insert(|s| descriptor(s, 0, 1), Backing::Application, Registrations::default())
+            .unwrap();
         assert!(matches!(
-            registry.insert(|s| descriptor(s, 0, 1), Backing::Application, Registrations::default()),
+            registry.insert(
+                |s| descriptor(s, 0, 1),
+                Backing::Application,
+                Registrations::default()
+            ),
             Err(Error::Limit { .. })
         ));
     }

@@ -335,7 +335,11 @@ impl Node {
             rail_keys: crate::wire::RailKeys::new(),
             device: None,
         };
-        let region = self.registry.insert(describe, crate::memory::Backing::Application, Registrations::default())?;
+        let region = self.registry.insert(
+            describe,
+            crate::memory::Backing::Application,
+            Registrations::default(),
+        )?;
         self.regions.add(region.clone());
         Ok(RegionHandle(region))
     }

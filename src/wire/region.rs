@@ -227,7 +227,16 @@ impl RegionDescriptor {
             MemoryKind::Dram => None,
             MemoryKind::Vram { .. } => Some(Box::new(DeviceMemory::decode(r, base, len)?)),
         };
-        r.is_empty().then_some(Self { incarnation, key, base, len, kind, access, rail_keys, device })
+        r.is_empty().then_some(Self {
+            incarnation,
+            key,
+            base,
+            len,
+            kind,
+            access,
+            device,
+            rail_keys,
+        })
     }
 }
 

@@ -87,7 +87,7 @@ nixlBackendPlugin plugin = {
     [] { return "CORELANE"; },
     [] { return corelane_version(); },
     backendOptions,
-    supportedMems,
+    corelane::supportedMems,
 };
 
 } // namespace

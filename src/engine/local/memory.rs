@@ -29,8 +29,7 @@ impl LaneDriver {
 
     pub(super) fn share(&mut self, slot: usize, region: &RegionInner) {
         let descriptor = &region.descriptor;
-        let Some(memory) = region.memory().filter(|_| descriptor.access != Access::LOCAL)
-        else {
+        let Some(memory) = region.memory().filter(|_| descriptor.access != Access::LOCAL) else {
             return;
         };
         let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {

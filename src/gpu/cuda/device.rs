@@ -5,7 +5,9 @@ use std::marker::PhantomData;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::super::GpuError;
-use super::api::{self, Api, Context, Function, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, Stream, Uuid};
+use super::api::{
+    self, Api, Context, Function, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, Stream, Uuid,
+};
 use super::table::Arena;
 
 /// More GPUs than a process sees.

@@ -73,7 +73,10 @@ impl LaneGpu {
     /// # Safety
     /// Nothing but this copy writes the ranges that it writes, and all ranges stay what they are until `poll` has said
     /// that it has ended.
-    pub(crate) unsafe fn launch(&mut self, launch: &Launch<'_>) -> Result<Option<Flight>, GpuError> {
+    pub(crate) unsafe fn launch(
+        &mut self,
+        launch: &Launch<'_>,
+    ) -> Result<Option<Flight>, GpuError> {
         let device = launch.table.device();
         let index = self.device(device)?;
         let part = &mut self.devices[index];

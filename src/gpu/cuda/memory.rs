@@ -41,7 +41,9 @@ pub(crate) fn is_device_memory(address: u64) -> Option<u32> {
     let api = api::loaded_before()?;
     let is_device = attribute::<u32>(api, ATTRIBUTE_TYPE, address)? == TYPE_DEVICE
         && attribute::<u32>(api, ATTRIBUTE_MANAGED, address).unwrap_or(0) & 1 == 0;
-    is_device.then(|| attribute::<c_int>(api, ATTRIBUTE_ORDINAL, address))?.map(c_int::cast_unsigned)
+    is_device
+        .then(|| attribute::<c_int>(api, ATTRIBUTE_ORDINAL, address))?
+        .map(c_int::cast_unsigned)
 }
 
 /// Whether GPUs can address this host memory: both ends of it are pinned, by the application.
@@ -107,7 +109,9 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
     let device = Device::get(ordinal).map_err(failed(format!("GPU {ordinal}")))?;
     let api = device.api;
     let refuse = |why: String| {
-        Err(Error::InvalidArgument(format!("{len} bytes at {base:#x} as memory of GPU {ordinal}: {why}")))
+        Err(Error::InvalidArgument(format!(
+            "{len} bytes at {base:#x} as memory of GPU {ordinal}: {why}"
+        )))
     };
     let Some(kind) = attribute::<u32>(api, ATTRIBUTE_TYPE, base) else {
         return refuse("this is host memory, or no memory at all: register it as DRAM".into());
@@ -150,7 +154,8 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
     let context = attribute::<usize>(api, ATTRIBUTE_CONTEXT, base).unwrap_or(0);
     if context != 0 && context != device.context_address() {
         return refuse(
-            "it belongs to a context of its own, and only the device's primary one is supported".into(),
+            "it belongs to a context of its own, and only the device's primary one is supported"
+                .into(),
         );
     }
     let (whole, whole_len) = first.unwrap_or((base, len));
@@ -162,7 +167,12 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
     if ids.len() > WATCHED {
         let step = ids.len().div_ceil(WATCHED);
         let last = ids.len() - 1;
-        ids = ids.into_iter().enumerate().filter(|(at, _)| at % step == 0 || *at == last).map(|(_, id)| id).collect();
+        ids = ids
+            .into_iter()
+            .enumerate()
+            .filter(|(at, _)| at % step == 0 || *at == last)
+            .map(|(_, id)| id)
+            .collect();
     }
     Ok(Allocation { device, base: whole, len: whole_len, handle, ids: ids.into() })
 }
@@ -222,7 +232,8 @@ pub(crate) fn open_mapping(
     }
     if all.len() >= MAX_MAPPINGS {
         // Of those that no plan uses, the one that was opened first.
-        let Some(unused) = all.iter().position(|known| Arc::strong_count(&known.mapping) == 1) else {
+        let Some(unused) = all.iter().position(|known| Arc::strong_count(&known.mapping) == 1)
+        else {
             return Err(GpuError(format!(
                 "{MAX_MAPPINGS} allocations of other processes are mapped and in use"
             )));
@@ -296,7 +307,6 @@ impl HostMemory {
     pub(crate) fn address(&self) -> u64 {
         self.start as usize as u64
     }
-
 }
 
 impl Drop for HostMemory {

@@ -1,6 +1,6 @@
 //! GPUs of the CUDA driver.
 //!
-//! Everything runs in the devices' primary contexts, which the CUDA runtime and so PyTorch use: addresses are the same, and
+//! Everything runs in the devices' primary contexts, which the CUDA runtime and so `PyTorch` use: addresses are the same, and
 //! kernels run beside the model's. Calls are made from whatever thread drives a lane: each brings its context and puts the
 //! one that was there back. The driver's default stream is never used: it would wait for the model, and the model for it.
 
@@ -15,8 +15,8 @@ mod tests;
 pub(crate) use device::Device;
 pub(crate) use lane::{Flight, LaneGpu, Launch};
 pub(crate) use memory::{
-    Allocation, Mapping, allocation_of, forget_mappings, is_device_memory,
-    is_pinned_host, open_mapping,
+    Allocation, Mapping, allocation_of, forget_mappings, is_device_memory, is_pinned_host,
+    open_mapping,
 };
 pub(crate) use table::{Table, Tile};
 

@@ -272,7 +272,8 @@ impl LocalPath {
         }
         // Addresses were translated when the plan was made; only now it is known whose process it is.
         let own = matches!(self.parts.reach, Reach::SameProcess);
-        (own != plan.same_process).then(|| "the peer's engine belongs to another process".to_owned())
+        (own != plan.same_process)
+            .then(|| "the peer's engine belongs to another process".to_owned())
     }
 
     /// Begins a copy of GPU memory, which ends when the answer is dropped: until then the peer keeps what its table

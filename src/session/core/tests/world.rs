@@ -219,7 +219,13 @@ impl World {
                 rail_keys: crate::wire::RailKeys::new(),
                 device: None,
             };
-            registry.insert(make, crate::memory::Backing::Application, crate::transport::rdma::Registrations::default()).unwrap()
+            registry
+                .insert(
+                    make,
+                    crate::memory::Backing::Application,
+                    crate::transport::rdma::Registrations::default(),
+                )
+                .unwrap()
         });
         regions.add(buffer.region.clone());
         buffers.push(buffer);
