@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
+use std::time::{Duration, Instant};
+
 use corelane::{
     Access, Engine, EngineConfig, LocalSegment, MemoryKind, Operation, Peer, Region,
     RegionDescriptor, Status,
@@ -260,12 +262,12 @@ fn notifications_come_after_the_data() {
     let gpu = u32::from(gpus(1).unwrap() > 1);
     let (near, far) = (side("near", local_config(), 0), side("far", local_config(), gpu));
     let peer = connect(&near.engine, &far.engine.metadata());
-    let len = 300_000;
+    let len = 30_000;
     let local = near.memory.segment(0, len);
     let remote = far.region.descriptor().segment(64, len as u64);
     let write =
         near.engine.prepare(Operation::Write, &peer, &[local], &[remote]).unwrap().transfer();
-    for round in 0..200u64 {
+    for round in 0..10_000u64 {
         near.memory.write(0, &pattern(round, 0, len));
         write.post_with_notification(b"written").unwrap();
         let all = collect(&far.engine, 1);
@@ -273,6 +275,50 @@ fn notifications_come_after_the_data() {
         // Whatever the GPU does from here on sees the data: this copy, for one.
         assert_bytes(&far.memory.read(64, len), &pattern(round, 0, len), "at the notification");
         outcome(&write).unwrap();
+    }
+}
+
+/// `cargo test --release -p corelane-tests --test gpu -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement, on a machine with a GPU"]
+fn what_reads_between_two_processes_take() {
+    let Some(count) = gpus(1) else { return };
+    for gpu in 0..count.min(2) as u32 {
+        let far = far(gpu, "");
+        let near = side("near", local_config(), 0);
+        let peer = connect(&near.engine, &far.metadata);
+        for (blocks, bytes) in
+            [(1, 4096), (1, 1 << 20), (1, 16 << 20), (256, 16 << 10), (2048, 4096)]
+        {
+            let step = if blocks == 1 { bytes } else { 2 * bytes };
+            let local: Vec<_> =
+                (0..blocks).map(|at| near.memory.segment(at * step, bytes)).collect();
+            let remote: Vec<_> = (0..blocks)
+                .map(|at| far.region.segment(((blocks - 1 - at) * step) as u64, bytes as u64))
+                .collect();
+            let began = Instant::now();
+            let plan = near.engine.prepare(Operation::Read, &peer, &local, &remote).unwrap();
+            let prepared = began.elapsed();
+            let transfer = plan.transfer();
+            let (mut posts, mut ends) = (Vec::new(), Vec::new());
+            for _ in 0..1000 {
+                let began = Instant::now();
+                transfer.post().unwrap();
+                posts.push(began.elapsed());
+                while matches!(transfer.status(), Status::InProgress) {}
+                ends.push(began.elapsed());
+            }
+            posts.sort_unstable();
+            ends.sort_unstable();
+            let us = |time: Duration| time.as_secs_f64() * 1e6;
+            eprintln!(
+                "GPU 0 from GPU {gpu}: {blocks:>4} x {bytes:>8} B: prepare {:.0}, post {:.1}, end p50 {:.1} p99 {:.1} us",
+                us(prepared),
+                us(posts[500]),
+                us(ends[500]),
+                us(ends[990]),
+            );
+        }
     }
 }
 

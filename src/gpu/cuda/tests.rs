@@ -43,16 +43,34 @@ fn p50(mut times: Vec<Duration>) -> f64 {
 #[ignore = "a measurement, on a machine with a GPU"]
 fn costs() {
     let Ok(device) = Device::get(0) else { return eprintln!("SKIPPED: no GPU") };
+    costs_of(device, device);
+    if let Ok(other) = Device::get(1) {
+        eprintln!("from GPU 1:");
+        device.reach(other).unwrap();
+        costs_of(device, other);
+    }
+}
+
+fn costs_of(device: &'static Device, other: &'static Device) {
     const LEN: usize = 256 << 20;
     let mut memory = [0u64; 2];
-    {
+    for (memory, device) in memory.iter_mut().zip([device, other]) {
         let _entered = device.enter().unwrap();
-        for memory in &mut memory {
-            // SAFETY: room for one address.
-            assert_eq!(unsafe { (device.api.memory_alloc)(memory, LEN) }, 0);
-        }
+        // SAFETY: room for one address.
+        assert_eq!(unsafe { (device.api.memory_alloc)(memory, LEN) }, 0);
     }
     let [to, from] = memory;
+    let began = Instant::now();
+    for _ in 0..10_000 {
+        drop(device.enter().unwrap());
+    }
+    eprintln!("entering and leaving the context: {:?}", began.elapsed() / 10_000);
+    let allocation = super::allocation_of(to, LEN as u64, 0).unwrap();
+    let began = Instant::now();
+    for _ in 0..10_000 {
+        assert!(allocation.is_live());
+    }
+    eprintln!("looking whether an allocation is live: {:?}", began.elapsed() / 10_000);
     let mut lane = LaneGpu::default();
     lane.prepare(device).unwrap();
     let mut run = |tiles: &[Tile], large: &[(u64, u64, u64)], blocks: u32| {
