@@ -20,6 +20,8 @@ use crate::transport::local::{CopyError, OwnedUse};
 /// Copies of GPUs to and from one peer at the same time: half of the places that it has for copies. Threads that copy host
 /// memory wait for a place, and this lane may be one of them, on whom the others here depend.
 const AT_ONCE: usize = 16;
+/// How often one turn looks whether a copy has ended: for a microsecond, which is about what the rest of a turn takes.
+const LOOKS: usize = 16;
 /// How long a lane that ends, or leaves a peer for good, waits for GPUs.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -94,6 +96,18 @@ impl LaneDriver {
 
     /// Looks at what is under way; true: something has ended.
     pub(super) fn poll_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
+        let mut looks = 0;
+        while !self.look_at_gpu(cx) {
+            looks += 1;
+            if looks >= LOOKS {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+        true
+    }
+
+    fn look_at_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
         let mut worked = false;
         let mut at = 0;
         while at < self.gpu.flying.len() {
