@@ -159,7 +159,7 @@ impl GpuCopies {
             return Started::Failed(Error::Cancelled);
         }
         let Some(path) = transfer.copy.path() else { return Started::Failed(Error::Cancelled) };
-        let launch = plan.on_device().and_then(|device| device.launch(plan.class == Class::Bulk));
+        let launch = plan.on_device().map(|device| device.launch(plan.class == Class::Bulk));
         let Some(launch) = launch else {
             return Started::Failed(Error::Backend("a plan for no GPU was given to one".into()));
         };

@@ -21,7 +21,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], [`Error::NotRegistered`], [`Error::OutOfBounds`],
-    /// [`Error::Permission`], [`Error::StaleDescriptor`], [`Error::Limit`].
+    /// [`Error::Permission`], [`Error::StaleDescriptor`], [`Error::Limit`]; with GPU memory [`Error::Gpu`] and
+    /// [`Error::NoTransport`].
     pub fn prepare(
         &self,
         operation: Operation,
@@ -98,6 +99,14 @@ impl Engine {
         let mut inner = build(&builder)?;
         drop(registry);
         if let Some(Device::Listed(listed)) = inner.device.take() {
+            if !shared.may_be_local(&peer.shared) {
+                return Err(Error::NoTransport {
+                    peer: peer.shared.name.clone(),
+                    reason: "this version moves GPU memory by transport `local` only, which one of both sides does \
+                             not allow"
+                        .into(),
+                });
+            }
             // Not under the lock: mapping memory of another process takes its time.
             let same_process = super::shared::is_of_this_process(peer.shared.incarnation);
             let ready = listed.finish(same_process, shared.config.gpu.settings())?;

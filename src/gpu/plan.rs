@@ -66,20 +66,12 @@ pub(crate) struct DevicePlan {
     pub(crate) same_process: bool,
     /// The keys that are checked are those of GPU memory.
     pub(crate) remote_on_gpu: bool,
-    copies: Copies,
+    table: Table,
+    /// Ranges for the copy engine: to, from, length.
+    large: Box<[(u64, u64, u64)]>,
     blocks: u32,
     /// Memory of the peer's process, mapped here.
     _mappings: SmallVec<[Arc<Mapping>; 2]>,
-}
-
-#[derive(Debug)]
-enum Copies {
-    Direct {
-        table: Table,
-        large: Box<[(u64, u64, u64)]>,
-    },
-    /// Why the plan can go nowhere.
-    None(String),
 }
 
 impl DeviceBuilder {
@@ -166,23 +158,14 @@ impl DeviceBuilder {
     /// Maps the peer's memory and gives the GPU its list. `same_process`: the peer's addresses are good here.
     ///
     /// # Errors
-    /// [`Error::Gpu`]: the driver's.
+    /// [`Error::NoTransport`]: no GPU of this process addresses both sides. [`Error::Gpu`]: the driver's.
     pub(crate) fn finish(self, same_process: bool, settings: Settings) -> Result<DevicePlan> {
-        let mut mappings = SmallVec::new();
-        let copies = match self.direct(same_process, settings, &mut mappings) {
-            Ok(copies) => copies,
-            Err(Unfit::Never(reason)) => Copies::None(reason),
-            Err(Unfit::Failed(error)) => {
+        self.direct(same_process, settings).map_err(|unfit| match unfit {
+            Unfit::Never(reason) => Error::NoTransport { peer: self.peer.clone(), reason },
+            Unfit::Failed(error) => {
                 let what = format!("preparing a transfer with `{}`", self.peer);
-                return Err(Error::Gpu { what, reason: error.0 });
+                Error::Gpu { what, reason: error.0 }
             }
-        };
-        Ok(DevicePlan {
-            same_process,
-            remote_on_gpu: self.remote_on_gpu,
-            copies,
-            blocks: settings.multiprocessors,
-            _mappings: mappings,
         })
     }
 
@@ -213,8 +196,8 @@ impl DeviceBuilder {
         &self,
         same_process: bool,
         settings: Settings,
-        mappings: &mut SmallVec<[Arc<Mapping>; 2]>,
-    ) -> std::result::Result<Copies, Unfit> {
+    ) -> std::result::Result<DevicePlan, Unfit> {
+        let mut mappings = SmallVec::new();
         let device = self.device(same_process)?;
         if self.local_kind == MemoryKind::Dram {
             self.require_pinned("this side's", |pair| pair.local)?;
@@ -231,7 +214,7 @@ impl DeviceBuilder {
         }
         let mut shifts = Vec::with_capacity(self.theirs.len());
         for theirs in &self.theirs {
-            shifts.push(self.shift(device, theirs, same_process, mappings)?);
+            shifts.push(self.shift(device, theirs, same_process, &mut mappings)?);
         }
         let tile = (self.bytes / TILES).next_power_of_two().clamp(SMALLEST_TILE, LARGEST_TILE);
         let (mut tiles, mut large) = (Vec::with_capacity(self.pairs.len()), Vec::new());
@@ -248,7 +231,14 @@ impl DeviceBuilder {
             }
         }
         let table = Table::new(device, &tiles)?;
-        Ok(Copies::Direct { table, large: large.into() })
+        Ok(DevicePlan {
+            same_process,
+            remote_on_gpu: self.remote_on_gpu,
+            table,
+            large: large.into(),
+            blocks: settings.multiprocessors,
+            _mappings: mappings,
+        })
     }
 
     fn require_pinned(
@@ -333,19 +323,9 @@ fn cut(to: u64, from: u64, len: u64, tile: u64, tiles: &mut Vec<Tile>) {
 }
 
 impl DevicePlan {
-    /// Why the plan can go nowhere, if so.
-    pub(crate) fn obstacle(&self) -> Option<&str> {
-        match &self.copies {
-            Copies::None(reason) => Some(reason),
-            Copies::Direct { .. } => None,
-        }
-    }
-
     /// What is to be started for a posting.
-    pub(crate) fn launch(&self, bulk: bool) -> Option<Launch<'_>> {
-        let Copies::Direct { table, large } = &self.copies else { return None };
-        let tiles = (0, table.count());
-        Some(Launch { table, tiles, large, blocks: self.blocks, bulk })
+    pub(crate) fn launch(&self, bulk: bool) -> Launch<'_> {
+        Launch { table: &self.table, large: &self.large, blocks: self.blocks, bulk }
     }
 }
 

@@ -113,3 +113,53 @@ def test_memory_of_the_other_kind_is_refused(near):
     for descriptor, kind in [((host.data_ptr(), 4096, 0, ""), "VRAM"), ((near.base, 4096, 0, ""), "DRAM")]:
         with pytest.raises(Exception):
             near.agent.register_memory([descriptor], kind, backends=[BACKEND])
+
+
+def end_of(agent, handle) -> str:
+    """How a transfer ends."""
+    try:
+        state = agent.transfer(handle)
+        while state == "PROC":
+            state = agent.check_xfer_state(handle)
+    except Exception as error:
+        return type(error).__name__
+    return state
+
+
+def test_memory_that_cannot_be_exported_is_refused_and_nothing_moves(near, unique, make_process):
+    peer: Remote = make_process({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    metadata, base = peer.call(open_agent, unique("prefill"), 0, 1 << 40)
+    name = near.agent.add_remote_agent(metadata)
+    own, far = descriptors(near.agent, near.base, 0, [0]), descriptors(near.agent, base, 0, [0])
+    with pytest.raises(Exception):
+        near.agent.initialize_xfer("READ", own, far, name, b"")
+    assert torch.equal(near.tensor[:BLOCK], torch.arange(BLOCK, dtype=torch.int64, device="cuda:0"))
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and there are {GPUS}")
+def test_a_gpu_that_only_the_peer_sees_is_reached(near, unique, make_process):
+    # It is GPU 0 there, and not visible in a process that sees the first one only; this one sees both.
+    peer: Remote = make_process({"CUDA_VISIBLE_DEVICES": "1"})
+    metadata, base = peer.call(open_agent, unique("prefill"), 0, 1 << 40)
+    name = near.agent.add_remote_agent(metadata)
+    handle = near.agent.initialize_xfer(
+        "READ", descriptors(near.agent, near.base, 0, [0]), descriptors(near.agent, base, 0, [BLOCK]), name, b""
+    )
+    assert end_of(near.agent, handle) == "DONE"
+    assert int(near.tensor[0]) == (1 << 40) + BLOCK
+
+
+def read_from_another(state, metadata: bytes, base: int) -> tuple[str, int]:
+    name = state.agent.add_remote_agent(metadata)
+    own = descriptors(state.agent, state.tensor.data_ptr(), 0, [0])
+    handle = state.agent.initialize_xfer("READ", own, descriptors(state.agent, base, 0, [BLOCK]), name, b"")
+    return end_of(state.agent, handle), int(state.tensor[0])
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and there are {GPUS}")
+def test_processes_that_see_one_gpu_each_reach_each_other(unique, make_process):
+    prefill: Remote = make_process({"CUDA_VISIBLE_DEVICES": "1"})
+    decode: Remote = make_process({"CUDA_VISIBLE_DEVICES": "0"})
+    metadata, base = prefill.call(open_agent, unique("prefill"), 0, 1 << 40)
+    decode.call(open_agent, unique("decode"), 0, 0)
+    assert decode.call(read_from_another, metadata, base) == ("DONE", (1 << 40) + BLOCK)

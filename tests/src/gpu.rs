@@ -196,7 +196,7 @@ impl PinnedBuffer {
     }
 
     /// All bytes.
-    pub fn bytes(&self) -> &mut [u8] {
+    pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: nobody else touches it while a test looks.
         unsafe { std::slice::from_raw_parts_mut(self.base, self.len) }
     }

@@ -233,7 +233,7 @@ fn pinned_host_memory_and_a_gpu_exchange_both_ways() {
     }
     let far = far(0, "");
     let engine = Engine::new("near", local_config()).unwrap();
-    let memory = PinnedBuffer::new(LEN);
+    let mut memory = PinnedBuffer::new(LEN);
     // SAFETY: it outlives the engine.
     let region = unsafe { engine.register(memory.base(), LEN, Access::READ_WRITE) }.unwrap();
     let peer = connect(&engine, &far.metadata);
@@ -460,8 +460,8 @@ fn without_the_local_transport_gpu_memory_is_refused_and_host_memory_moves() {
         // Before the connection is up, and after.
         let local = near.memory.segment(0, 4096);
         let remote = far.region.descriptor().segment(0, 4096);
-        let plan = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap();
-        let error = end_of(&plan.transfer()).unwrap_err();
+        let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]);
+        let error = refused.unwrap_err();
         assert_eq!(kind(&error), "NoTransport", "{error}");
         assert!(near.memory.read(0, 8192).iter().all(|byte| *byte == POISON));
         peer.connect(BOUND).unwrap();
@@ -495,7 +495,7 @@ fn a_plan_of_host_and_gpu_memory_is_refused() {
         assert_eq!(kind(&refused.unwrap_err()), "InvalidArgument");
     }
     // Not pinned: no GPU addresses it.
-    let plan =
-        near.engine.prepare(Operation::Read, &peer, &[host.segment(0, 4096)], &[remote]).unwrap();
-    assert_eq!(kind(&end_of(&plan.transfer()).unwrap_err()), "NoTransport");
+    let local = host.segment(0, 4096);
+    let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap_err();
+    assert_eq!(kind(&refused), "NoTransport", "{refused}");
 }

@@ -138,7 +138,7 @@ options! {
         "multiprocessors of a GPU that a copy takes part of at most, 1 to 1024",
         |s, v| { s.config.gpu.multiprocessors = multiprocessors(v)?; Ok(()) };
     "gpu_copy_engine_bytes" = "4M",
-        "contiguous ranges of GPU memory of at least so many bytes go by the copy engine, 64K to 1T",
+        "contiguous ranges of GPU memory of at least so many bytes go by the copy engine, 64K to 1024G",
         |s, v| { s.config.gpu.copy_engine_bytes = bytes_within(v, 64 << 10, 1 << 40)?; Ok(()) };
     "listen" = "",
         "comma list of IP addresses to listen on; empty: all",

@@ -117,16 +117,16 @@ template <typename V> __device__ __forceinline__ void copyRange(u64 to, u64 from
     }
 }
 
-// Copies `count` tiles, a warp each. The last block to end sets `arrived` back to 0 and stores `value` in `done`, which is
+// Copies `count` tiles, a warp each; one alone is `only`, so that a small copy does not wait for its list. The last block to end sets `arrived` back to 0 and stores `value` in `done`, which is
 // host memory that the lane polls: all that was copied is visible to the host, to this GPU and to its peers by then, and
 // nothing of the copy is touched any more.
 extern "C" __global__ void __launch_bounds__(1024)
-    corelane_copy(const Tile *tiles, u32 count, u32 *arrived, volatile u32 *done, u32 value) {
+    corelane_copy(const Tile *tiles, u32 count, u32 *arrived, volatile u32 *done, u32 value, Tile only) {
     const u32 lane = threadIdx.x % kWarp;
     const u32 warps = gridDim.x * (blockDim.x / kWarp);
     // Neighbouring tiles go to different blocks: few tiles use all of them.
     for (u32 at = threadIdx.x / kWarp * gridDim.x + blockIdx.x; at < count; at += warps) {
-        const Tile tile = tiles[at];
+        const Tile tile = count == 1 ? only : tiles[at];
         const u32 apart = static_cast<u32>(tile.to ^ tile.from);
         if (apart % 16 == 0) {
             copyRange<uint4>(tile.to, tile.from, tile.len, lane);
@@ -140,7 +140,10 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
     __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && gridDim.x == 1) {
+        __threadfence_system();
+        *done = value;
+    } else if (threadIdx.x == 0) {
         const u32 before = atomicAdd(arrived, 1u);
         if (before == gridDim.x - 1) {
             *arrived = 0;

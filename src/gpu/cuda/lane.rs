@@ -41,8 +41,6 @@ unsafe impl Send for LaneDevice {}
 pub(crate) struct Launch<'a> {
     /// Ranges for the kernel.
     pub(crate) table: &'a Table,
-    /// First tile and number of tiles.
-    pub(crate) tiles: (u32, u32),
     /// Ranges for the copy engine: to, from, length.
     pub(crate) large: &'a [(u64, u64, u64)],
     /// At most so many blocks of threads: one takes a multiprocessor.
@@ -166,19 +164,20 @@ impl LaneDevice {
             let status = unsafe { (api.copy_async)(to, from, len as usize, stream) };
             api.check("cuMemcpyAsync", status)?;
         }
-        let (first, mut count) = launch.tiles;
-        let mut tiles = launch.table.address() + u64::from(first) * size_of::<super::Tile>() as u64;
+        let (mut tiles, mut count) = (launch.table.address(), launch.table.count());
+        let mut only = launch.table.first();
         let offset = u64::from(slot) * LINE as u64;
         let (mut counter, mut flag, mut value) =
             (self.counters + offset, self.flags.address() + offset, value);
         let blocks = count.clamp(1, launch.blocks.max(1));
         let warps = count.div_ceil(blocks).clamp(1, MAX_WARPS);
-        let mut arguments: [*mut c_void; 5] = [
+        let mut arguments: [*mut c_void; 6] = [
             (&raw mut tiles).cast(),
             (&raw mut count).cast(),
             (&raw mut counter).cast(),
             (&raw mut flag).cast(),
             (&raw mut value).cast(),
+            (&raw mut only).cast(),
         ];
         // SAFETY: the arguments have the kernel's types, and are copied by the call; the table stays (the caller's
         // promise), and so do counter and flag, until the lane's end, which waits for what is under way.

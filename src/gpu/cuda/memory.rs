@@ -284,7 +284,7 @@ fn drop_mappings(owner: u128) {
 
 /// Pinned host memory that every GPU can address, zeroed.
 pub(crate) struct HostMemory {
-    api: &'static Api,
+    device: &'static Device,
     start: *mut c_void,
 }
 
@@ -293,7 +293,7 @@ unsafe impl Send for HostMemory {}
 
 impl HostMemory {
     /// The thread has entered `device`.
-    pub(super) fn new(device: &Device, len: usize) -> std::result::Result<Self, GpuError> {
+    pub(super) fn new(device: &'static Device, len: usize) -> std::result::Result<Self, GpuError> {
         let api = device.api;
         let mut start = std::ptr::null_mut();
         // SAFETY: room for one address.
@@ -301,7 +301,7 @@ impl HostMemory {
         api.check("cuMemHostAlloc", status)?;
         // SAFETY: so many bytes have just been allocated.
         unsafe { std::ptr::write_bytes(start.cast::<u8>(), 0, len) };
-        Ok(Self { api, start })
+        Ok(Self { device, start })
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -311,7 +311,9 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // SAFETY: nothing uses it any more. An error leaves nothing to be done.
-        unsafe { (self.api.host_free)(self.start) };
+        if let Ok(_entered) = self.device.enter() {
+            // SAFETY: nothing uses it any more. An error leaves nothing to be done.
+            unsafe { (self.device.api.host_free)(self.start) };
+        }
     }
 }

@@ -84,6 +84,7 @@ pub(crate) struct Table {
     address: u64,
     bytes: usize,
     count: u32,
+    first: Tile,
 }
 
 impl Table {
@@ -96,7 +97,9 @@ impl Table {
             let _entered = device.enter()?;
             device.arena.lock().unwrap_or_else(PoisonError::into_inner).take(device, bytes)?
         };
-        let table = Self { device, address, bytes, count };
+        let nothing = Tile { to: 0, from: 0, len: 0, reserved: 0 };
+        let first = tiles.first().copied().unwrap_or(nothing);
+        let table = Self { device, address, bytes, count, first };
         if bytes > 0 {
             let from = tiles.as_ptr().cast::<c_void>() as usize as u64;
             device.set_up(|stream| {
@@ -114,6 +117,11 @@ impl Table {
 
     pub(super) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// What the kernel is given besides, for a list of one.
+    pub(super) fn first(&self) -> Tile {
+        self.first
     }
 
     pub(crate) fn count(&self) -> u32 {

@@ -1,5 +1,6 @@
 //! The committed PTX, and what a copy costs where there is a GPU.
 
+use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use super::api;
@@ -10,7 +11,6 @@ use super::table::{Table, Tile};
 #[test]
 fn the_committed_ptx_was_made_of_the_kernel() {
     use sha2::{Digest, Sha256};
-    use std::fmt::Write;
     let source = include_bytes!("kernel.cu");
     let ptx = include_str!("kernel.ptx");
     let mut digest = String::new();
@@ -75,10 +75,9 @@ fn costs_of(device: &'static Device, other: &'static Device) {
     lane.prepare(device).unwrap();
     let mut run = |tiles: &[Tile], large: &[(u64, u64, u64)], blocks: u32| {
         let table = Table::new(device, tiles).unwrap();
-        let tiles = (0, table.count());
         let (mut posts, mut ends) = (Vec::new(), Vec::new());
         for _ in 0..200 {
-            let launch = Launch { table: &table, tiles, large, blocks, bulk: true };
+            let launch = Launch { table: &table, large, blocks, bulk: true };
             let began = Instant::now();
             // SAFETY: the memory is this test's.
             let mut flight = unsafe { lane.launch(&launch) }.unwrap().unwrap();
@@ -102,7 +101,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
             let tiles: Vec<Tile> =
                 (0..(mib << 20) / piece).map(|at| tile(at * piece, piece as u32)).collect();
             let (_, end) = run(&tiles, &[], blocks);
-            ends += &format!("  {mib} MiB {end:.1}");
+            let _ = write!(ends, "  {mib} MiB {end:.1}");
         }
         eprintln!("{blocks:>3} blocks: 4 KiB {one:.1}  4096 x 4 KiB {many:.1}{ends} us");
     }
@@ -110,14 +109,18 @@ fn costs_of(device: &'static Device, other: &'static Device) {
         let (post, end) = run(&[], &[(to, from, mib << 20)], 1);
         eprintln!("copy engine: {mib} MiB: launch {post:.1}, end {end:.1} us");
     }
-    // How the end of an empty kernel is seen: by the flag, or by asking for the stream.
+    ways_to_see_the_end(device, tile(0, 4096));
+}
+
+/// By the flag, or by asking for the stream.
+fn ways_to_see_the_end(device: &'static Device, tile: Tile) {
     let stream = {
         let _entered = device.enter().unwrap();
         device.new_stream().unwrap()
     };
     let _entered = device.enter().unwrap();
     let mut asked = Vec::new();
-    let table = Table::new(device, &[tile(0, 4096)]).unwrap();
+    let table = Table::new(device, &[tile]).unwrap();
     let flags = super::memory::HostMemory::new(device, 64).unwrap();
     let mut counter = 0;
     // SAFETY: room for one address.
@@ -131,12 +134,14 @@ fn costs_of(device: &'static Device, other: &'static Device) {
             let began = Instant::now();
             let (mut tiles, mut count, mut arrived, mut done, mut value) =
                 (table.address(), 1u32, counter, flags.address(), value);
-            let mut arguments: [*mut std::ffi::c_void; 5] = [
+            let mut only = table.first();
+            let mut arguments: [*mut std::ffi::c_void; 6] = [
                 (&raw mut tiles).cast(),
                 (&raw mut count).cast(),
                 (&raw mut arrived).cast(),
                 (&raw mut done).cast(),
                 (&raw mut value).cast(),
+                (&raw mut only).cast(),
             ];
             // SAFETY: the kernel's arguments; all memory is this test's.
             let status = unsafe {

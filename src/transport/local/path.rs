@@ -267,9 +267,6 @@ impl LocalPath {
 
     /// Why a plan with GPU memory cannot go this way; `None`: it can.
     pub(crate) fn obstacle(&self, plan: &DevicePlan) -> Option<String> {
-        if let Some(reason) = plan.obstacle() {
-            return Some(reason.to_owned());
-        }
         // Addresses were translated when the plan was made; only now it is known whose process it is.
         let own = matches!(self.parts.reach, Reach::SameProcess);
         (own != plan.same_process)
