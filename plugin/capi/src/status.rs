@@ -287,7 +287,7 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), NAMES.len());
-        assert_eq!(NAMES.iter().map(|(status, _)| *status as i32).min(), Some(-23));
+        assert_eq!(NAMES.iter().map(|(status, _)| *status as i32).min(), Some(-24));
     }
 
     #[test]
