@@ -90,7 +90,7 @@ impl Engine {
         };
         let rail_keys = registrations.remote_keys().clone();
         let device = match &backing {
-            Backing::Gpu(allocation) => Some(Box::new(allocation.describe())),
+            Backing::Gpu(allocation) => Some(Box::new(allocation.describe(access))),
             Backing::Application | Backing::Engine(_) => None,
         };
         let describe = |slot| RegionDescriptor {

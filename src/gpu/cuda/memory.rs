@@ -10,7 +10,7 @@ use super::api::{self, Api, IpcHandle, SUCCESS};
 use super::device::Device;
 use crate::error::{Error, Result};
 use crate::sys;
-use crate::wire::DeviceMemory;
+use crate::wire::{Access, DeviceMemory};
 
 const ATTRIBUTE_CONTEXT: c_int = 1;
 const ATTRIBUTE_TYPE: c_int = 2;
@@ -76,14 +76,14 @@ impl Allocation {
         self.device
     }
 
-    /// What peers are told of it.
-    pub(crate) fn describe(&self) -> DeviceMemory {
+    /// What peers are told of it; what opens it, only those that may access it.
+    pub(crate) fn describe(&self, access: Access) -> DeviceMemory {
         DeviceMemory {
             uuid: self.device.uuid(),
             host: sys::host_id(),
             base: self.base,
             len: self.len,
-            handle: self.handle,
+            handle: self.handle.filter(|_| access != Access::LOCAL),
         }
     }
 
