@@ -68,6 +68,7 @@ entry_points! {
     fn stream_destroy = "cuStreamDestroy_v2"(stream: Stream);
     fn stream_query = "cuStreamQuery"(stream: Stream);
     fn stream_synchronize = "cuStreamSynchronize"(stream: Stream);
+    fn stream_write = "cuStreamWriteValue32_v2"(stream: Stream, address: u64, value: u32, flags: c_uint);
     fn memory_alloc = "cuMemAlloc_v2"(address: *mut u64, bytes: usize);
     fn memory_free = "cuMemFree_v2"(address: u64);
     fn memory_range = "cuMemGetAddressRange_v2"(base: *mut u64, bytes: *mut usize, address: u64);

@@ -164,11 +164,20 @@ impl LaneDevice {
             let status = unsafe { (api.copy_async)(to, from, len as usize, stream) };
             api.check("cuMemcpyAsync", status)?;
         }
+        let offset = u64::from(slot) * LINE as u64;
+        let flag = self.flags.address() + offset;
+        if launch.table.count() == 0 {
+            // No kernel: it would wait for a multiprocessor, behind a model's that has them all.
+            // SAFETY: a line of the flags, which stay until the lane's end. The write comes behind the copies, and with
+            // a fence.
+            if unsafe { (api.stream_write)(stream, flag, value, 0) } == SUCCESS {
+                return Ok(());
+            }
+            // A driver that does not do that has the kernel do it.
+        }
         let (mut tiles, mut count) = (launch.table.address(), launch.table.count());
         let mut only = launch.table.first();
-        let offset = u64::from(slot) * LINE as u64;
-        let (mut counter, mut flag, mut value) =
-            (self.counters + offset, self.flags.address() + offset, value);
+        let (mut counter, mut flag, mut value) = (self.counters + offset, flag, value);
         let blocks = count.clamp(1, launch.blocks.max(1));
         let warps = count.div_ceil(blocks).clamp(1, MAX_WARPS);
         let mut arguments: [*mut c_void; 6] = [

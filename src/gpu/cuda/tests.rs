@@ -89,7 +89,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
     };
     let tile = |at: u64, len: u32| Tile { to: to + at, from: from + at, len, reserved: 0 };
     let (post, end) = run(&[], &[], 1);
-    eprintln!("nothing, flag in host memory: launch {post:.1} us, end {end:.1} us");
+    eprintln!("nothing, flag written by the stream: launch {post:.1} us, end {end:.1} us");
     for blocks in [4, 8, 16, 32, 64, 132] {
         // 4096 blocks of 4 KiB, at the even places.
         let scattered: Vec<Tile> = (0..4096).map(|at| tile(at * 8192, 4096)).collect();
@@ -105,10 +105,19 @@ fn costs_of(device: &'static Device, other: &'static Device) {
         }
         eprintln!("{blocks:>3} blocks: 4 KiB {one:.1}  4096 x 4 KiB {many:.1}{ends} us");
     }
-    for mib in [1u64, 4, 16, 64] {
-        let (post, end) = run(&[], &[(to, from, mib << 20)], 1);
-        eprintln!("copy engine: {mib} MiB: launch {post:.1}, end {end:.1} us");
+    for len in [4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64u64 << 20] {
+        let (post, end) = run(&[], &[(to, from, len)], 1);
+        let (_, kernel) = match len {
+            0..1_000_000 => run(&[tile(0, len as u32)], &[], 16),
+            _ => (0.0, f64::NAN),
+        };
+        eprintln!(
+            "copy engine: {len:>8} B: launch {post:.1}, end {end:.1} us; one warp {kernel:.1}"
+        );
     }
+    let two = [(to, from, 64 << 10), (to + (1 << 20), from + (1 << 20), 64 << 10)];
+    let (post, end) = run(&[], &two, 1);
+    eprintln!("copy engine: 2 x 64 KiB: launch {post:.1}, end {end:.1} us");
     ways_to_see_the_end(device, tile(0, 4096));
 }
 
