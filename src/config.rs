@@ -151,6 +151,48 @@ impl RdmaConfig {
     }
 }
 
+/// How GPU memory is copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuConfig {
+    /// At most so many multiprocessors of a GPU take part in a copy: what a model that computes at the same time goes
+    /// without, for as long as the copy takes. Default 16 (docs/benchmarks.md).
+    pub multiprocessors: u32,
+    /// Contiguous ranges of at least so many bytes go by the copy engine, which takes no multiprocessor. Default 4 MiB.
+    pub copy_engine_bytes: usize,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self { multiprocessors: 16, copy_engine_bytes: 4 << 20 }
+    }
+}
+
+impl GpuConfig {
+    pub(crate) fn settings(&self) -> crate::gpu::Settings {
+        crate::gpu::Settings {
+            multiprocessors: self.multiprocessors,
+            copy_engine_bytes: self.copy_engine_bytes as u64,
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        let refuse = |why: String| Err(Error::Config(why));
+        if !(1..=1024).contains(&self.multiprocessors) {
+            return refuse(format!(
+                "gpu_multiprocessors={} is outside 1..=1024",
+                self.multiprocessors
+            ));
+        }
+        if !(64 << 10..=1 << 40).contains(&self.copy_engine_bytes) {
+            let bytes = self.copy_engine_bytes;
+            return refuse(format!(
+                "gpu_copy_engine_bytes={bytes} is outside 65536..=1099511627776"
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// Where an engine listens and what it tells peers about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
@@ -229,6 +271,8 @@ pub struct EngineConfig {
     pub transports: Vec<TransportKind>,
     /// Transport `rdma`.
     pub rdma: RdmaConfig,
+    /// GPU memory.
+    pub gpu: GpuConfig,
     /// Transport `local`: write to a peer's process only by ways on which no other process could be
     /// reached, had the peer just ended and its process ID been given to another. Half the speed from
     /// 64 KiB on. Default false: such a write begins within a microsecond after a look that it is the
@@ -279,6 +323,7 @@ impl Default for EngineConfig {
             assist: AssistMode::Auto,
             transports: vec![TransportKind::Local, TransportKind::Rdma, TransportKind::Tcp],
             rdma: RdmaConfig::default(),
+            gpu: GpuConfig::default(),
             strict_writes: false,
             any_tracer: false,
             listen: Listen::default(),
@@ -333,6 +378,7 @@ impl EngineConfig {
             return refuse("the list of transports is empty (known: local, rdma, tcp)".into());
         }
         self.rdma.validate()?;
+        self.gpu.validate()?;
         if !(1..=64).contains(&self.streams) {
             return refuse(format!("streams={} is outside 1..=64", self.streams));
         }

@@ -170,6 +170,24 @@ pub enum Error {
         source: Arc<io::Error>,
     },
 
+    /// The driver of a GPU refused something, or there is none.
+    #[error("GPU: {what}: {reason}")]
+    Gpu {
+        /// What was attempted.
+        what: String,
+        /// What the driver said.
+        reason: String,
+    },
+
+    /// No transport of this build moves this kind of memory to and from this peer.
+    #[error("no transport moves this memory to and from `{peer}`: {reason}")]
+    NoTransport {
+        /// Agent name of the peer.
+        peer: Arc<str>,
+        /// What is missing.
+        reason: String,
+    },
+
     /// The engine itself is at fault; please report it.
     #[error("internal error: {0}")]
     Backend(String),

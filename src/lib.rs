@@ -83,6 +83,7 @@ mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod gpu;
 mod memory;
 mod notification;
 mod peer;
@@ -100,9 +101,15 @@ mod transport;
 mod verbs;
 mod wire;
 
+/// Whether the driver of a GPU is there, so that memory of [`MemoryKind::Vram`] can be registered. It is looked for once,
+/// and not initialised.
+pub fn supports_gpu_memory() -> bool {
+    gpu::driver_is_present()
+}
+
 pub use config::{
-    AssistMode, EngineConfig, LaneSpec, Limits, Listen, MAX_AGENT_NAME, MAX_NOTIFICATION_BYTES,
-    RdmaConfig, Spin, TransportKind,
+    AssistMode, EngineConfig, GpuConfig, LaneSpec, Limits, Listen, MAX_AGENT_NAME,
+    MAX_NOTIFICATION_BYTES, RdmaConfig, Spin, TransportKind,
 };
 pub use engine::{Engine, LocalEngine, Task};
 pub use error::{Error, Result};

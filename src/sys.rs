@@ -218,6 +218,23 @@ pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
         .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
 }
 
+/// A number of this host's since it was started: the same in all of its containers.
+pub(crate) fn host_id() -> u64 {
+    use sha2::{Digest, Sha256};
+    static ID: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *ID.get_or_init(|| {
+        let Ok(id) = std::fs::read("/proc/sys/kernel/random/boot_id") else {
+            // Nobody's: then nobody takes this host for its own.
+            return random().map_or(0, u64::from_le_bytes);
+        };
+        let hash: [u8; 32] =
+            Sha256::new_with_prefix(b"corelane host").chain_update(id).finalize().into();
+        let mut short = [0; 8];
+        short.copy_from_slice(&hash[..8]);
+        u64::from_le_bytes(short)
+    })
+}
+
 /// Random bytes from the kernel.
 pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];

@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::EngineShared;
 use super::accept::Adopted;
 use super::connect::Connector;
+use super::gpu::GpuCopies;
 use super::links::Link;
 use super::local::{Accessor, Attachment};
 use crate::error::Error;
@@ -131,6 +132,7 @@ pub(crate) struct LaneDriver {
     pub(super) half_open: VecDeque<LinkId>,
     pub(super) mirror: Option<usize>,
     pub(super) rdma: LaneRdma,
+    pub(super) gpu: GpuCopies,
     leaving: bool,
 }
 
@@ -172,6 +174,7 @@ impl LaneDriver {
             half_open: VecDeque::new(),
             mirror: None,
             rdma,
+            gpu: GpuCopies::default(),
             leaving: false,
         };
         driver.rdma_start(cx);
@@ -243,6 +246,8 @@ impl LaneDriver {
         for link in self.links_of(slot) {
             drop(self.take_link(link, cx));
         }
+        self.settle_gpu_of(slot, cx);
+        crate::gpu::forget_mappings(self.peers[slot].core.peer.incarnation);
         let mut peer = self.peers.remove(slot);
         if let Some((_, timer)) = peer.timer.take() {
             cx.cancel_timer(timer);
@@ -290,7 +295,7 @@ impl LaneDriver {
             let Some(peer) = self.peers.get_mut(slot) else { continue };
             peer.dirty = false;
             self.handle_events(slot, cx);
-            self.take_copies(slot);
+            self.take_copies(slot, cx);
             worked |= self.flush_peer(slot, cx);
             self.handle_events(slot, cx);
             self.arm_timer(slot, cx);
@@ -389,6 +394,7 @@ impl LaneDriver {
 
     fn fail_everything(&mut self, error: &Error) {
         self.copies.clear();
+        self.gpu.settle();
         // Nothing moves any more once the queue pairs are destroyed.
         self.rdma.clear();
         for (_, peer) in &mut self.peers {
@@ -482,6 +488,7 @@ impl Driver for LaneDriver {
                 }
             }
             Message::AddRegion(region) => {
+                self.prepare_gpu(&region);
                 self.share_with_all(&region);
                 self.regions.add(region);
             }
@@ -533,6 +540,7 @@ impl Driver for LaneDriver {
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {
         let mut worked = !self.rings.is_empty() && self.poll_rings(cx);
         worked |= self.poll_rdma(cx);
+        worked |= !self.gpu.is_idle() && self.poll_gpu(cx);
         worked |= !self.dirty.is_empty() && self.service(cx);
         if self.run_copies(cx) {
             worked = true;
@@ -543,7 +551,7 @@ impl Driver for LaneDriver {
     }
 
     fn must_poll(&self) -> bool {
-        !self.dirty.is_empty() || !self.copies.is_empty()
+        !self.dirty.is_empty() || !self.copies.is_empty() || !self.gpu.is_idle()
     }
 
     fn before_sleep(&mut self, cx: &mut Cx<'_>) -> bool {

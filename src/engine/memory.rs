@@ -8,10 +8,12 @@ use super::{Engine, EngineShared, Message};
 #[cfg(doc)]
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
-use crate::memory::{Buffer, Region, RegionInner};
+use crate::gpu;
+use crate::memory::{Backing, Buffer, Region, RegionInner};
 use crate::sync::{Ticket, deadline};
 use crate::sys;
 use crate::transport::local::{OwnMemory, node_of};
+use crate::transport::rdma::Registrations;
 use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 
 impl Engine {
@@ -52,7 +54,18 @@ impl Engine {
                 "a region of {len} bytes at {base:#x} is null, empty or wraps around"
             )));
         }
-        self.add_region(base, len, kind, access, None)
+        let backing = match kind {
+            MemoryKind::Vram { device } => Backing::Gpu(gpu::allocation_of(base, len, device)?),
+            MemoryKind::Dram => {
+                if let Some(device) = gpu::is_device_memory(base) {
+                    return Err(Error::InvalidArgument(format!(
+                        "{len} bytes at {base:#x} are memory of GPU {device}: register them as such"
+                    )));
+                }
+                Backing::Application
+            }
+        };
+        self.add_region(base, len, kind, access, backing)
     }
 
     fn add_region(
@@ -61,7 +74,7 @@ impl Engine {
         len: u64,
         kind: MemoryKind,
         access: Access,
-        memory: Option<OwnMemory>,
+        backing: Backing,
     ) -> Result<Region> {
         let shared = &self.shared;
         let random = sys::random::<12>().map_err(|e| Error::io("reading random bytes", e))?;
@@ -69,10 +82,17 @@ impl Engine {
         wide[..12].copy_from_slice(&random);
         let random = u128::from_le_bytes(wide);
         let incarnation = shared.identity.incarnation;
-        // SAFETY: whoever registers memory keeps it mapped until it has been deregistered, or the engine's own keeps itself.
-        // Pages are pinned here, outside all locks.
-        let registrations = unsafe { shared.rails.register(base, len, access) };
+        let registrations = match backing {
+            Backing::Gpu(_) => Registrations::default(),
+            // SAFETY: whoever registers memory keeps it mapped until it has been deregistered, or the engine's own keeps
+            // itself. Pages are pinned here, outside all locks.
+            _ => unsafe { shared.rails.register(base, len, access) },
+        };
         let rail_keys = registrations.remote_keys().clone();
+        let device = match &backing {
+            Backing::Gpu(allocation) => Some(Box::new(allocation.describe(access))),
+            Backing::Application | Backing::Engine(_) => None,
+        };
         let describe = |slot| RegionDescriptor {
             incarnation,
             key: RegionKey::new(slot, random),
@@ -81,8 +101,9 @@ impl Engine {
             kind,
             access,
             rail_keys,
+            device,
         };
-        let region = shared.registry_mut().insert(describe, memory, registrations)?;
+        let region = shared.registry_mut().insert(describe, backing, registrations)?;
         for lane in shared.lanes() {
             if lane.submit(Message::AddRegion(region.clone())).is_err() {
                 let mut registry = shared.registry_mut();
@@ -116,7 +137,8 @@ impl Engine {
         let memory = OwnMemory::allocate(len, core.and_then(node_of))
             .map_err(|e| Error::io(format!("allocating {len} bytes of shared memory"), e))?;
         let base = memory.as_ptr() as usize as u64;
-        let region = self.add_region(base, len as u64, MemoryKind::Dram, access, Some(memory))?;
+        let region =
+            self.add_region(base, len as u64, MemoryKind::Dram, access, Backing::Engine(memory))?;
         Ok(Buffer { region, engine: self.clone(), freed: false })
     }
 

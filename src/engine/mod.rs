@@ -2,6 +2,7 @@
 
 mod accept;
 mod connect;
+mod gpu;
 mod lane;
 mod links;
 mod local;

@@ -7,8 +7,8 @@ use crate::error::{Error, Result};
 use crate::memory::{LocalSegment, RemoteSegment};
 use crate::peer::Peer;
 use crate::plan::{
-    DescriptorPair, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner, RemoteBlocks,
-    RemoteList,
+    DescriptorPair, Device, LocalBlocks, LocalList, Operation, PlanBuilder, PlanInner,
+    RemoteBlocks, RemoteList,
 };
 use crate::sync::Ticket;
 use crate::transfer::Plan;
@@ -21,7 +21,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], [`Error::NotRegistered`], [`Error::OutOfBounds`],
-    /// [`Error::Permission`], [`Error::StaleDescriptor`], [`Error::Limit`].
+    /// [`Error::Permission`], [`Error::StaleDescriptor`], [`Error::Limit`]; with GPU memory [`Error::Gpu`] and
+    /// [`Error::NoTransport`].
     pub fn prepare(
         &self,
         operation: Operation,
@@ -95,8 +96,23 @@ impl Engine {
             local: shared.may_be_local(&peer.shared),
             rdma: shared.may_be_rdma(&peer.shared),
         };
-        let plan = Plan { inner: Arc::new(build(&builder)?), engine: shared.clone() };
+        let mut inner = build(&builder)?;
         drop(registry);
+        if let Some(Device::Listed(listed)) = inner.device.take() {
+            if !shared.may_be_local(&peer.shared) {
+                return Err(Error::NoTransport {
+                    peer: peer.shared.name.clone(),
+                    reason: "this version moves GPU memory by transport `local` only, which one of both sides does \
+                             not allow"
+                        .into(),
+                });
+            }
+            // Not under the lock: mapping memory of another process takes its time.
+            let same_process = super::shared::is_of_this_process(peer.shared.incarnation);
+            let ready = listed.finish(same_process, shared.config.gpu.settings())?;
+            inner.device = Some(Device::Ready(Box::new(ready)));
+        }
+        let plan = Plan { inner: Arc::new(inner), engine: shared.clone() };
         if !peer.is_connected() {
             let warm_up = Message::Connect(peer.shared.clone(), Ticket::new());
             self.submit(peer.shared.lane, warm_up)?;

@@ -108,6 +108,7 @@ pub fn table(bytes: &[u8]) {
         kind: MemoryKind::Dram,
         access: Access::from_bits_truncate(choices.u8()),
         rail_keys: RailKeys::new(),
+        device: None,
     };
     own.publish(&region);
     let fd = own.fd();

@@ -113,6 +113,7 @@ impl World {
             kind: MemoryKind::Dram,
             access: Access::READ_WRITE,
             rail_keys: RailKeys::new(),
+            device: None,
         };
         let mut world = Self {
             now: Instant::now(),
@@ -150,8 +151,13 @@ impl World {
             kind: MemoryKind::Dram,
             access,
             rail_keys: RailKeys::new(),
+            device: None,
         };
-        let Ok(region) = self.registry.insert(make, None, Registrations::default()) else {
+        let Ok(region) = self.registry.insert(
+            make,
+            crate::memory::Backing::Application,
+            Registrations::default(),
+        ) else {
             unreachable!("three regions are within the limit")
         };
         self.regions.add(region.clone());

@@ -41,14 +41,22 @@ fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         kind: MemoryKind::Vram { device: 2 },
         access: Access::READ_WRITE,
         rail_keys: [7, 0, 9].into_iter().collect(),
+        device: Some(Box::new(crate::wire::DeviceMemory {
+            uuid: [3; 16],
+            host: 77,
+            base: 0x7000_0000 - 512,
+            len: 5000,
+            handle: Some([9; 64]),
+        })),
     };
     add("descriptor", "vram-three-rails", unsealed(region.to_bytes()));
     add("descriptor", "sealed", region.to_bytes());
     let (kind, rail_keys) = (MemoryKind::Dram, RailKeys::new());
-    let dram = RegionDescriptor { kind, rail_keys, access: Access::LOCAL, ..region.clone() };
+    let dram =
+        RegionDescriptor { kind, rail_keys, access: Access::LOCAL, device: None, ..region.clone() };
     add("descriptor", "dram-no-rail", unsealed(dram.to_bytes()));
     let rail_keys = vec![1; MAX_RAILS].into_iter().collect();
-    let wide = RegionDescriptor { rail_keys, base: u64::MAX - 4096, ..region };
+    let wide = RegionDescriptor { rail_keys, base: u64::MAX - 4096, ..dram };
     add("descriptor", "most-rails-at-the-end", unsealed(wide.to_bytes()));
 
     let hello = crate::wire::hello::tests::hello();

@@ -8,10 +8,12 @@ use super::RegionInner;
 use crate::sync::Ticket;
 use crate::sys::IoSegment;
 use crate::wire::frame::{ServeStatus, WireSegment};
-use crate::wire::{Access, RegionKey};
+use crate::wire::{Access, MemoryKind, RegionKey};
 
 struct Entry {
     region: Arc<RegionInner>,
+    /// What peers may ask for by frames: nothing of GPU memory, which no socket reaches.
+    served: Access,
     /// Requests and transfers of this lane that touch the region now.
     users: u32,
     /// Somebody waits for `users` to reach zero; nothing new may start.
@@ -47,7 +49,11 @@ impl LaneRegions {
         if self.slots.len() <= slot {
             self.slots.resize_with(slot + 1, || None);
         }
-        self.slots[slot] = Some(Entry { region, users: 0, closing: None });
+        let served = match region.descriptor.kind {
+            MemoryKind::Dram => region.descriptor.access,
+            MemoryKind::Vram { .. } => Access::LOCAL,
+        };
+        self.slots[slot] = Some(Entry { region, served, users: 0, closing: None });
     }
 
     /// Refuses new uses, for good; completes `ticket` when the last one has ended, perhaps at once. A second
@@ -103,7 +109,7 @@ impl LaneRegions {
             .filter(|e| e.closing.is_none() || mutated!(ClosingAdmits))
             .ok_or(ServeStatus::UnknownKey)?;
         let descriptor = &entry.region.descriptor;
-        if !descriptor.access.allows(needs) && !mutated!(PermissionIgnored) {
+        if !entry.served.allows(needs) && !mutated!(PermissionIgnored) {
             return Err(ServeStatus::Denied);
         }
         if !descriptor.contains(segment.addr, segment.len) && !mutated!(BoundsIgnored) {
@@ -160,7 +166,7 @@ impl LaneRegions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{MemoryKind, RegionDescriptor};
+    use crate::wire::RegionDescriptor;
 
     fn region(slot: u32, access: Access) -> Arc<RegionInner> {
         let descriptor = RegionDescriptor {
@@ -171,10 +177,11 @@ mod tests {
             kind: MemoryKind::Dram,
             access,
             rail_keys: crate::wire::RailKeys::new(),
+            device: None,
         };
         Arc::new(RegionInner::new(
             descriptor,
-            None,
+            crate::memory::Backing::Application,
             crate::transport::rdma::Registrations::default(),
         ))
     }

@@ -4,7 +4,7 @@ mod lane_table;
 mod registry;
 
 pub(crate) use lane_table::{LaneRegions, RegionUses, Segments};
-pub(crate) use registry::{RegionInner, Registry};
+pub(crate) use registry::{Backing, RegionInner, Registry};
 
 pub use crate::wire::{Access, MemoryKind, RegionDescriptor};
 
@@ -97,7 +97,7 @@ impl Buffer {
 
     /// Whether it lies in huge pages.
     pub fn is_huge(&self) -> bool {
-        self.region().inner.memory.as_ref().is_some_and(OwnMemory::is_huge)
+        self.region().inner.memory().is_some_and(OwnMemory::is_huge)
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Error, Result};
+use crate::gpu::Allocation;
 use crate::transport::local::OwnMemory;
 use crate::transport::rdma::Registrations;
 use crate::wire::{RegionDescriptor, RegionKey};
@@ -15,10 +16,20 @@ pub(crate) struct RegionInner {
     pub(crate) descriptor: RegionDescriptor,
     /// Copies that threads other than lanes make now; lanes count theirs by themselves.
     copies: AtomicU32,
-    /// Memory of the engine that the region is.
-    pub(crate) memory: Option<OwnMemory>,
+    backing: Backing,
     /// On the rails of the engine.
     pub(crate) registrations: Registrations,
+}
+
+/// What a region is made of.
+#[derive(Debug)]
+pub(crate) enum Backing {
+    /// The application's host memory.
+    Application,
+    /// Memory of the engine.
+    Engine(OwnMemory),
+    /// The application's memory of a GPU.
+    Gpu(Allocation),
 }
 
 /// No more copies may begin.
@@ -38,10 +49,20 @@ impl Drop for RegionCopy<'_> {
 impl RegionInner {
     pub(crate) fn new(
         descriptor: RegionDescriptor,
-        memory: Option<OwnMemory>,
+        backing: Backing,
         registrations: Registrations,
     ) -> Self {
-        Self { descriptor, copies: AtomicU32::new(0), memory, registrations }
+        Self { descriptor, copies: AtomicU32::new(0), backing, registrations }
+    }
+
+    /// The memory of the engine that the region is.
+    pub(crate) fn memory(&self) -> Option<&OwnMemory> {
+        if let Backing::Engine(memory) = &self.backing { Some(memory) } else { None }
+    }
+
+    /// The memory of a GPU that the region is.
+    pub(crate) fn gpu(&self) -> Option<&Allocation> {
+        if let Backing::Gpu(allocation) = &self.backing { Some(allocation) } else { None }
     }
 
     /// Begins a copy; `None`: the region is being deregistered. Two uncontended atomic operations.
@@ -115,7 +136,7 @@ impl Registry {
     pub(crate) fn insert(
         &mut self,
         make: impl FnOnce(u32) -> RegionDescriptor,
-        memory: Option<OwnMemory>,
+        backing: Backing,
         registrations: Registrations,
     ) -> Result<Arc<RegionInner>> {
         if self.entries.len() >= self.limit {
@@ -127,7 +148,7 @@ impl Registry {
         }
         let vacant = self.entries.vacant_entry();
         let slot = vacant.key();
-        let region = Arc::new(RegionInner::new(make(slot as u32), memory, registrations));
+        let region = Arc::new(RegionInner::new(make(slot as u32), backing, registrations));
         vacant.insert(Entry { region: region.clone(), state: State::Live });
         self.publish(&region);
         Ok(region)
@@ -223,18 +244,22 @@ mod tests {
             kind: MemoryKind::Dram,
             access: Access::READ_WRITE,
             rail_keys: crate::wire::RailKeys::new(),
+            device: None,
         }
     }
 
     #[test]
     fn overlapping_repeated_and_adjacent_registrations_are_told_apart() {
         let mut registry = Registry::new(10);
-        let wide =
-            registry.insert(|s| descriptor(s, 1000, 1000), None, Registrations::default()).unwrap();
-        let narrow =
-            registry.insert(|s| descriptor(s, 1500, 10), None, Registrations::default()).unwrap();
-        let again =
-            registry.insert(|s| descriptor(s, 1500, 10), None, Registrations::default()).unwrap();
+        let wide = registry
+            .insert(|s| descriptor(s, 1000, 1000), Backing::Application, Registrations::default())
+            .unwrap();
+        let narrow = registry
+            .insert(|s| descriptor(s, 1500, 10), Backing::Application, Registrations::default())
+            .unwrap();
+        let again = registry
+            .insert(|s| descriptor(s, 1500, 10), Backing::Application, Registrations::default())
+            .unwrap();
         assert!(Arc::ptr_eq(registry.find(1505, 100).unwrap(), &wide));
         assert!(registry.find(1995, 10).is_none(), "past the end of everything");
         assert!(registry.close(&again) && !registry.close(&again));
@@ -252,9 +277,15 @@ mod tests {
     #[test]
     fn the_limit_is_a_typed_error() {
         let mut registry = Registry::new(1);
-        registry.insert(|s| descriptor(s, 0, 1), None, Registrations::default()).unwrap();
+        registry
+            .insert(|s| descriptor(s, 0, 1), Backing::Application, Registrations::default())
+            .unwrap();
         assert!(matches!(
-            registry.insert(|s| descriptor(s, 0, 1), None, Registrations::default()),
+            registry.insert(
+                |s| descriptor(s, 0, 1),
+                Backing::Application,
+                Registrations::default()
+            ),
             Err(Error::Limit { .. })
         ));
     }
@@ -267,7 +298,7 @@ mod tests {
         ) {
             let mut registry = Registry::new(100);
             for &(base, size) in &regions {
-                registry.insert(|s| descriptor(s, base, size), None, Registrations::default()).unwrap();
+                registry.insert(|s| descriptor(s, base, size), Backing::Application, Registrations::default()).unwrap();
             }
             let expected = regions.iter().any(|&(b, s)| addr >= b && addr + len <= b + s);
             prop_assert_eq!(registry.find(addr, len).is_some(), expected);

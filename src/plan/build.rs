@@ -5,8 +5,9 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::rdma::{RdmaBuilder, RdmaRequests};
-use super::{Chunk, Class, Operation, Piece, PlanInner};
+use super::{Chunk, Class, Device, Operation, Piece, PlanInner};
 use crate::error::{Error, Result};
+use crate::gpu::DeviceBuilder;
 use crate::memory::{LocalSegment, Region, RegionInner, Registry, RemoteSegment};
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
@@ -94,6 +95,7 @@ struct Output {
     remote_ends: Vec<u32>,
     ranges: Vec<RemoteRange>,
     rdma: Option<RdmaBuilder>,
+    device: Option<Box<DeviceBuilder>>,
     bodies: Vec<u8>,
     regions: SmallVec<[Arc<RegionInner>; 2]>,
     /// One bit for each slot of a region that is in `regions`.
@@ -156,11 +158,19 @@ impl PlanBuilder<'_> {
                 Some(region) => self.check_local(&local, &region.inner, &mut named)?,
             };
             let own_index = out.add_region(own);
-            let crosses = MemoryKind::Dram;
-            if own.descriptor.kind != crosses || remote.region.kind != crosses {
-                return Err(Error::InvalidArgument(format!(
-                    "descriptor {index} is GPU memory, which no transport of this build can move"
-                )));
+            let host = MemoryKind::Dram;
+            if own.descriptor.kind != host || remote.region.kind != host || out.device.is_some() {
+                if index > 0 && out.device.is_none() {
+                    return Err(Error::InvalidArgument(format!(
+                        "descriptor {index} has GPU memory, and those before have none: prepare two plans"
+                    )));
+                }
+                let device = out.device.get_or_insert_with(|| {
+                    let (own, theirs) = (&own.descriptor, remote.region);
+                    Box::new(DeviceBuilder::new(self.operation, self.peer, own, theirs, count))
+                });
+                device.add(index, local.addr, own_index, own, &remote)?;
+                continue;
             }
             self.add_pair(&mut out, local.addr, own, &remote);
             if let Some(rdma) = &mut out.rdma {
@@ -318,8 +328,14 @@ impl PlanBuilder<'_> {
         out.open.segments.clear();
     }
 
-    fn finish(&self, out: Output, descriptors: usize) -> PlanInner {
-        let bytes = out.pieces.iter().map(|piece| piece.header.len).sum();
+    fn finish(&self, mut out: Output, descriptors: usize) -> PlanInner {
+        let bytes = match &out.device {
+            Some(device) => device.bytes(),
+            None => out.pieces.iter().map(|piece| piece.header.len).sum(),
+        };
+        if let Some(device) = &out.device {
+            out.ranges = device.ranges();
+        }
         let near = near_all(out.regions.iter().map(|region| region.registrations.near()));
         let small = out.pieces.len() <= 1 && bytes <= self.latency_bytes;
         PlanInner {
@@ -332,6 +348,7 @@ impl PlanBuilder<'_> {
             chunks: chunks(&out.pieces, &out.remote_ends),
             remote_ranges: out.ranges.into_boxed_slice(),
             rdma: out.rdma.map_or_else(RdmaRequests::default, |rdma| rdma.finish(near)),
+            device: out.device.map(Device::Listed),
             pieces: out.pieces.into_boxed_slice(),
             local: out.local.into_boxed_slice(),
             remote: out.remote.into_boxed_slice(),
@@ -371,6 +388,7 @@ impl Output {
     fn new(descriptors: usize, rdma: bool) -> Self {
         Self {
             rdma: rdma.then(|| RdmaBuilder::new(descriptors)),
+            device: None,
             pieces: Vec::new(),
             local: Vec::with_capacity(descriptors),
             remote: Vec::new(),

@@ -25,6 +25,7 @@ fn descriptor(
         kind: MemoryKind::Dram,
         access,
         rail_keys: crate::wire::RailKeys::new(),
+        device: None,
     }
 }
 
@@ -41,7 +42,7 @@ fn world() -> World {
         registry
             .insert(
                 |s| descriptor(1, s, base, 0x10000, Access::LOCAL),
-                None,
+                crate::memory::Backing::Application,
                 crate::transport::rdma::Registrations::default(),
             )
             .unwrap();

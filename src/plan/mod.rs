@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::gpu::{DeviceBuilder, DevicePlan};
 use crate::memory::RegionInner;
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
@@ -73,12 +74,35 @@ pub(crate) struct PlanInner {
     /// What the chunks touch of the peer's memory, by key.
     pub(crate) remote_ranges: Box<[RemoteRange]>,
     pub(crate) rdma: RdmaRequests,
+    /// What a plan with GPU memory is instead of all that.
+    pub(crate) device: Option<Device>,
     local: Box<[IoSegment]>,
     remote: Box<[IoSegment]>,
     bodies: Box<[u8]>,
 }
 
+/// The GPU's part of a plan.
+#[derive(Debug)]
+pub(crate) enum Device {
+    /// Checked, and not known to any GPU.
+    Listed(Box<DeviceBuilder>),
+    Ready(Box<DevicePlan>),
+}
+
 impl PlanInner {
+    /// In how many parts it is copied, where this side copies.
+    pub(crate) fn parts(&self) -> usize {
+        if self.device.is_some() { 1 } else { self.chunks.len() }
+    }
+
+    /// What a GPU copies of it.
+    pub(crate) fn on_device(&self) -> Option<&DevicePlan> {
+        match &self.device {
+            Some(Device::Ready(plan)) => Some(plan),
+            Some(Device::Listed(_)) | None => None,
+        }
+    }
+
     /// Where the bytes of a piece lie in this engine's memory.
     pub(crate) fn local(&self, piece: u32) -> &[IoSegment] {
         self.pieces.get(piece as usize).map_or(&[], |piece| {

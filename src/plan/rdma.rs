@@ -142,6 +142,7 @@ mod tests {
             kind: MemoryKind::Dram,
             access: Access::READ_WRITE,
             rail_keys: [10 + slot, 0].into_iter().collect(),
+            device: None,
         }
     }
 

@@ -333,8 +333,13 @@ impl Node {
             kind: MemoryKind::Dram,
             access,
             rail_keys: crate::wire::RailKeys::new(),
+            device: None,
         };
-        let region = self.registry.insert(describe, None, Registrations::default())?;
+        let region = self.registry.insert(
+            describe,
+            crate::memory::Backing::Application,
+            Registrations::default(),
+        )?;
         self.regions.add(region.clone());
         Ok(RegionHandle(region))
     }

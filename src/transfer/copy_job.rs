@@ -120,6 +120,16 @@ impl CopyJob {
         self.claims.is_quiet()
     }
 
+    /// It is to end early: what was claimed and not begun need not be.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.claims.next.load(Ordering::SeqCst) >= CLOSED
+    }
+
+    /// The way to copy it.
+    pub(crate) fn path(&self) -> Option<Arc<LocalPath>> {
+        self.path.load_full()
+    }
+
     pub(crate) fn error(&self) -> Option<Error> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

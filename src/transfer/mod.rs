@@ -88,7 +88,7 @@ impl Plan {
 
     /// Requests it was cut into.
     pub fn requests(&self) -> usize {
-        self.inner.pieces.len()
+        self.inner.pieces.len() + usize::from(self.inner.device.is_some())
     }
 
     /// Direction.

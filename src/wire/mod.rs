@@ -14,7 +14,7 @@ mod region;
 pub(crate) use codec::{Reader, Writer};
 pub(crate) use metadata::Metadata;
 pub use region::{Access, MemoryKind, RegionDescriptor};
-pub(crate) use region::{MAX_RAILS, RailKeys, RegionKey};
+pub(crate) use region::{DeviceMemory, MAX_RAILS, RailKeys, RegionKey};
 
 /// The first 32 bits of the SHA-256 of `bytes`: tells damaged bytes from whole ones (not from
 /// forged ones: that is what the keyed proof of the handshake is for).

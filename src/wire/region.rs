@@ -34,7 +34,12 @@ impl Access {
 
     /// For shared memory: bits that mean nothing are ignored.
     pub(crate) fn from_bits_truncate(bits: u8) -> Self {
-        Self(bits & Self::READ_WRITE.0)
+        Self(bits & (Self::READ_WRITE.0 | Self::READ_WRITE.0 << 2))
+    }
+
+    /// In shared memory, rights to GPU memory are other bits: no copy of host memory goes there.
+    pub(crate) fn of_device(self) -> Self {
+        Self(self.0 << 2)
     }
 
     pub(crate) fn bits(self) -> u8 {
@@ -92,8 +97,24 @@ pub struct RegionDescriptor {
     pub(crate) len: u64,
     pub(crate) kind: MemoryKind,
     pub(crate) access: Access,
+    /// Of GPU memory: where it is, for peers that reach it.
+    pub(crate) device: Option<Box<DeviceMemory>>,
     /// Its key on each of the owner's rails, for transport `rdma`; 0: it is not registered there.
     pub(crate) rail_keys: RailKeys,
+}
+
+/// The allocation that a region of GPU memory lies in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DeviceMemory {
+    /// Of the GPU, whatever its number is in another process.
+    pub(crate) uuid: [u8; 16],
+    /// Of the host that the handle is good on.
+    pub(crate) host: u64,
+    /// First byte, in the owner's address space.
+    pub(crate) base: u64,
+    pub(crate) len: u64,
+    /// What opens the allocation in another process; `None`: nothing does.
+    pub(crate) handle: Option<[u8; 64]>,
 }
 
 /// A key for each rail of an engine.
@@ -149,6 +170,13 @@ impl RegionDescriptor {
         for key in &self.rail_keys {
             w.u32(*key);
         }
+        if let Some(memory) = &self.device {
+            w.raw(&memory.uuid).u64(memory.host).u64(memory.base).u64(memory.len);
+            w.u8(u8::from(memory.handle.is_some()));
+            if let Some(handle) = &memory.handle {
+                w.raw(handle);
+            }
+        }
         let sum = checksum(w.as_bytes());
         w.u32(sum);
         w.finish()
@@ -195,7 +223,37 @@ impl RegionDescriptor {
             return None;
         }
         let rail_keys = (0..rails).map(|_| r.u32()).collect::<Option<RailKeys>>()?;
-        r.is_empty().then_some(Self { incarnation, key, base, len, kind, access, rail_keys })
+        let device = match kind {
+            MemoryKind::Dram => None,
+            MemoryKind::Vram { .. } => Some(Box::new(DeviceMemory::decode(r, base, len)?)),
+        };
+        r.is_empty().then_some(Self {
+            incarnation,
+            key,
+            base,
+            len,
+            kind,
+            access,
+            device,
+            rail_keys,
+        })
+    }
+}
+
+impl DeviceMemory {
+    /// Reads the allocation of a region, which must lie inside.
+    fn decode(r: &mut Reader<'_>, region: u64, region_len: u64) -> Option<Self> {
+        let (uuid, host) = (r.array()?, r.u64()?);
+        let (base, len) = (r.u64()?, r.u64()?);
+        let end = base.checked_add(len)?;
+        let handle = match r.u8()? {
+            0 => None,
+            1 => Some(r.array()?),
+            _ => return None,
+        };
+        let inside = region >= base && region.checked_add(region_len)? <= end;
+        // Memory without a handle may be several allocations in a row.
+        (inside || handle.is_none()).then_some(Self { uuid, host, base, len, handle })
     }
 }
 
@@ -213,13 +271,23 @@ mod tests {
             kind: MemoryKind::Vram { device: 2 },
             access: Access::READ_WRITE,
             rail_keys: [7, 0, 9].into_iter().collect(),
+            device: Some(Box::new(DeviceMemory {
+                uuid: [3; 16],
+                host: 77,
+                base: 0x7000_0000 - 512,
+                len: 5000,
+                handle: Some([9; 64]),
+            })),
         }
     }
 
     #[test]
     fn survives_the_round_trip() {
-        let dram = RegionDescriptor { kind: MemoryKind::Dram, access: Access::LOCAL, ..sample() };
-        for descriptor in [sample(), dram] {
+        let kind = MemoryKind::Dram;
+        let dram = RegionDescriptor { kind, access: Access::LOCAL, device: None, ..sample() };
+        let mut unnamed = sample();
+        unnamed.device.as_mut().unwrap().handle = None;
+        for descriptor in [sample(), dram, unnamed] {
             assert_eq!(RegionDescriptor::from_bytes(&descriptor.to_bytes()).unwrap(), descriptor);
         }
         assert_eq!(sample().key.slot(), 17);
@@ -235,6 +303,16 @@ mod tests {
             let mut altered = bytes.clone();
             altered[at] ^= 1;
             assert!(RegionDescriptor::from_bytes(&altered).is_err(), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_region_outside_of_its_allocation_is_refused() {
+        for (base, len) in [(0x7000_0001, 5000), (0x7000_0000, 4095), (u64::MAX, 2)] {
+            let mut altered = sample();
+            let memory = altered.device.as_mut().unwrap();
+            (memory.base, memory.len) = (base, len);
+            assert!(RegionDescriptor::from_bytes(&altered.to_bytes()).is_err(), "{base:#x}, {len}");
         }
     }
 

@@ -30,6 +30,8 @@ OPTIONS = {
     "rdma_stripe_bytes",
     "rdma_relaxed_ordering",
     "rdma_on_demand_paging",
+    "gpu_multiprocessors",
+    "gpu_copy_engine_bytes",
     "listen",
     "interface",
     "port_range",

@@ -8,6 +8,7 @@ mod allocations;
 mod buffer;
 mod children;
 mod forge;
+mod gpu;
 pub mod hostile;
 mod log;
 mod near;
@@ -25,6 +26,7 @@ pub use allocations::{CountingAllocator, assert_allocation_free, exempt_this_thr
 pub use buffer::{Buffer, POISON, pattern};
 pub use children::{Killed, in_forked_child, skipped, start_with_id, wait_for_process};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
+pub use gpu::{Cuda, GpuBuffer, PinnedBuffer, gpus};
 pub use log::Log;
 pub use near::{Near, transport};
 pub use peer_process::{PeerProcess, Target, from_hex, to_hex};

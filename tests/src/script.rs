@@ -12,8 +12,9 @@ use std::time::Instant;
 use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
 
 use crate::{
-    BOUND, Buffer, Log, apply, children, end_of, exchange, exchange_sizes, exempt_this_thread,
-    from_hex, kind, local_config, outcome, pin_process, to_hex, transport, watch,
+    BOUND, Buffer, GpuBuffer, Log, POISON, apply, children, end_of, exchange, exchange_sizes,
+    exempt_this_thread, from_hex, kind, local_config, outcome, pattern, pin_process, to_hex,
+    transport, watch,
 };
 
 use crate::streams::{flood, take_flood, take_sizes};
@@ -30,6 +31,7 @@ struct Script {
     peers: HashMap<String, Peer>,
     regions: HashMap<String, (Arc<Buffer>, Region)>,
     mapped: HashMap<String, Arc<Buffer>>,
+    gpu: HashMap<String, (GpuBuffer, Region)>,
     hammers: Vec<(Arc<AtomicBool>, JoinHandle<Answer>)>,
     log: Option<Log>,
 }
@@ -95,6 +97,40 @@ impl Script {
             // ID LEN ACCESS
             "region" => self.add_region(words),
             "alloc" => self.allocate(words),
+            // ID LEN ACCESS GPU
+            "gpu-region" => self.add_gpu_region(words),
+            // ID SEED OFFSET LEN AT
+            "gpu-fill" => {
+                let bytes =
+                    pattern(words.number(1)? as u64, words.number(4)? as u64, words.number(3)?);
+                self.gpu(words)?.write(words.number(2)?, &bytes);
+                Ok(String::new())
+            }
+            "gpu-check" => {
+                let (offset, len) = (words.number(2)?, words.number(3)?);
+                let expected = pattern(words.number(1)? as u64, words.number(4)? as u64, len);
+                let found = self.gpu(words)?.read(offset, len);
+                match found.iter().zip(&expected).position(|(found, expected)| found != expected) {
+                    None => Ok(String::new()),
+                    Some(at) => Err(format!(
+                        "byte {} is {:#x}, and not {:#x}",
+                        offset + at,
+                        found[at],
+                        expected[at]
+                    )),
+                }
+            }
+            // ID OFFSET LEN
+            "gpu-poison" => {
+                let poison = vec![POISON; words.number(2)?];
+                self.gpu(words)?.write(words.number(1)?, &poison);
+                Ok(String::new())
+            }
+            "gpu-check-poison" => {
+                let found = self.gpu(words)?.read(words.number(1)?, words.number(2)?);
+                let whole = found.iter().all(|byte| *byte == POISON);
+                whole.then(String::new).ok_or("bytes outside of the range were written".into())
+            }
             // ID ADDRESS LEN
             "map" => self.map(words),
             // ID SEED OFFSET LEN AT
@@ -253,6 +289,21 @@ impl Script {
         let descriptor = to_hex(&region.descriptor().to_bytes());
         self.regions.insert(words.text(0)?.to_owned(), (memory, region));
         Ok(descriptor)
+    }
+
+    /// As `region`, of memory of a GPU.
+    fn add_gpu_region(&mut self, words: &Words<'_>) -> Answer {
+        let (len, access) = (words.number(1)?, access(words.text(2)?)?);
+        let memory = GpuBuffer::new(words.number(3)? as u32, len);
+        let region = memory.register(self.engine()?, access).map_err(told)?;
+        let descriptor = to_hex(&region.descriptor().to_bytes());
+        self.gpu.insert(words.text(0)?.to_owned(), (memory, region));
+        Ok(descriptor)
+    }
+
+    fn gpu(&self, words: &Words<'_>) -> Result<&GpuBuffer, String> {
+        let id = words.text(0)?;
+        self.gpu.get(id).map(|(memory, _)| memory).ok_or(format!("no GPU region `{id}`"))
     }
 
     /// As `region`, of memory of the engine.

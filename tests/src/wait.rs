@@ -78,6 +78,8 @@ pub fn kind(error: &Error) -> &'static str {
         Error::Shutdown => "Shutdown",
         Error::Fault { .. } => "Fault",
         Error::Io { .. } => "Io",
+        Error::Gpu { .. } => "Gpu",
+        Error::NoTransport { .. } => "NoTransport",
         Error::Backend(_) => "Backend",
         _ => "other",
     }

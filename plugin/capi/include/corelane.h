@@ -160,6 +160,10 @@ enum corelane_status
    * The library itself is at fault; please report it.
    */
   CORELANE_ERR_BACKEND = -23,
+  /**
+   * No transport moves this kind of memory to and from this peer, or there is no driver for it.
+   */
+  CORELANE_ERR_NOT_SUPPORTED = -24,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -216,7 +220,7 @@ typedef struct {
    */
   uint32_t kind;
   /**
-   * Ordinal of the GPU; 0 for host memory.
+   * CUDA ordinal of the GPU in its owner's process; 0 for host memory.
    */
   uint32_t device;
   /**
@@ -587,6 +591,14 @@ corelane_status corelane_stop_accept(corelane_engine_t engine);
 corelane_status corelane_start_listener(corelane_engine_t engine);
 
 /**
+ * Whether memory of a kind (`CORELANE_MEMORY_...`) can be registered here: GPU memory where the CUDA driver is
+ * installed. The driver is looked for once, and not initialised.
+ *
+ * Any thread. Errors: `CORELANE_ERR_NOT_SUPPORTED`, `CORELANE_ERR_INVALID_ARGUMENT` (no such kind).
+ */
+corelane_status corelane_memory_supported(uint32_t kind);
+
+/**
  * Registers `len` bytes at `addr`: makes them usable in transfers and, as far as `access`
  * (`CORELANE_ACCESS_...` added up) goes, by peers that get the descriptor. Nothing is pinned or
  * touched. Ranges may overlap and repeat.
@@ -595,7 +607,8 @@ corelane_status corelane_start_listener(corelane_engine_t engine);
  * `CORELANE_OK`.
  *
  * Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT` (null, empty, wraps around),
- * `CORELANE_ERR_LIMIT`.
+ * `CORELANE_ERR_LIMIT`; of GPU memory also `CORELANE_ERR_INVALID_ARGUMENT` (host memory, memory of another GPU or context),
+ * `CORELANE_ERR_IO` (the driver's words are in `corelane_last_error`).
  */
 corelane_status corelane_reg(corelane_engine_t engine,
                              void *addr,

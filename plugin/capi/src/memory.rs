@@ -34,7 +34,7 @@ pub struct corelane_region_info {
     pub len: u64,
     /// `CORELANE_MEMORY_DRAM` or `CORELANE_MEMORY_VRAM`.
     pub kind: u32,
-    /// Ordinal of the GPU; 0 for host memory.
+    /// CUDA ordinal of the GPU in its owner's process; 0 for host memory.
     pub device: u32,
     /// `CORELANE_ACCESS_...`, added up.
     pub access: u32,
@@ -77,6 +77,22 @@ fn access_of(access: u32) -> Result<Access, Failure> {
     }
 }
 
+/// Whether memory of a kind (`CORELANE_MEMORY_...`) can be registered here: GPU memory where the CUDA driver is
+/// installed. The driver is looked for once, and not initialised.
+///
+/// Any thread. Errors: `CORELANE_ERR_NOT_SUPPORTED`, `CORELANE_ERR_INVALID_ARGUMENT` (no such kind).
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_memory_supported(kind: u32) -> corelane_status {
+    run("corelane_memory_supported", || match kind_of(kind, 0)? {
+        MemoryKind::Dram => Ok(()),
+        _ if corelane::supports_gpu_memory() => Ok(()),
+        _ => Err(Failure::new(
+            corelane_status::CORELANE_ERR_NOT_SUPPORTED,
+            "libcuda.so.1, the CUDA driver, is not installed",
+        )),
+    })
+}
+
 /// Registers `len` bytes at `addr`: makes them usable in transfers and, as far as `access`
 /// (`CORELANE_ACCESS_...` added up) goes, by peers that get the descriptor. Nothing is pinned or
 /// touched. Ranges may overlap and repeat.
@@ -85,7 +101,8 @@ fn access_of(access: u32) -> Result<Access, Failure> {
 /// `CORELANE_OK`.
 ///
 /// Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT` (null, empty, wraps around),
-/// `CORELANE_ERR_LIMIT`.
+/// `CORELANE_ERR_LIMIT`; of GPU memory also `CORELANE_ERR_INVALID_ARGUMENT` (host memory, memory of another GPU or context),
+/// `CORELANE_ERR_IO` (the driver's words are in `corelane_last_error`).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn corelane_reg(
     engine: corelane_engine_t,

@@ -134,6 +134,12 @@ options! {
     "rdma_on_demand_paging" = "false",
         "true: register memory for RDMA without pinning it, where the device can; false",
         |s, v| { s.config.rdma.on_demand_paging = switch(v)?; Ok(()) };
+    "gpu_multiprocessors" = "16",
+        "multiprocessors of a GPU that a copy takes part of at most, 1 to 1024",
+        |s, v| { s.config.gpu.multiprocessors = multiprocessors(v)?; Ok(()) };
+    "gpu_copy_engine_bytes" = "4M",
+        "contiguous ranges of GPU memory of at least so many bytes go by the copy engine, 64K to 1024G",
+        |s, v| { s.config.gpu.copy_engine_bytes = bytes_within(v, 64 << 10, 1 << 40)?; Ok(()) };
     "listen" = "",
         "comma list of IP addresses to listen on; empty: all",
         |s, v| { s.config.listen.addresses = list(v, "an IP address")?; Ok(()) };
@@ -191,6 +197,13 @@ fn within(text: &str, least: u8, most: u8) -> Result<u8, String> {
     match number(text) {
         Ok(number) if (least..=most).contains(&number) => Ok(number),
         _ => Err(format!("a number from {least} to {most} is needed")),
+    }
+}
+
+fn multiprocessors(text: &str) -> Result<u32, String> {
+    match number(text) {
+        Ok(number) if (1..=1024).contains(&number) => Ok(number),
+        _ => Err("a number from 1 to 1024 is needed".into()),
     }
 }
 

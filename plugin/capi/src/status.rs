@@ -62,6 +62,8 @@ pub enum corelane_status {
     CORELANE_ERR_BUFFER_TOO_SMALL = -22,
     /// The library itself is at fault; please report it.
     CORELANE_ERR_BACKEND = -23,
+    /// No transport moves this kind of memory to and from this peer, or there is no driver for it.
+    CORELANE_ERR_NOT_SUPPORTED = -24,
 }
 
 use corelane_status::{
@@ -70,12 +72,12 @@ use corelane_status::{
     CORELANE_ERR_FAULT, CORELANE_ERR_INVALID_ARGUMENT, CORELANE_ERR_INVALID_HANDLE,
     CORELANE_ERR_IO, CORELANE_ERR_LANE, CORELANE_ERR_LIMIT, CORELANE_ERR_MALFORMED,
     CORELANE_ERR_NOT_FOUND, CORELANE_ERR_NOT_POSTED, CORELANE_ERR_NOT_REGISTERED,
-    CORELANE_ERR_OUT_OF_BOUNDS, CORELANE_ERR_PERMISSION, CORELANE_ERR_REMOTE_DISCONNECT,
-    CORELANE_ERR_SHUTDOWN, CORELANE_ERR_STALE_DESCRIPTOR, CORELANE_ERR_TIMEOUT,
-    CORELANE_IN_PROGRESS, CORELANE_OK,
+    CORELANE_ERR_NOT_SUPPORTED, CORELANE_ERR_OUT_OF_BOUNDS, CORELANE_ERR_PERMISSION,
+    CORELANE_ERR_REMOTE_DISCONNECT, CORELANE_ERR_SHUTDOWN, CORELANE_ERR_STALE_DESCRIPTOR,
+    CORELANE_ERR_TIMEOUT, CORELANE_IN_PROGRESS, CORELANE_OK,
 };
 
-const NAMES: [(corelane_status, &CStr); 25] = [
+const NAMES: [(corelane_status, &CStr); 26] = [
     (CORELANE_IN_PROGRESS, c"in progress"),
     (CORELANE_OK, c"ok"),
     (CORELANE_ERR_NOT_POSTED, c"not posted"),
@@ -101,6 +103,7 @@ const NAMES: [(corelane_status, &CStr); 25] = [
     (CORELANE_ERR_LANE, c"lane failed to start"),
     (CORELANE_ERR_BUFFER_TOO_SMALL, c"buffer too small"),
     (CORELANE_ERR_BACKEND, c"internal error"),
+    (CORELANE_ERR_NOT_SUPPORTED, c"not supported"),
 ];
 
 pub(crate) fn status_of(error: &Error) -> corelane_status {
@@ -122,7 +125,8 @@ pub(crate) fn status_of(error: &Error) -> corelane_status {
         Error::Limit { .. } => CORELANE_ERR_LIMIT,
         Error::Shutdown => CORELANE_ERR_SHUTDOWN,
         Error::Fault { .. } => CORELANE_ERR_FAULT,
-        Error::Io { .. } => CORELANE_ERR_IO,
+        Error::Io { .. } | Error::Gpu { .. } => CORELANE_ERR_IO,
+        Error::NoTransport { .. } => CORELANE_ERR_NOT_SUPPORTED,
         // `Backend`, and whatever a later engine adds.
         _ => CORELANE_ERR_BACKEND,
     }
@@ -283,7 +287,7 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), NAMES.len());
-        assert_eq!(NAMES.iter().map(|(status, _)| *status as i32).min(), Some(-23));
+        assert_eq!(NAMES.iter().map(|(status, _)| *status as i32).min(), Some(-24));
     }
 
     #[test]

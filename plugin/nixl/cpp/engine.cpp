@@ -94,9 +94,19 @@ nixl_status_t corelane::toNixl(corelane_status status) {
         return NIXL_ERR_REPOST_ACTIVE;
     case CORELANE_ERR_CONFIG:
         return NIXL_ERR_MISMATCH;
+    case CORELANE_ERR_NOT_SUPPORTED:
+        return NIXL_ERR_NOT_SUPPORTED;
     default:
         return NIXL_ERR_BACKEND;
     }
+}
+
+nixl_mem_list_t corelane::supportedMems() {
+    nixl_mem_list_t mems{DRAM_SEG};
+    if (corelane_memory_supported(CORELANE_MEMORY_VRAM) == CORELANE_OK) {
+        mems.push_back(VRAM_SEG);
+    }
+    return mems;
 }
 
 nixlCorelaneEngine::nixlCorelaneEngine(const nixlBackendInitParams *params)
@@ -249,9 +259,12 @@ nixl_status_t nixlCorelaneEngine::registerMem(const nixlBlobDesc &mem, const nix
                                               nixlBackendMD *&out) {
     return guarded([&] {
         out = nullptr;
-        if (type != DRAM_SEG) {
+        if (type != DRAM_SEG && type != VRAM_SEG) {
             return NIXL_ERR_NOT_SUPPORTED;
         }
+        // The device number of host memory says nothing to this backend.
+        const uint32_t kind = type == VRAM_SEG ? CORELANE_MEMORY_VRAM : CORELANE_MEMORY_DRAM;
+        const uint32_t device = type == VRAM_SEG ? static_cast<uint32_t>(mem.devId) : 0;
         const std::pair<uintptr_t, size_t> range(mem.addr, mem.len);
         if (!isOurs()) {
             return NIXL_ERR_BACKEND;
@@ -259,6 +272,9 @@ nixl_status_t nixlCorelaneEngine::registerMem(const nixlBlobDesc &mem, const nix
         std::lock_guard<std::mutex> lock(registrationsMutex_);
         const auto known = registrations_.find(range);
         if (known != registrations_.end()) {
+            if (known->second->kind != kind || known->second->device != device) {
+                return NIXL_ERR_INVALID_PARAM;
+            }
             out = new LocalMD(range, known->second);
             ++known->second->count;
             return NIXL_SUCCESS;
@@ -266,11 +282,12 @@ nixl_status_t nixlCorelaneEngine::registerMem(const nixlBlobDesc &mem, const nix
         // All memory that this takes is there before the registration is.
         const auto registration = std::make_shared<Registration>();
         registration->descriptor.reserve(256);
+        registration->kind = kind;
+        registration->device = device;
         auto local = std::make_unique<LocalMD>(range, registration);
         const auto place = registrations_.emplace(range, registration).first;
-        // The device number of host memory says nothing to this backend.
         corelane_status status = corelane_reg(
-            engine_, reinterpret_cast<void *>(mem.addr), mem.len, CORELANE_MEMORY_DRAM, 0,
+            engine_, reinterpret_cast<void *>(mem.addr), mem.len, kind, device,
             CORELANE_ACCESS_REMOTE_READ | CORELANE_ACCESS_REMOTE_WRITE, &registration->region);
         if (status == CORELANE_OK) {
             status = fill(registration->descriptor, [&](void *buffer, size_t room, size_t *len) {
@@ -343,7 +360,7 @@ nixl_status_t nixlCorelaneEngine::loadRemoteMD(const nixlBlobDesc &input, const 
                                                const std::string &agent, nixlBackendMD *&output) {
     return guarded([&] {
         output = nullptr;
-        if (type != DRAM_SEG) {
+        if (type != DRAM_SEG && type != VRAM_SEG) {
             return NIXL_ERR_NOT_SUPPORTED;
         }
         // The peer need not be known yet: what the descriptor says is checked when it is used.

@@ -33,6 +33,9 @@ constexpr int64_t kGraceMs = 1000;
 // docs/nixl.md has this table.
 nixl_status_t toNixl(corelane_status status);
 
+// Host memory; GPU memory where the CUDA driver is installed.
+nixl_mem_list_t supportedMems();
+
 // The peer behind a name, as long as anybody uses it.
 class Conn {
 public:
@@ -62,6 +65,9 @@ private:
 // takes other bytes for a range that it knows for a change of the metadata, and refuses them.
 struct Registration {
     corelane_region_t region = 0;
+    // CORELANE_MEMORY_... and, of GPU memory, the device.
+    uint32_t kind = CORELANE_MEMORY_DRAM;
+    uint32_t device = 0;
     // What peers need; the same bytes for as long as the registration lives.
     std::string descriptor;
     // How many there are; behind the engine's lock.
@@ -126,7 +132,7 @@ public:
     bool supportsRemote() const override { return true; }
     bool supportsLocal() const override { return true; }
     bool supportsNotif() const override { return true; }
-    nixl_mem_list_t getSupportedMems() const override { return {DRAM_SEG}; }
+    nixl_mem_list_t getSupportedMems() const override { return corelane::supportedMems(); }
 
     nixl_status_t registerMem(const nixlBlobDesc &mem, const nixl_mem_t &type,
                               nixlBackendMD *&out) override;

@@ -87,7 +87,7 @@ nixlBackendPlugin plugin = {
     [] { return "CORELANE"; },
     [] { return corelane_version(); },
     backendOptions,
-    [] { return nixl_mem_list_t{DRAM_SEG}; },
+    corelane::supportedMems,
 };
 
 } // namespace

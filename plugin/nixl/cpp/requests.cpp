@@ -30,6 +30,9 @@ Request::Request(corelane_xfer_t xfer, nixl_xfer_op_t operation, const nixl_meta
     : xfer(xfer), operation_(operation), count_(local.descCount()), firstLocal_(first(local)),
       lastLocal_(last(local)), firstRemote_(first(remote)), lastRemote_(last(remote)) {}
 
+// What a descriptor's addresses are of; which kind of memory, the registrations know.
+static bool isMemory(nixl_mem_t type) { return type == DRAM_SEG || type == VRAM_SEG; }
+
 bool Request::matches(nixl_xfer_op_t operation, const nixl_meta_dlist_t &local,
                       const nixl_meta_dlist_t &remote) const {
     return operation == operation_ && local.descCount() == count_ && remote.descCount() == count_ &&
@@ -45,7 +48,7 @@ nixl_status_t nixlCorelaneEngine::prepXfer(const nixl_xfer_op_t &operation,
     try {
         handle = nullptr;
         if (local.descCount() != remote.descCount() || local.descCount() == 0 ||
-            local.getType() != DRAM_SEG || remote.getType() != DRAM_SEG) {
+            !isMemory(local.getType()) || !isMemory(remote.getType())) {
             return NIXL_ERR_INVALID_PARAM;
         }
         const ConnPtr conn = findOrLoadSelf(agent);

@@ -18,8 +18,12 @@ const SHARED_BYTES: u64 = 2 << 20;
 
 impl LaneDriver {
     /// Takes up the transfers of a peer that are to be copied.
-    pub(in crate::engine) fn take_copies(&mut self, slot: usize) {
+    pub(in crate::engine) fn take_copies(&mut self, slot: usize, cx: &mut Cx<'_>) {
         while let Some(transfer) = self.peers.get_mut(slot).and_then(|peer| peer.core.next_copy()) {
+            if transfer.plan.device.is_some() {
+                self.copy_on_gpu(transfer, cx);
+                continue;
+            }
             if transfer.plan.bytes >= SHARED_BYTES {
                 for (index, lane) in self.engine.lanes().iter().enumerate() {
                     if index != self.index {

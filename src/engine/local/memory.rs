@@ -19,7 +19,7 @@ impl LaneDriver {
             .engine
             .registry()
             .all()
-            .filter(|region| region.memory.is_some())
+            .filter(|region| region.memory().is_some())
             .cloned()
             .collect();
         for region in regions {
@@ -29,8 +29,7 @@ impl LaneDriver {
 
     pub(super) fn share(&mut self, slot: usize, region: &RegionInner) {
         let descriptor = &region.descriptor;
-        let Some(memory) = region.memory.as_ref().filter(|_| descriptor.access != Access::LOCAL)
-        else {
+        let Some(memory) = region.memory().filter(|_| descriptor.access != Access::LOCAL) else {
             return;
         };
         let Some(attachment) = self.peers.get_mut(slot).and_then(|peer| peer.local.as_mut()) else {
@@ -56,7 +55,7 @@ impl LaneDriver {
     }
 
     pub(in crate::engine) fn unshare_with_all(&mut self, region: &RegionInner) {
-        if region.memory.is_none() {
+        if region.memory().is_none() {
             return;
         }
         for slot in self.rings.clone() {

@@ -448,6 +448,7 @@ impl LaneDriver {
             && let Some(theirs) = &attachment.theirs
         {
             theirs.accessor.process.set_disconnected();
+            crate::gpu::forget_mappings(peer.core.peer.incarnation);
             peer.last_process = Some(theirs.accessor.clone());
         }
     }

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::requests::ActiveKey;
+use super::requests::{Active, ActiveKey};
 use super::{Core, Env, ProtocolError};
 use crate::error::Error;
 use crate::plan::Class;
@@ -41,13 +41,50 @@ pub(crate) struct RingState {
 
 impl Core {
     /// The session's link is up on this host; `local_resolved` tells what came of it.
-    pub(super) fn local_pending(&mut self, on_this_host: bool) {
+    pub(super) fn local_pending(&mut self, on_this_host: bool, env: &mut Env<'_>) {
         self.local = if on_this_host { Local::Pending } else { Local::Off };
         if self.rdma_expected && !on_this_host {
             self.rdma_pending();
         } else {
             self.peer.settled.store(!on_this_host, Ordering::Release);
         }
+        if !on_this_host {
+            self.enqueue_on_device(env);
+        }
+    }
+
+    /// Transfers of GPU memory that waited: they go on, or end because nothing carries them.
+    fn enqueue_on_device(&mut self, env: &mut Env<'_>) {
+        for key in std::mem::take(&mut self.on_device) {
+            self.enqueue(key, env);
+        }
+    }
+
+    /// Puts a transfer of GPU memory where the driver takes it up, or ends it.
+    fn enqueue_device(&mut self, key: ActiveKey, env: &mut Env<'_>) {
+        let Some(plan) = self.live(key).map(|active| active.plan().clone()) else { return };
+        let Some(device) = plan.on_device() else {
+            let error = Error::Backend("a plan with GPU memory was never made ready".into());
+            return self.fail(key.slot, error, env);
+        };
+        let reason = match &self.local {
+            Local::Up(path) => match path.obstacle(device) {
+                None => return self.copies.push_back(key),
+                Some(reason) => reason,
+            },
+            Local::Pending => return self.on_device.push_back(key),
+            Local::Off if self.session_link().is_none() => return self.on_device.push_back(key),
+            Local::Off => {
+                let why = if self.local_reason.is_empty() {
+                    "the peer is on another host, or transport `local` is not allowed".to_owned()
+                } else {
+                    format!("transport `local` fails: {}", self.local_reason)
+                };
+                format!("this version moves GPU memory by transport `local` only, and {why}")
+            }
+        };
+        let error = Error::NoTransport { peer: self.peer.name.clone(), reason };
+        self.fail(key.slot, error, env);
     }
 
     /// Whether both sides allow transfers to go as frames over a socket.
@@ -97,6 +134,7 @@ impl Core {
         };
         self.peer.settled.store(true, Ordering::Release);
         self.enqueue_waiting(env);
+        self.enqueue_on_device(env);
     }
 
     /// Transfers that waited for it to be known which way they go.
@@ -110,10 +148,14 @@ impl Core {
 
     /// Puts a transfer where links take it up.
     pub(super) fn enqueue_for_links(&mut self, key: ActiveKey) {
-        match self.live(key).map(|active| active.plan().class) {
-            Some(Class::Latency) => self.latency.push_back(key),
-            Some(Class::Bulk) => self.bulk.push_back(key),
-            None => {}
+        let Some(plan) = self.live(key).map(Active::plan) else { return };
+        if plan.device.is_some() {
+            // No link carries it.
+            return self.on_device.push_back(key);
+        }
+        match plan.class {
+            Class::Latency => self.latency.push_back(key),
+            Class::Bulk => self.bulk.push_back(key),
         }
     }
 
@@ -129,6 +171,9 @@ impl Core {
         }
         if self.is_wired(plan) && !active.has_begun() {
             return self.wired.push_back(key);
+        }
+        if plan.device.is_some() {
+            return self.enqueue_device(key, env);
         }
         let connected = self.session_link().is_some() && !self.is_way_pending();
         if connected && !self.are_frames_allowed() && self.is_rdma_up() {

@@ -216,6 +216,8 @@ pub(crate) struct Core {
     bulk: VecDeque<ActiveKey>,
     /// Transfers that this side copies, and that nobody has taken up.
     copies: VecDeque<ActiveKey>,
+    /// Transfers of GPU memory that wait for it to be known how the peer is reached.
+    on_device: VecDeque<ActiveKey>,
     local: Local,
     /// Why the last session on this host has no way to the peer's memory.
     local_reason: String,
@@ -271,6 +273,7 @@ impl Core {
             latency: VecDeque::new(),
             bulk: VecDeque::new(),
             copies: VecDeque::new(),
+            on_device: VecDeque::new(),
             local: Local::Off,
             local_reason: String::new(),
             wired: VecDeque::new(),

@@ -87,7 +87,7 @@ impl Active {
     pub(super) fn begin_copy(&mut self, path: Arc<LocalPath>) -> Arc<TransferShared> {
         (self.copying, self.copied) = (true, true);
         self.next_piece = self.shared.plan.pieces.len() as u32;
-        self.shared.copy.open(path, self.shared.plan.chunks.len());
+        self.shared.copy.open(path, self.shared.plan.parts());
         self.shared.clone()
     }
 
@@ -141,7 +141,7 @@ impl Active {
 
     /// Closes that job; false: a thread is still copying.
     fn stop_copy(&mut self) -> bool {
-        self.copying &= !self.shared.copy.close(self.shared.plan.chunks.len());
+        self.copying &= !self.shared.copy.close(self.shared.plan.parts());
         !self.copying
     }
 }
@@ -185,7 +185,7 @@ impl Core {
         }
         let stamp = self.stamp();
         let class = plan.class;
-        let empty = plan.pieces.is_empty();
+        let empty = plan.bytes == 0;
         let number = self.next_transfer;
         self.next_transfer += 1;
         let slot = self.active.insert(Active {
@@ -741,6 +741,7 @@ impl Core {
         self.latency.clear();
         self.bulk.clear();
         self.copies.clear();
+        self.on_device.clear();
         self.wired.clear();
     }
 

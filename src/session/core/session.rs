@@ -244,7 +244,7 @@ impl Core {
         let timeout = Duration::from_millis(u64::from(liveness_ms.max(50)));
         self.liveness = Some(Liveness::new(timeout, env.now));
         self.add_link(link, LinkKind::Session, ours, env.now);
-        self.local_pending(on_this_host);
+        self.local_pending(on_this_host, env);
         self.confirmed = ours;
         if ours {
             // The first frame tells the peer that its welcome has arrived.

@@ -290,6 +290,14 @@ impl Uses {
         None
     }
 
+    /// As `begin`, for a copy that outlives the call: one that a GPU makes.
+    pub(crate) fn begin_owned(&self) -> Option<OwnedUse> {
+        let in_use = self.begin()?;
+        let (index, number) = (PLACE.get(), in_use.number);
+        std::mem::forget(in_use);
+        Some(OwnedUse { uses: self.clone(), index, number })
+    }
+
     /// The copies in progress now. Take the region's key away first.
     pub(crate) fn in_progress(&self) -> Vec<(usize, u64)> {
         fence(Ordering::SeqCst);
@@ -320,6 +328,23 @@ pub(crate) struct Use<'a> {
 impl Drop for Use<'_> {
     fn drop(&mut self) {
         self.place.store(self.number.wrapping_add(2), Ordering::Release);
+    }
+}
+
+/// A copy in progress that no thread waits for.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct OwnedUse {
+    uses: Uses,
+    index: usize,
+    number: u64,
+}
+
+impl Drop for OwnedUse {
+    fn drop(&mut self) {
+        if let Some(place) = self.uses.place(self.index) {
+            drop(Use { place, number: self.number });
+        }
     }
 }
 

@@ -27,7 +27,7 @@ mod shm;
 mod table;
 
 pub(crate) use channel::{
-    Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, RING_MESSAGES, Uses,
+    Consumer, MAX_RING_PAYLOAD, Message, OwnedUse, Producer, Pushed, RING_MESSAGES, Uses,
     create as create_channel, open as open_channel,
 };
 pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer};

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use arc_swap::ArcSwap;
 use smallvec::SmallVec;
 
-use super::channel::Uses;
+use super::channel::{OwnedUse, Uses};
 use super::cma::{self, Pid, ProcessMemory};
 use super::copy::{STREAMING_BYTES, copy_lists};
 use super::shm::Mapping;
 use super::table::{Refused, TableView};
 use crate::error::Error;
+use crate::gpu::DevicePlan;
 use crate::plan::{Operation, PlanInner};
 use crate::sys::{IoSegment, MAX_IO_SEGMENTS};
 use crate::wire::frame::ServeStatus;
@@ -264,11 +265,29 @@ impl LocalPath {
         Err(CopyError::Busy.into())
     }
 
+    /// Why a plan with GPU memory cannot go this way; `None`: it can.
+    pub(crate) fn obstacle(&self, plan: &DevicePlan) -> Option<String> {
+        // Addresses were translated when the plan was made; only now it is known whose process it is.
+        let own = matches!(self.parts.reach, Reach::SameProcess);
+        (own != plan.same_process)
+            .then(|| "the peer's engine belongs to another process".to_owned())
+    }
+
+    /// Begins a copy of GPU memory, which ends when the answer is dropped: until then the peer keeps what its table
+    /// says is there.
+    pub(crate) fn begin_on_device(&self, plan: &PlanInner) -> Result<OwnedUse, CopyError> {
+        let in_use = self.parts.uses.begin_owned().ok_or(CopyError::Busy)?;
+        let needs = needs(plan.operation);
+        let on_gpu = plan.on_device().is_some_and(|device| device.remote_on_gpu);
+        self.check_rights(plan, if on_gpu { needs.of_device() } else { needs })?;
+        Ok(in_use)
+    }
+
     fn check(&self, plan: &PlanInner) -> Result<(), Error> {
-        let needs = match plan.operation {
-            Operation::Read => Access::REMOTE_READ,
-            Operation::Write => Access::REMOTE_WRITE,
-        };
+        self.check_rights(plan, needs(plan.operation))
+    }
+
+    fn check_rights(&self, plan: &PlanInner, needs: Access) -> Result<(), Error> {
         for range in &plan.remote_ranges {
             self.parts.table.check(range, needs).map_err(|refused| match refused {
                 Refused::Shut => self.gone("its engine is shut down"),
@@ -345,6 +364,13 @@ impl LocalPath {
                 (Operation::Write, memory) => call.write(memory.as_deref(), bytes),
             }
         }
+    }
+}
+
+fn needs(operation: Operation) -> Access {
+    match operation {
+        Operation::Read => Access::REMOTE_READ,
+        Operation::Write => Access::REMOTE_WRITE,
     }
 }
 

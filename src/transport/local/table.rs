@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use super::LAYOUT;
 use super::shm::{self, Mapping, SharedFd};
 use crate::wire::frame::ServeStatus;
-use crate::wire::{Access, RegionDescriptor, RegionKey};
+use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 
 const MAGIC: u64 = 0x7264_6c65_7261_6300 | LAYOUT as u64;
 const OPEN: usize = 1;
@@ -61,7 +61,11 @@ impl Table {
         let Some(slot) = slot_words(self.map.words(), region.key.slot()) else { return };
         slot[2].store(region.base, Ordering::Relaxed);
         slot[3].store(region.len, Ordering::Relaxed);
-        slot[4].store(u64::from(region.access.bits()), Ordering::Relaxed);
+        let rights = match region.kind {
+            MemoryKind::Dram => region.access,
+            MemoryKind::Vram { .. } => region.access.of_device(),
+        };
+        slot[4].store(u64::from(rights.bits()), Ordering::Relaxed);
         let digest = region.key.digest();
         slot[1].store((digest >> 64) as u64, Ordering::Release);
         slot[0].store(digest as u64, Ordering::Release);
@@ -151,7 +155,6 @@ impl TableView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::MemoryKind;
 
     fn region(slot: u32, access: Access) -> RegionDescriptor {
         RegionDescriptor {
@@ -162,6 +165,7 @@ mod tests {
             kind: MemoryKind::Dram,
             access,
             rail_keys: crate::wire::RailKeys::new(),
+            device: None,
         }
     }
 
@@ -193,6 +197,26 @@ mod tests {
         assert_eq!(view.check(&range(1000, 1001), read), Ok(()));
         table.shut();
         assert_eq!(view.check(&range(1000, 1001), read), Err(Refused::Shut));
+    }
+
+    #[test]
+    fn rights_to_gpu_memory_are_none_to_host_memory_and_the_reverse() {
+        let table = Table::create(16).unwrap();
+        let view = TableView::open(&*table.fd()).unwrap();
+        let host = region(1, Access::READ_WRITE);
+        let kind = MemoryKind::Vram { device: 0 };
+        let device = RegionDescriptor { kind, ..region(2, Access::REMOTE_READ) };
+        table.publish(&host);
+        table.publish(&device);
+        let of = |key: RegionKey| RemoteRange { key, digest: key.digest(), start: 1000, end: 1100 };
+        let (host, device) = (of(host.key), of(device.key));
+        let (read, write) = (Access::REMOTE_READ, Access::REMOTE_WRITE);
+        let denied = Err(Refused::Region(ServeStatus::Denied));
+        assert_eq!(view.check(&host, read), Ok(()));
+        assert_eq!(view.check(&host, read.of_device()), denied);
+        assert_eq!(view.check(&device, read.of_device()), Ok(()));
+        assert_eq!(view.check(&device, write.of_device()), denied);
+        assert_eq!(view.check(&device, read), denied);
     }
 
     #[test]

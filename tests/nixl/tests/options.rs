@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 33] = [
+const OPTIONS: [&str; 35] = [
     "lanes",
     "spin_us",
     "assist",
@@ -26,6 +26,8 @@ const OPTIONS: [&str; 33] = [
     "rdma_stripe_bytes",
     "rdma_relaxed_ordering",
     "rdma_on_demand_paging",
+    "gpu_multiprocessors",
+    "gpu_copy_engine_bytes",
     "listen",
     "interface",
     "port_range",

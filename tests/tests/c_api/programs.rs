@@ -90,6 +90,7 @@ fn statuses_and_structures_are_what_a_c_compiler_makes_of_them() {
         ("CORELANE_ERR_NOT_POSTED", corelane_status::CORELANE_ERR_NOT_POSTED),
         ("CORELANE_ERR_BUSY", corelane_status::CORELANE_ERR_BUSY),
         ("CORELANE_ERR_BACKEND", corelane_status::CORELANE_ERR_BACKEND),
+        ("CORELANE_ERR_NOT_SUPPORTED", corelane_status::CORELANE_ERR_NOT_SUPPORTED),
     ];
     for (name, status) in pairs {
         code += &format!("_Static_assert({name} == {}, \"{name}\");\n", status as i32);

@@ -217,8 +217,15 @@ impl World {
                 kind: MemoryKind::Dram,
                 access,
                 rail_keys: crate::wire::RailKeys::new(),
+                device: None,
             };
-            registry.insert(make, None, crate::transport::rdma::Registrations::default()).unwrap()
+            registry
+                .insert(
+                    make,
+                    crate::memory::Backing::Application,
+                    crate::transport::rdma::Registrations::default(),
+                )
+                .unwrap()
         });
         regions.add(buffer.region.clone());
         buffers.push(buffer);

@@ -1,0 +1,222 @@
+//! Transfers that GPUs copy: started here, watched every turn, ended when the GPU has said so.
+//!
+//! Such a transfer is one part of a copy job. It is claimed here and finished here, so that whoever cancels it or loses its
+//! link waits for the GPU as for a thread in the middle of a copy.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use corelane_runtime::Cx;
+
+use super::lane::LaneDriver;
+use crate::error::Error;
+use crate::gpu::{Flight, GpuError, LaneGpu};
+use crate::memory::RegionInner;
+use crate::plan::Class;
+use crate::transfer::TransferShared;
+use crate::transport::local::{CopyError, OwnedUse};
+
+/// Copies of GPUs to and from one peer at the same time: half of the places that it has for copies. Threads that copy host
+/// memory wait for a place, and this lane may be one of them, on whom the others here depend.
+const AT_ONCE: usize = 16;
+/// How often one turn looks whether a copy has ended: for a microsecond, which is about what the rest of a turn takes.
+const LOOKS: usize = 16;
+/// How long a lane that ends, or leaves a peer for good, waits for GPUs.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A transfer that a GPU is copying.
+struct Flying {
+    transfer: Arc<TransferShared>,
+    flight: Flight,
+    /// The peer keeps its memory until this is dropped.
+    _in_use: OwnedUse,
+}
+
+/// What one lane has on GPUs.
+#[derive(Default)]
+pub(super) struct GpuCopies {
+    lane: LaneGpu,
+    /// Claimed, and not started: a GPU or the peer's places for copies are full.
+    waiting: VecDeque<Arc<TransferShared>>,
+    flying: Vec<Flying>,
+}
+
+impl GpuCopies {
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.flying.is_empty()
+    }
+}
+
+enum Started {
+    Yes,
+    /// Not now.
+    Full,
+    Failed(Error),
+}
+
+impl LaneDriver {
+    /// A region has been registered: what this lane needs on its GPU is made now, and not by the first transfer.
+    pub(super) fn prepare_gpu(&mut self, region: &RegionInner) {
+        if let Some(allocation) = region.gpu()
+            && let Err(error) = self.gpu.lane.prepare(allocation.device())
+        {
+            // The first transfer says so, too.
+            tracing::warn!(%error, lane = self.index, "no streams on the GPU");
+        }
+    }
+
+    /// Takes a transfer up, whose job is open.
+    pub(super) fn copy_on_gpu(&mut self, transfer: Arc<TransferShared>, cx: &mut Cx<'_>) {
+        if transfer.copy.claim(1).is_none() {
+            // It was ended before.
+            return self.copied(&transfer, cx);
+        }
+        if !self.gpu.waiting.is_empty() {
+            return self.gpu.waiting.push_back(transfer);
+        }
+        self.try_start(transfer, cx);
+    }
+
+    /// False: it was put back to wait.
+    fn try_start(&mut self, transfer: Arc<TransferShared>, cx: &mut Cx<'_>) -> bool {
+        match self.gpu.start(&transfer) {
+            Started::Yes => true,
+            Started::Full => {
+                self.gpu.waiting.push_front(transfer);
+                false
+            }
+            Started::Failed(error) => {
+                transfer.copy.finish(Err(error), 1);
+                self.copied(&transfer, cx);
+                true
+            }
+        }
+    }
+
+    /// Looks at what is under way; true: something has ended.
+    pub(super) fn poll_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
+        let mut looks = 0;
+        while !self.look_at_gpu(cx) {
+            looks += 1;
+            if looks >= LOOKS {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+        true
+    }
+
+    fn look_at_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
+        let mut worked = false;
+        let mut at = 0;
+        while at < self.gpu.flying.len() {
+            match self.gpu.poll(at) {
+                Some(transfer) => {
+                    worked = true;
+                    self.copied(&transfer, cx);
+                }
+                None => at += 1,
+            }
+        }
+        while let Some(transfer) = self.gpu.waiting.pop_front() {
+            if !self.try_start(transfer, cx) {
+                break;
+            }
+            worked = true;
+        }
+        worked
+    }
+}
+
+impl LaneDriver {
+    /// A peer is about to be forgotten: waits until no GPU copies anything for its transfers.
+    pub(super) fn settle_gpu_of(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(peer) = self.peers.get(slot).map(|peer| peer.core.peer.clone()) else { return };
+        let is_of = |transfer: &TransferShared| Arc::ptr_eq(&transfer.plan.peer, &peer);
+        let patience = Instant::now() + PATIENCE;
+        while self.gpu.transfers().any(is_of) && Instant::now() < patience {
+            if !self.poll_gpu(cx) {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+impl GpuCopies {
+    fn transfers(&self) -> impl Iterator<Item = &TransferShared> {
+        let flying = self.flying.iter().map(|flying| &*flying.transfer);
+        flying.chain(self.waiting.iter().map(|transfer| &**transfer))
+    }
+
+    fn start(&mut self, transfer: &Arc<TransferShared>) -> Started {
+        let plan = &transfer.plan;
+        let failed = |error: GpuError| {
+            let what = format!("copying to or from the memory of `{}`", plan.peer.name);
+            Started::Failed(Error::Gpu { what, reason: error.0 })
+        };
+        if transfer.copy.is_closed() {
+            return Started::Failed(Error::Cancelled);
+        }
+        let Some(path) = transfer.copy.path() else { return Started::Failed(Error::Cancelled) };
+        let launch = plan.on_device().map(|device| device.launch(plan.class == Class::Bulk));
+        let Some(launch) = launch else {
+            return Started::Failed(Error::Backend("a plan for no GPU was given to one".into()));
+        };
+        // A kernel that touches memory which is gone takes the model's context down: better to look first.
+        let freed =
+            plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
+        if let Some(region) = freed {
+            return Started::Failed(Error::Fault { addr: region.descriptor.base() });
+        }
+        let of_peer = |flying: &&Flying| Arc::ptr_eq(&flying.transfer.plan.peer, &plan.peer);
+        if self.flying.iter().filter(of_peer).count() >= AT_ONCE {
+            return Started::Full;
+        }
+        let in_use = match path.begin_on_device(plan) {
+            Ok(in_use) => in_use,
+            Err(CopyError::Busy) => return Started::Full,
+            Err(CopyError::Failed(error)) => return Started::Failed(error),
+        };
+        // SAFETY: the plan's own regions are counted as used by this lane until the transfer ends, which waits for the
+        // claimed part of its job; the peer's rights were just checked, and it keeps the memory while `in_use` is there.
+        match unsafe { self.lane.launch(&launch) } {
+            Ok(Some(flight)) => {
+                self.flying.push(Flying { transfer: transfer.clone(), flight, _in_use: in_use });
+                Started::Yes
+            }
+            Ok(None) => Started::Full,
+            Err(error) => failed(error),
+        }
+    }
+
+    /// The transfer in this place, if its copy has ended; it is taken out, and its part counted.
+    fn poll(&mut self, at: usize) -> Option<Arc<TransferShared>> {
+        let ended = self.lane.poll(&mut self.flying[at].flight)?;
+        let Flying { transfer, .. } = self.flying.swap_remove(at);
+        let outcome = ended.map_err(|error| {
+            let what = format!("copying to or from the memory of `{}`", transfer.plan.peer.name);
+            Error::Gpu { what, reason: error.0 }
+        });
+        transfer.copy.finish(outcome, 1);
+        Some(transfer)
+    }
+
+    /// Waits until no GPU copies anything for a lane that ends: its transfers are about to end, and nothing may touch
+    /// their memory afterwards. Some 100 us, as a rule.
+    pub(super) fn settle(&mut self) {
+        for transfer in self.waiting.drain(..) {
+            transfer.copy.finish(Err(Error::Cancelled), 1);
+        }
+        let patience = Instant::now() + PATIENCE;
+        while !self.flying.is_empty() && Instant::now() < patience {
+            let mut at = 0;
+            while at < self.flying.len() {
+                if self.poll(at).is_none() {
+                    at += 1;
+                }
+            }
+            std::hint::spin_loop();
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The entry points of the CUDA driver, looked up at run time.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use libloading::os::unix::Library;
+
+use super::super::GpuError;
+
+const LIBRARY: &str = "libcuda.so.1";
+
+pub(super) type Status = c_int;
+pub(super) type Context = *mut c_void;
+pub(super) type Stream = *mut c_void;
+pub(super) type Module = *mut c_void;
+pub(super) type Function = *mut c_void;
+
+/// What names an allocation to other processes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct IpcHandle(pub(super) [u8; 64]);
+
+/// Identifies a GPU, whatever its number in a process is.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Uuid(pub(super) [u8; 16]);
+
+pub(super) const SUCCESS: Status = 0;
+pub(super) const NOT_READY: Status = 600;
+pub(super) const PEER_ACCESS_ALREADY_ENABLED: Status = 704;
+
+macro_rules! entry_points {
+    ($(fn $name:ident = $symbol:literal ($($argument:ident: $kind:ty),*);)+) => {
+        /// Addresses of functions of the driver, which is never unloaded.
+        pub(super) struct Api {
+            $(pub(super) $name: unsafe extern "C" fn($($argument: $kind),*) -> Status,)+
+        }
+
+        impl Api {
+            fn look_up(library: &Library) -> Result<Self, String> {
+                // SAFETY: the types are those that the driver's manual declares for these versions of the functions;
+                // the library stays loaded for the life of the process.
+                unsafe {
+                    Ok(Self {
+                        $($name: *library
+                            .get(concat!($symbol, "\0").as_bytes())
+                            .map_err(|_| concat!($symbol, " is missing in it"))?,)+
+                    })
+                }
+            }
+        }
+    };
+}
+
+entry_points! {
+    fn init = "cuInit"(flags: c_uint);
+    fn error_string = "cuGetErrorString"(status: Status, text: *mut *const c_char);
+    fn device_count = "cuDeviceGetCount"(count: *mut c_int);
+    fn device_get = "cuDeviceGet"(device: *mut c_int, ordinal: c_int);
+    fn device_uuid = "cuDeviceGetUuid"(uuid: *mut Uuid, device: c_int);
+    fn device_can_access = "cuDeviceCanAccessPeer"(can: *mut c_int, device: c_int, peer: c_int);
+    fn context_retain = "cuDevicePrimaryCtxRetain"(context: *mut Context, device: c_int);
+    fn context_push = "cuCtxPushCurrent_v2"(context: Context);
+    fn context_pop = "cuCtxPopCurrent_v2"(context: *mut Context);
+    fn context_enable_peer = "cuCtxEnablePeerAccess"(peer: Context, flags: c_uint);
+    fn context_priorities = "cuCtxGetStreamPriorityRange"(least: *mut c_int, greatest: *mut c_int);
+    fn stream_create = "cuStreamCreateWithPriority"(stream: *mut Stream, flags: c_uint, priority: c_int);
+    fn stream_destroy = "cuStreamDestroy_v2"(stream: Stream);
+    fn stream_query = "cuStreamQuery"(stream: Stream);
+    fn stream_synchronize = "cuStreamSynchronize"(stream: Stream);
+    fn stream_write = "cuStreamWriteValue32_v2"(stream: Stream, address: u64, value: u32, flags: c_uint);
+    fn memory_alloc = "cuMemAlloc_v2"(address: *mut u64, bytes: usize);
+    fn memory_free = "cuMemFree_v2"(address: u64);
+    fn memory_range = "cuMemGetAddressRange_v2"(base: *mut u64, bytes: *mut usize, address: u64);
+    fn memory_set_async = "cuMemsetD8Async"(address: u64, value: u8, bytes: usize, stream: Stream);
+    fn host_alloc = "cuMemHostAlloc"(address: *mut *mut c_void, bytes: usize, flags: c_uint);
+    fn host_free = "cuMemFreeHost"(address: *mut c_void);
+    fn copy_async = "cuMemcpyAsync"(to: u64, from: u64, bytes: usize, stream: Stream);
+    fn pointer_attribute = "cuPointerGetAttribute"(value: *mut c_void, attribute: c_int, address: u64);
+    fn ipc_export = "cuIpcGetMemHandle"(handle: *mut IpcHandle, address: u64);
+    fn ipc_open = "cuIpcOpenMemHandle_v2"(address: *mut u64, handle: IpcHandle, flags: c_uint);
+    fn ipc_close = "cuIpcCloseMemHandle"(address: u64);
+    fn module_load = "cuModuleLoadData"(module: *mut Module, image: *const c_void);
+    fn module_function = "cuModuleGetFunction"(function: *mut Function, module: Module, name: *const c_char);
+    fn launch = "cuLaunchKernel"(
+        function: Function,
+        grid_x: c_uint, grid_y: c_uint, grid_z: c_uint,
+        block_x: c_uint, block_y: c_uint, block_z: c_uint,
+        shared_bytes: c_uint,
+        stream: Stream,
+        arguments: *mut *mut c_void,
+        extra: *mut *mut c_void
+    );
+}
+
+impl Api {
+    /// What a status means, with the call that gave it.
+    pub(super) fn check(&self, call: &'static str, status: Status) -> Result<(), GpuError> {
+        if status == SUCCESS { Ok(()) } else { Err(self.error(call, status)) }
+    }
+
+    #[cold]
+    pub(super) fn error(&self, call: &'static str, status: Status) -> GpuError {
+        let mut text = std::ptr::null();
+        // SAFETY: room for one pointer; the text lives as long as the library.
+        let told = unsafe { (self.error_string)(status, &raw mut text) };
+        let text = if told == SUCCESS && !text.is_null() {
+            // SAFETY: the driver's text ends in a zero.
+            unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        } else {
+            format!("error {status}")
+        };
+        GpuError(format!("{call}: {text} ({status})"))
+    }
+}
+
+static API: OnceLock<Result<Api, GpuError>> = OnceLock::new();
+
+/// The driver's functions, loaded by whoever asks first. Nothing is initialised.
+pub(super) fn loaded() -> Result<&'static Api, GpuError> {
+    API.get_or_init(load).as_ref().map_err(Clone::clone)
+}
+
+/// The driver's functions if somebody in this process has loaded the driver; otherwise no address can be a GPU's.
+pub(super) fn loaded_before() -> Option<&'static Api> {
+    if let Some(api) = API.get() {
+        return api.as_ref().ok();
+    }
+    let flags = libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NOLOAD;
+    // SAFETY: nothing is loaded, and no initialiser runs.
+    let library = unsafe { Library::open(Some(LIBRARY), flags) }.ok()?;
+    let api = Api::look_up(&library).map_err(GpuError);
+    std::mem::forget(library);
+    API.get_or_init(|| api).as_ref().ok()
+}
+
+/// The driver, initialised.
+pub(super) fn ready() -> Result<&'static Api, GpuError> {
+    static READY: OnceLock<Result<(), GpuError>> = OnceLock::new();
+    let api = loaded()?;
+    // SAFETY: no pointers.
+    READY.get_or_init(|| api.check("cuInit", unsafe { (api.init)(0) })).clone()?;
+    Ok(api)
+}
+
+fn load() -> Result<Api, GpuError> {
+    // SAFETY: loading runs the library's initialisers, as for every program that is linked with it.
+    let library = unsafe { Library::open(Some(LIBRARY), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    let library = library.map_err(|_| GpuError(format!("{LIBRARY} (the driver) not found")))?;
+    let api = Api::look_up(&library).map_err(|why| GpuError(format!("{LIBRARY}: {why}")))?;
+    std::mem::forget(library);
+    Ok(api)
+}

@@ -1,0 +1,319 @@
+//! Whose memory an address is, and memory of other processes.
+
+use std::ffi::{c_int, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use smallvec::SmallVec;
+
+use super::super::GpuError;
+use super::api::{self, Api, IpcHandle, SUCCESS};
+use super::device::Device;
+use crate::error::{Error, Result};
+use crate::sys;
+use crate::wire::{Access, DeviceMemory};
+
+const ATTRIBUTE_CONTEXT: c_int = 1;
+const ATTRIBUTE_TYPE: c_int = 2;
+const ATTRIBUTE_BUFFER_ID: c_int = 7;
+const ATTRIBUTE_MANAGED: c_int = 8;
+const ATTRIBUTE_ORDINAL: c_int = 9;
+const TYPE_HOST: u32 = 1;
+const TYPE_DEVICE: u32 = 2;
+
+const LAZY_PEER_ACCESS: u32 = 1;
+const HOST_PORTABLE_MAPPED: u32 = 1 | 2;
+
+/// Allocations of a region whose identity is remembered; a region of more is watched at as many places.
+const WATCHED: usize = 64;
+/// Memory of other processes that is mapped at the same time, in this process.
+const MAX_MAPPINGS: usize = 4096;
+
+/// An attribute of an address; `None`: the driver does not know the address.
+fn attribute<T: Default>(api: &Api, which: c_int, address: u64) -> Option<T> {
+    let mut value = T::default();
+    // SAFETY: room for the value; the driver looks the address up and touches nothing there.
+    let status = unsafe { (api.pointer_attribute)((&raw mut value).cast(), which, address) };
+    (status == SUCCESS).then_some(value)
+}
+
+/// The number of the GPU whose memory this is, and no host memory at the same time. Where no driver was loaded: one look.
+pub(crate) fn is_device_memory(address: u64) -> Option<u32> {
+    let api = api::loaded_before()?;
+    let is_device = attribute::<u32>(api, ATTRIBUTE_TYPE, address)? == TYPE_DEVICE
+        && attribute::<u32>(api, ATTRIBUTE_MANAGED, address).unwrap_or(0) & 1 == 0;
+    is_device
+        .then(|| attribute::<c_int>(api, ATTRIBUTE_ORDINAL, address))?
+        .map(c_int::cast_unsigned)
+}
+
+/// Whether GPUs can address this host memory: both ends of it are pinned, by the application.
+pub(crate) fn is_pinned_host(base: u64, len: u64) -> bool {
+    let Some(api) = api::loaded_before() else { return false };
+    let pinned = |address| {
+        attribute::<u32>(api, ATTRIBUTE_TYPE, address) == Some(TYPE_HOST)
+            && attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, address).is_some()
+    };
+    // Of one allocation: what is between two pinned ones may not be.
+    let id = |address| attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, address);
+    let last = base + len.max(1) - 1;
+    pinned(base) && pinned(last) && id(base) == id(last)
+}
+
+/// Memory of a GPU that is registered.
+#[derive(Debug)]
+pub(crate) struct Allocation {
+    device: &'static Device,
+    /// Of the allocation that holds the region: what an IPC handle names.
+    base: u64,
+    len: u64,
+    handle: Option<[u8; 64]>,
+    /// Places, and what lies there: a number that is never given to another allocation.
+    ids: SmallVec<[(u64, u64); 1]>,
+}
+
+impl Allocation {
+    pub(crate) fn device(&self) -> &'static Device {
+        self.device
+    }
+
+    /// What peers are told of it; what opens it, only those that may access it.
+    pub(crate) fn describe(&self, access: Access) -> DeviceMemory {
+        DeviceMemory {
+            uuid: self.device.uuid(),
+            host: sys::host_id(),
+            base: self.base,
+            len: self.len,
+            handle: self.handle.filter(|_| access != Access::LOCAL),
+        }
+    }
+
+    /// Whether the memory still is what was registered. Some hundred nanoseconds: a kernel that touches memory which was
+    /// freed takes the context of the whole process down.
+    pub(crate) fn is_live(&self) -> bool {
+        self.ids.iter().all(|&(address, id)| {
+            attribute::<u64>(self.device.api, ATTRIBUTE_BUFFER_ID, address) == Some(id)
+        })
+    }
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(GpuError) -> Error {
+    let what = what.into();
+    move |error| Error::Gpu { what, reason: error.0 }
+}
+
+/// Looks memory up that is to be registered as that of GPU `ordinal`.
+///
+/// # Errors
+/// [`Error::Gpu`] where there is no driver or no such GPU; [`Error::InvalidArgument`] for other memory.
+pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocation> {
+    let device = Device::get(ordinal).map_err(failed(format!("GPU {ordinal}")))?;
+    let api = device.api;
+    let refuse = |why: String| {
+        Err(Error::InvalidArgument(format!(
+            "{len} bytes at {base:#x} as memory of GPU {ordinal}: {why}"
+        )))
+    };
+    let Some(kind) = attribute::<u32>(api, ATTRIBUTE_TYPE, base) else {
+        return refuse("this is host memory, or no memory at all: register it as DRAM".into());
+    };
+    if kind != TYPE_DEVICE {
+        return refuse("this is pinned host memory: register it as DRAM".into());
+    }
+    if attribute::<u32>(api, ATTRIBUTE_MANAGED, base).unwrap_or(0) & 1 != 0 {
+        return refuse("this is managed memory, which moves: register it as DRAM".into());
+    }
+    let _entered = device.enter().map_err(failed("entering the context"))?;
+    let end = base + len;
+    let (mut at, mut first) = (base, None);
+    let mut ids: Vec<(u64, u64)> = Vec::new();
+    // One allocation, mostly; memory that grows (PyTorch's expandable segments) is several in a row.
+    while at < end {
+        let ordinal_there = attribute::<c_int>(api, ATTRIBUTE_ORDINAL, at);
+        if ordinal_there != Some(ordinal.cast_signed()) {
+            return refuse(match ordinal_there {
+                Some(other) => format!("it is memory of GPU {other}"),
+                None => format!("the allocation ends at {at:#x}"),
+            });
+        }
+        let (mut start, mut bytes) = (0, 0);
+        // SAFETY: room for two numbers; the driver looks the address up.
+        let status = unsafe { (api.memory_range)(&raw mut start, &raw mut bytes, at) };
+        api.check("cuMemGetAddressRange", status).map_err(failed("the allocation"))?;
+        let Some(id) = attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, at) else {
+            return refuse("the driver does not name the allocation".into());
+        };
+        first.get_or_insert((start, bytes as u64));
+        ids.push((at, id));
+        let next = start.saturating_add(bytes as u64);
+        if next <= at {
+            return refuse(format!("the allocation ends at {at:#x}"));
+        }
+        at = next;
+    }
+    // Null for memory that belongs to no context (the driver's virtual memory API), which all may use.
+    let context = attribute::<usize>(api, ATTRIBUTE_CONTEXT, base).unwrap_or(0);
+    if context != 0 && context != device.context_address() {
+        return refuse(
+            "it belongs to a context of its own, and only the device's primary one is supported"
+                .into(),
+        );
+    }
+    let (whole, whole_len) = first.unwrap_or((base, len));
+    let mut handle = IpcHandle([0; 64]);
+    // SAFETY: room for one handle. Memory that has none (virtual memory, no IPC on this system) is an error, and is
+    // reached in this process only.
+    let exported = unsafe { (api.ipc_export)(&raw mut handle, base) } == SUCCESS;
+    let handle = (exported && ids.len() == 1).then_some(handle.0);
+    if ids.len() > WATCHED {
+        let step = ids.len().div_ceil(WATCHED);
+        let last = ids.len() - 1;
+        ids = ids
+            .into_iter()
+            .enumerate()
+            .filter(|(at, _)| at % step == 0 || *at == last)
+            .map(|(_, id)| id)
+            .collect();
+    }
+    Ok(Allocation { device, base: whole, len: whole_len, handle, ids: ids.into() })
+}
+
+/// Memory of another process that this one can address.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    device: &'static Device,
+    base: u64,
+}
+
+impl Mapping {
+    /// Where the allocation begins here.
+    pub(crate) fn base(&self) -> u64 {
+        self.base
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.device.enter() {
+            // SAFETY: it was opened in this context, and nothing uses it any more. An error leaves nothing to be done.
+            unsafe { (self.device.api.ipc_close)(self.base) };
+        }
+    }
+}
+
+struct Opened {
+    owner: u128,
+    handle: [u8; 64],
+    device: u32,
+    mapping: Arc<Mapping>,
+}
+
+static OPENED: Mutex<Vec<Opened>> = Mutex::new(Vec::new());
+
+fn opened() -> std::sync::MutexGuard<'static, Vec<Opened>> {
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Maps an allocation of another process, so that `device` addresses it: 155 ms the first time.
+///
+/// # Errors
+/// The driver's: the processes share no IPC namespace, the memory is gone, no peer access.
+pub(crate) fn open_mapping(
+    device: &'static Device,
+    owner: u128,
+    handle: &[u8; 64],
+    len: u64,
+) -> std::result::Result<Arc<Mapping>, GpuError> {
+    let mut all = opened();
+    let known = all.iter().find(|known| {
+        known.handle == *handle && known.owner == owner && known.device == device.ordinal()
+    });
+    if let Some(known) = known {
+        return Ok(known.mapping.clone());
+    }
+    if all.len() >= MAX_MAPPINGS {
+        // Of those that no plan uses, the one that was opened first.
+        let Some(unused) = all.iter().position(|known| Arc::strong_count(&known.mapping) == 1)
+        else {
+            return Err(GpuError(format!(
+                "{MAX_MAPPINGS} allocations of other processes are mapped and in use"
+            )));
+        };
+        all.remove(unused);
+    }
+    let _entered = device.enter()?;
+    let mut base = 0;
+    // SAFETY: room for one address. Whatever the bytes of the handle are, the driver checks them.
+    let status =
+        unsafe { (device.api.ipc_open)(&raw mut base, IpcHandle(*handle), LAZY_PEER_ACCESS) };
+    device.api.check("cuIpcOpenMemHandle", status)?;
+    let mapping = Arc::new(Mapping { device, base });
+    let (mut start, mut bytes) = (0, 0);
+    // SAFETY: room for two numbers.
+    let status = unsafe { (device.api.memory_range)(&raw mut start, &raw mut bytes, base) };
+    device.api.check("cuMemGetAddressRange", status)?;
+    if start != base || (bytes as u64) < len {
+        return Err(GpuError(format!("the handle opens {bytes} bytes where {len} were promised")));
+    }
+    all.push(Opened { owner, handle: *handle, device: device.ordinal(), mapping: mapping.clone() });
+    Ok(mapping)
+}
+
+/// Lets go of the memory of a peer that is gone, which is not freed before. What plans still use stays until they are
+/// dropped. On a thread of its own, because the driver may take its time.
+pub(crate) fn forget_mappings(owner: u128) {
+    // A lane must not wait for who maps something at this moment: that one is not this peer's, or is found the next time.
+    let Ok(all) = OPENED.try_lock() else {
+        std::thread::spawn(move || drop_mappings(owner));
+        return;
+    };
+    if all.iter().any(|known| known.owner == owner) {
+        drop(all);
+        std::thread::spawn(move || drop_mappings(owner));
+    }
+}
+
+fn drop_mappings(owner: u128) {
+    let gone: Vec<Opened> = {
+        let mut all = opened();
+        let (gone, kept) = all.drain(..).partition(|known| known.owner == owner);
+        *all = kept;
+        gone
+    };
+    drop(gone);
+}
+
+/// Pinned host memory that every GPU can address, zeroed.
+pub(crate) struct HostMemory {
+    device: &'static Device,
+    start: *mut c_void,
+}
+
+// SAFETY: it is memory; who touches what is up to its users.
+unsafe impl Send for HostMemory {}
+
+impl HostMemory {
+    /// The thread has entered `device`.
+    pub(super) fn new(device: &'static Device, len: usize) -> std::result::Result<Self, GpuError> {
+        let api = device.api;
+        let mut start = std::ptr::null_mut();
+        // SAFETY: room for one address.
+        let status = unsafe { (api.host_alloc)(&raw mut start, len, HOST_PORTABLE_MAPPED) };
+        api.check("cuMemHostAlloc", status)?;
+        // SAFETY: so many bytes have just been allocated.
+        unsafe { std::ptr::write_bytes(start.cast::<u8>(), 0, len) };
+        Ok(Self { device, start })
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.start as usize as u64
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.device.enter() {
+            // SAFETY: nothing uses it any more. An error leaves nothing to be done.
+            unsafe { (self.device.api.host_free)(self.start) };
+        }
+    }
+}

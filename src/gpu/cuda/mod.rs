@@ -1,0 +1,26 @@
+//! GPUs of the CUDA driver.
+//!
+//! Everything runs in the devices' primary contexts, which the CUDA runtime and so `PyTorch` use: addresses are the same, and
+//! kernels run beside the model's. Calls are made from whatever thread drives a lane: each brings its context and puts the
+//! one that was there back. The driver's default stream is never used: it would wait for the model, and the model for it.
+
+mod api;
+mod device;
+mod lane;
+mod memory;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use device::Device;
+pub(crate) use lane::{Flight, LaneGpu, Launch};
+pub(crate) use memory::{
+    Allocation, Mapping, allocation_of, forget_mappings, is_device_memory, is_pinned_host,
+    open_mapping,
+};
+pub(crate) use table::{Table, Tile};
+
+/// Whether the driver is there; nothing of it is initialised.
+pub(crate) fn driver_is_present() -> bool {
+    api::loaded().is_ok()
+}

@@ -1,0 +1,20 @@
+//! GPU memory: which device it is on, how another process reaches it, and the copies that a device makes.
+//!
+//! The one place that decides the vendor: the rest of the engine uses what is exported here. There is CUDA; another one
+//! would be a module beside it with the same types.
+//!
+//! The driver is found at run time. A process that never registers GPU memory never initialises it.
+
+mod cuda;
+mod plan;
+
+pub(crate) use cuda::{
+    Allocation, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
+    is_device_memory,
+};
+pub(crate) use plan::{DeviceBuilder, DevicePlan, Settings};
+
+/// What the driver said.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct GpuError(pub(crate) String);

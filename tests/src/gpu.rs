@@ -1,0 +1,211 @@
+//! Memory of GPUs, for tests: allocated, filled and looked at by the driver itself, without anything of corelane.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use corelane::{Access, Engine, Error, LocalSegment, MemoryKind, Region};
+use libloading::os::unix::Library;
+
+use crate::POISON;
+
+type Call<A, B, C> = unsafe extern "C" fn(A, B, C) -> c_int;
+
+/// The driver. Everything happens in the primary contexts, as with the CUDA runtime.
+pub struct Cuda {
+    library: Library,
+    contexts: Vec<usize>,
+}
+
+impl Cuda {
+    /// The driver, if this machine has one and a GPU.
+    pub fn get() -> Option<&'static Self> {
+        static CUDA: OnceLock<Option<Cuda>> = OnceLock::new();
+        CUDA.get_or_init(Self::open).as_ref()
+    }
+
+    fn open() -> Option<Self> {
+        // SAFETY: loading the driver runs its initialisers.
+        let library = unsafe { Library::new("libcuda.so.1") }.ok()?;
+        let mut cuda = Self { library, contexts: Vec::new() };
+        // SAFETY: types as in the driver's manual, here and below; each pointer has room for what is stored.
+        unsafe {
+            if cuda.symbol::<unsafe extern "C" fn(c_uint) -> c_int>("cuInit")(0) != 0 {
+                return None;
+            }
+            let mut count = 0;
+            let count_devices: unsafe extern "C" fn(*mut c_int) -> c_int =
+                cuda.symbol("cuDeviceGetCount");
+            count_devices(&raw mut count);
+            let get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int = cuda.symbol("cuDeviceGet");
+            let retain: unsafe extern "C" fn(*mut usize, c_int) -> c_int =
+                cuda.symbol("cuDevicePrimaryCtxRetain");
+            for ordinal in 0..count {
+                let (mut device, mut context) = (0, 0);
+                assert_eq!(get(&raw mut device, ordinal), 0);
+                assert_eq!(retain(&raw mut context, device), 0, "the context of GPU {ordinal}");
+                cuda.contexts.push(context);
+            }
+        }
+        (!cuda.contexts.is_empty()).then_some(cuda)
+    }
+
+    fn symbol<T: Copy>(&self, name: &str) -> T {
+        // SAFETY: the caller names the type that the driver's manual gives.
+        unsafe { *self.library.get::<T>(name).unwrap_or_else(|error| panic!("{name}: {error}")) }
+    }
+
+    /// Calls a function of three arguments in a GPU's context; panics if it fails.
+    fn call<A, B, C>(&self, gpu: u32, name: &str, (a, b, c): (A, B, C)) {
+        let set: unsafe extern "C" fn(usize) -> c_int = self.symbol("cuCtxSetCurrent");
+        let call: Call<A, B, C> = self.symbol(name);
+        // SAFETY: as the manual says of these functions; the callers' pointers are good.
+        let status = unsafe {
+            assert_eq!(set(self.contexts[gpu as usize]), 0);
+            call(a, b, c)
+        };
+        assert_eq!(status, 0, "{name} on GPU {gpu}");
+    }
+
+    fn wait(&self) {
+        let wait: unsafe extern "C" fn() -> c_int = self.symbol("cuCtxSynchronize");
+        // SAFETY: no pointers.
+        assert_eq!(unsafe { wait() }, 0);
+    }
+}
+
+/// How many GPUs there are. Says so on standard error if fewer than `needed`: the test is skipped.
+pub fn gpus(needed: usize) -> Option<usize> {
+    let count = Cuda::get().map_or(0, |cuda| cuda.contexts.len());
+    if count < needed {
+        eprintln!("SKIPPED: needs {needed} GPUs, and this machine has {count}");
+        return None;
+    }
+    Some(count)
+}
+
+/// Memory of a GPU, poison at first.
+#[derive(Debug)]
+pub struct GpuBuffer {
+    gpu: u32,
+    base: u64,
+    len: usize,
+    freed: bool,
+}
+
+impl GpuBuffer {
+    /// Allocates it; there is such a GPU.
+    pub fn new(gpu: u32, len: usize) -> Self {
+        let mut base = 0u64;
+        Self::cuda().call(gpu, "cuMemAlloc_v2", (&raw mut base, len, 0usize));
+        let buffer = Self { gpu, base, len, freed: false };
+        buffer.poison();
+        buffer
+    }
+
+    fn cuda() -> &'static Cuda {
+        Cuda::get().expect("a GPU")
+    }
+
+    /// All of it becomes poison.
+    pub fn poison(&self) {
+        Self::cuda().call(self.gpu, "cuMemsetD8_v2", (self.base, POISON, self.len));
+        Self::cuda().wait();
+    }
+
+    /// Its address.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Registers all of it.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn register(&self, engine: &Engine, access: Access) -> Result<Region, Error> {
+        let kind = MemoryKind::Vram { device: self.gpu };
+        // SAFETY: it lives until the test has ended, and only engines and the driver touch it.
+        unsafe { engine.register_kind(self.base, self.len as u64, kind, access) }
+    }
+
+    /// A part of it.
+    pub fn segment(&self, offset: usize, len: usize) -> LocalSegment {
+        LocalSegment { addr: self.base + offset as u64, len: len as u64 }
+    }
+
+    /// Copies bytes in, and waits until they are there.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.len);
+        let at = self.base + offset as u64;
+        Self::cuda().call(
+            self.gpu,
+            "cuMemcpyHtoD_v2",
+            (at, bytes.as_ptr().cast::<c_void>(), bytes.len()),
+        );
+        Self::cuda().wait();
+    }
+
+    /// Copies bytes out.
+    pub fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+        assert!(offset + len <= self.len);
+        let mut bytes = vec![0u8; len];
+        let at = self.base + offset as u64;
+        Self::cuda().call(
+            self.gpu,
+            "cuMemcpyDtoH_v2",
+            (bytes.as_mut_ptr().cast::<c_void>(), at, len),
+        );
+        bytes
+    }
+
+    /// Gives it back, registered or not.
+    pub fn free(&mut self) {
+        if !std::mem::replace(&mut self.freed, true) {
+            Self::cuda().call(self.gpu, "cuMemFree_v2", (self.base, 0usize, 0usize));
+        }
+    }
+}
+
+impl Drop for GpuBuffer {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.free();
+        }
+    }
+}
+
+/// Pinned host memory.
+#[derive(Debug)]
+pub struct PinnedBuffer {
+    base: *mut u8,
+    len: usize,
+}
+
+impl PinnedBuffer {
+    /// Allocates it, for all GPUs; poison at first.
+    pub fn new(len: usize) -> Self {
+        let mut base = std::ptr::null_mut::<u8>();
+        GpuBuffer::cuda().call(0, "cuMemHostAlloc", (&raw mut base, len, 1 as c_uint));
+        // SAFETY: so many bytes were just allocated.
+        unsafe { std::ptr::write_bytes(base, POISON, len) };
+        Self { base, len }
+    }
+
+    /// Its address.
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// All bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: nobody else touches it while a test looks.
+        unsafe { std::slice::from_raw_parts_mut(self.base, self.len) }
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            GpuBuffer::cuda().call(0, "cuMemFreeHost", (self.base, 0usize, 0usize));
+        }
+    }
+}

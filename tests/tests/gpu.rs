@@ -1,0 +1,501 @@
+//! GPU memory between engines of one host. Skipped, and said so, where there is no GPU.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
+
+use std::time::{Duration, Instant};
+
+use corelane::{
+    Access, Engine, EngineConfig, LocalSegment, MemoryKind, Operation, Peer, Region,
+    RegionDescriptor, Status,
+};
+use corelane_tests::{
+    BOUND, Buffer, GpuBuffer, POISON, PeerProcess, PinnedBuffer, Random, collect, end_of, from_hex,
+    gpus, kind, local_config, outcome, pattern, peer_process, tcp_config,
+};
+
+const LEN: usize = (24 << 20) + 1000;
+
+/// Around the borders of vectors, of tiles, and of what the copy engine takes.
+const LENGTHS: [usize; 14] = [
+    1,
+    15,
+    16,
+    17,
+    4095,
+    4096,
+    4097,
+    (64 << 10) - 1,
+    (1 << 20) + 3,
+    (4 << 20) - 1,
+    4 << 20,
+    (4 << 20) + 1,
+    (16 << 20) + 5,
+    20 << 20,
+];
+
+struct Side {
+    engine: Engine,
+    memory: GpuBuffer,
+    region: Region,
+}
+
+fn side(name: &str, config: EngineConfig, gpu: u32) -> Side {
+    let engine = Engine::new(name, config).unwrap();
+    let memory = GpuBuffer::new(gpu, LEN);
+    let region = memory.register(&engine, Access::READ_WRITE).unwrap();
+    Side { engine, memory, region }
+}
+
+/// A second process with one region of a GPU, `r`, which holds pattern 1.
+struct Far {
+    process: PeerProcess,
+    metadata: Vec<u8>,
+    region: RegionDescriptor,
+}
+
+fn far(gpu: u32, settings: &str) -> Far {
+    let mut process = peer_process!();
+    let metadata = process.engine("far", settings);
+    let bytes = from_hex(&process.ask(&format!("gpu-region r {LEN} read-write {gpu}"))).unwrap();
+    process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
+    Far { process, metadata, region: RegionDescriptor::from_bytes(&bytes).unwrap() }
+}
+
+fn connect(engine: &Engine, metadata: &[u8]) -> Peer {
+    let peer = engine.load_peer(metadata).unwrap();
+    peer.connect(BOUND).unwrap();
+    peer
+}
+
+fn copy(
+    near: &Side,
+    peer: &Peer,
+    operation: Operation,
+    (here, there): (usize, usize),
+    remote: &RegionDescriptor,
+    len: usize,
+) {
+    let local = near.memory.segment(here, len);
+    let remote = remote.segment(there as u64, len as u64);
+    let plan = near.engine.prepare(operation, peer, &[local], &[remote]).unwrap();
+    end_of(&plan.transfer()).unwrap();
+}
+
+#[track_caller]
+fn assert_bytes(found: &[u8], expected: &[u8], what: &str) {
+    let wrong = found.iter().zip(expected).position(|(found, expected)| found != expected);
+    assert_eq!(wrong, None, "{what}: the first wrong byte");
+    assert_eq!(found.len(), expected.len());
+}
+
+fn every_length_between_processes(near_gpu: u32, far_gpu: u32) {
+    let mut far = far(far_gpu, "");
+    let near = side("near", local_config(), near_gpu);
+    let peer = connect(&near.engine, &far.metadata);
+    for (round, &len) in LENGTHS.iter().enumerate() {
+        for shift in [0, 1, 4, 8] {
+            let (here, there) = (round * 16 + 64, round * 16 + 32 + shift);
+            copy(&near, &peer, Operation::Read, (here, there), &far.region, len);
+            let found = near.memory.read(0, here + len + 64);
+            assert_bytes(&found[here..here + len], &pattern(1, there as u64, len), "read");
+            let around = found[..here].iter().chain(&found[here + len..]);
+            assert!(around.copied().all(|byte| byte == POISON), "bytes around {len} were written");
+            near.memory.poison();
+        }
+        let (here, there) = (round * 16 + 3, round * 16 + 32);
+        near.memory.write(here, &pattern(2, here as u64, len));
+        far.process.ask(&format!("gpu-poison r 0 {LEN}"));
+        copy(&near, &peer, Operation::Write, (here, there), &far.region, len);
+        far.process.ask(&format!("gpu-check r 2 {there} {len} {here}"));
+        far.process.ask(&format!("gpu-check-poison r 0 {there}"));
+        far.process.ask(&format!("gpu-check-poison r {} 64", there + len));
+        far.process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
+        near.memory.poison();
+    }
+    assert_eq!(near.engine.stats().totals.requests_sent, 0, "the peer was asked to serve");
+}
+
+#[test]
+fn every_length_arrives_whole_between_two_processes_on_one_gpu() {
+    if gpus(1).is_some() {
+        every_length_between_processes(0, 0);
+    }
+}
+
+#[test]
+fn every_length_arrives_whole_between_two_gpus() {
+    if gpus(2).is_some() {
+        every_length_between_processes(0, 1);
+        every_length_between_processes(1, 0);
+    }
+}
+
+#[test]
+fn engines_of_one_process_copy_directly_between_all_gpus() {
+    let Some(count) = gpus(1) else { return };
+    for other in 0..count.min(2) as u32 {
+        let (near, far) = (side("near", local_config(), 0), side("far", local_config(), other));
+        far.memory.write(0, &pattern(1, 0, LEN));
+        let peer = connect(&near.engine, &far.engine.metadata());
+        for len in LENGTHS {
+            copy(&near, &peer, Operation::Read, (100, 7), far.region.descriptor(), len);
+            assert_bytes(&near.memory.read(100, len), &pattern(1, 7, len), "read");
+        }
+        near.memory.write(0, &pattern(2, 0, LEN));
+        copy(&near, &peer, Operation::Write, (3, 90), far.region.descriptor(), LEN - 90);
+        assert_bytes(&far.memory.read(90, LEN - 90), &pattern(2, 3, LEN - 90), "write");
+    }
+}
+
+/// A list of blocks of any length and place, none of which overlap, and as many on the other side.
+fn blocks(random: &mut Random, count: usize) -> Vec<(usize, usize, usize)> {
+    let place = LEN / count;
+    let mut order: Vec<usize> = (0..count).collect();
+    for at in (1..count).rev() {
+        order.swap(at, random.next() as usize % (at + 1));
+    }
+    let len = |random: &mut Random| 1 + random.next() as usize % (place - 20);
+    (0..count)
+        .map(|at| {
+            let (here, there) = (random.next() as usize % 16, random.next() as usize % 16);
+            (at * place + here, order[at] * place + there, len(random))
+        })
+        .collect()
+}
+
+#[test]
+fn scattered_blocks_of_any_shape_arrive_whole_again_and_again() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let gpu = u32::from(gpus(1).unwrap() > 1);
+    let far = far(gpu, "");
+    let near = side("near", local_config(), 0);
+    let peer = connect(&near.engine, &far.metadata);
+    let mut random = Random::new(7);
+    for count in [2, 33, 500, 4096] {
+        let list = blocks(&mut random, count);
+        let local: Vec<LocalSegment> =
+            list.iter().map(|&(here, _, len)| near.memory.segment(here, len)).collect();
+        let remote: Vec<_> = list
+            .iter()
+            .map(|&(_, there, len)| far.region.segment(there as u64, len as u64))
+            .collect();
+        let plan = near.engine.prepare(Operation::Read, &peer, &local, &remote).unwrap();
+        let transfer = plan.transfer();
+        let mut expected = vec![POISON; LEN];
+        for &(here, there, len) in &list {
+            expected[here..here + len].copy_from_slice(&pattern(1, there as u64, len));
+        }
+        for _ in 0..3 {
+            near.memory.poison();
+            end_of(&transfer).unwrap();
+            assert_bytes(&near.memory.read(0, LEN), &expected, "blocks");
+        }
+    }
+}
+
+#[test]
+fn many_transfers_at_once_all_arrive() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let far = far(0, "");
+    let near = side("near", local_config(), 0);
+    let peer = connect(&near.engine, &far.metadata);
+    // More than there are places on the GPU, and for copies at the peer.
+    let transfers: Vec<_> = (0..200)
+        .map(|at| {
+            let local = near.memory.segment(at * 65_536, 40_000);
+            let remote = far.region.segment(at as u64 * 50_000 + 1, 40_000);
+            near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap().transfer()
+        })
+        .collect();
+    for _ in 0..20 {
+        near.memory.poison();
+        for transfer in &transfers {
+            transfer.post().unwrap();
+        }
+        for (at, transfer) in transfers.iter().enumerate() {
+            outcome(transfer).unwrap();
+            if at % 20 == 0 {
+                let expected = pattern(1, at as u64 * 50_000 + 1, 40_000);
+                assert_bytes(&near.memory.read(at * 65_536, 40_000), &expected, "one of many");
+            }
+        }
+    }
+}
+
+#[test]
+fn pinned_host_memory_and_a_gpu_exchange_both_ways() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let far = far(0, "");
+    let engine = Engine::new("near", local_config()).unwrap();
+    let mut memory = PinnedBuffer::new(LEN);
+    // SAFETY: it outlives the engine.
+    let region = unsafe { engine.register(memory.base(), LEN, Access::READ_WRITE) }.unwrap();
+    let peer = connect(&engine, &far.metadata);
+    let mut far = far;
+    for len in [1, 4097, (1 << 20) + 3, 20 << 20] {
+        let (local, remote) = (region.segment(33, len), far.region.segment(5, len));
+        let read = engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap().transfer();
+        end_of(&read).unwrap();
+        let len = len as usize;
+        assert_bytes(&memory.bytes()[33..33 + len], &pattern(1, 5, len), "read");
+        memory.bytes()[33..33 + len].copy_from_slice(&pattern(2, 9, len));
+        let write =
+            engine.prepare(Operation::Write, &peer, &[local], &[remote]).unwrap().transfer();
+        end_of(&write).unwrap();
+        far.process.ask(&format!("gpu-check r 2 5 {len} 9"));
+        far.process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
+    }
+    engine.deregister(&region).unwrap();
+}
+
+#[test]
+fn notifications_come_after_the_data() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let gpu = u32::from(gpus(1).unwrap() > 1);
+    let (near, far) = (side("near", local_config(), 0), side("far", local_config(), gpu));
+    let peer = connect(&near.engine, &far.engine.metadata());
+    let len = 30_000;
+    let local = near.memory.segment(0, len);
+    let remote = far.region.descriptor().segment(64, len as u64);
+    let write =
+        near.engine.prepare(Operation::Write, &peer, &[local], &[remote]).unwrap().transfer();
+    for round in 0..10_000u64 {
+        near.memory.write(0, &pattern(round, 0, len));
+        write.post_with_notification(b"written").unwrap();
+        let all = collect(&far.engine, 1);
+        assert_eq!((all.len(), all[0].payload.as_slice()), (1, &b"written"[..]));
+        // Whatever the GPU does from here on sees the data: this copy, for one.
+        assert_bytes(&far.memory.read(64, len), &pattern(round, 0, len), "at the notification");
+        outcome(&write).unwrap();
+    }
+}
+
+/// `cargo test --release -p corelane-tests --test gpu -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement, on a machine with a GPU"]
+fn what_reads_between_two_processes_take() {
+    let Some(count) = gpus(1) else { return };
+    for gpu in 0..count.min(2) as u32 {
+        let far = far(gpu, "");
+        let near = side("near", local_config(), 0);
+        let peer = connect(&near.engine, &far.metadata);
+        for (blocks, bytes) in
+            [(1, 4096), (1, 1 << 20), (1, 16 << 20), (256, 16 << 10), (2048, 4096)]
+        {
+            let step = if blocks == 1 { bytes } else { 2 * bytes };
+            let local: Vec<_> =
+                (0..blocks).map(|at| near.memory.segment(at * step, bytes)).collect();
+            let remote: Vec<_> = (0..blocks)
+                .map(|at| far.region.segment(((blocks - 1 - at) * step) as u64, bytes as u64))
+                .collect();
+            let began = Instant::now();
+            let plan = near.engine.prepare(Operation::Read, &peer, &local, &remote).unwrap();
+            let prepared = began.elapsed();
+            let transfer = plan.transfer();
+            let (mut posts, mut ends) = (Vec::new(), Vec::new());
+            for _ in 0..1000 {
+                let began = Instant::now();
+                transfer.post().unwrap();
+                posts.push(began.elapsed());
+                while matches!(transfer.status(), Status::InProgress) {}
+                ends.push(began.elapsed());
+            }
+            posts.sort_unstable();
+            ends.sort_unstable();
+            let us = |time: Duration| time.as_secs_f64() * 1e6;
+            eprintln!(
+                "GPU 0 from GPU {gpu}: {blocks:>4} x {bytes:>8} B: prepare {:.0}, post {:.1}, end p50 {:.1} p99 {:.1} us",
+                us(prepared),
+                us(posts[500]),
+                us(ends[500]),
+                us(ends[990]),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_transfer_is_quiet_at_its_end() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let far = far(0, "");
+    let near = side("near", local_config(), 0);
+    let peer = connect(&near.engine, &far.metadata);
+    let (mut cancelled, mut done) = (0, 0);
+    for round in 0..100 {
+        let local = near.memory.segment(0, 16 << 20);
+        let remote = far.region.segment(8, 16 << 20);
+        let transfer =
+            near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap().transfer();
+        transfer.post().unwrap();
+        if round % 2 == 0 {
+            transfer.cancel();
+        }
+        match outcome(&transfer) {
+            Ok(()) => done += 1,
+            Err(error) => {
+                assert_eq!(kind(&error), "Cancelled");
+                cancelled += 1;
+            }
+        }
+        // From here on nothing is written.
+        near.memory.poison();
+        assert!(near.memory.read(0, 1 << 20).iter().all(|byte| *byte == POISON));
+        assert!(near.memory.read(15 << 20, 1 << 20).iter().all(|byte| *byte == POISON));
+    }
+    eprintln!("{cancelled} cancelled, {done} done");
+    assert!(done >= 50);
+}
+
+#[test]
+fn a_killed_peer_ends_its_transfers_and_the_engine_goes_on() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let near = side("near", local_config(), 0);
+    let first = far(0, "");
+    let peer = connect(&near.engine, &first.metadata);
+    copy(&near, &peer, Operation::Read, (0, 0), &first.region, 1 << 20);
+    first.process.end();
+    let local = near.memory.segment(0, 1 << 20);
+    let remote = first.region.segment(0, 1 << 20);
+    if let Ok(plan) = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]) {
+        // Its memory is kept by the mapping until the peer is known to be gone: done, or an error, and never a hang.
+        let _ = end_of(&plan.transfer());
+    }
+    let second = far(0, "");
+    let peer = connect(&near.engine, &second.metadata);
+    copy(&near, &peer, Operation::Read, (0, 9), &second.region, 1 << 20);
+    assert_bytes(&near.memory.read(0, 1 << 20), &pattern(1, 9, 1 << 20), "from the second");
+}
+
+#[test]
+fn registering_the_wrong_kind_of_memory_is_refused() {
+    let host = Buffer::new(8192);
+    let engine = Engine::new("near", local_config()).unwrap();
+    let vram = MemoryKind::Vram { device: 0 };
+    // SAFETY: nothing is done with what is registered.
+    let as_kind = |base, kind| unsafe { engine.register_kind(base, 4096, kind, Access::LOCAL) };
+    let refused = as_kind(host.segment(0, 1).addr, vram).unwrap_err();
+    let Some(count) = gpus(1) else {
+        assert_eq!(kind(&refused), "Gpu", "{refused}");
+        return;
+    };
+    assert_eq!(kind(&refused), "InvalidArgument", "{refused}");
+    let device = GpuBuffer::new(0, 4096);
+    let refused = as_kind(device.base(), MemoryKind::Dram).unwrap_err();
+    assert_eq!(kind(&refused), "InvalidArgument", "{refused}");
+    let nobody = MemoryKind::Vram { device: count as u32 };
+    assert_eq!(kind(&as_kind(device.base(), nobody).unwrap_err()), "Gpu");
+    if count > 1 {
+        let refused = as_kind(device.base(), MemoryKind::Vram { device: 1 }).unwrap_err();
+        assert!(refused.to_string().contains("GPU 0"), "{refused}");
+    }
+    // 2 MiB is what the driver allocates at a time; nothing is behind it for certain.
+    // SAFETY: as above.
+    let too_long = unsafe { engine.register_kind(device.base(), 1 << 40, vram, Access::LOCAL) };
+    assert_eq!(kind(&too_long.unwrap_err()), "InvalidArgument");
+    as_kind(device.base(), vram).unwrap();
+    host.register(&engine, Access::LOCAL);
+}
+
+#[test]
+fn freed_memory_is_an_error_and_the_engine_goes_on() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let far = far(0, "");
+    let near = side("near", local_config(), 0);
+    let peer = connect(&near.engine, &far.metadata);
+    let mut freed = GpuBuffer::new(0, 8 << 20);
+    let region = freed.register(&near.engine, Access::LOCAL).unwrap();
+    let plan = near
+        .engine
+        .prepare(Operation::Read, &peer, &[freed.segment(0, 4096)], &[far.region.segment(0, 4096)])
+        .unwrap();
+    let transfer = plan.transfer();
+    end_of(&transfer).unwrap();
+    freed.free();
+    let error = end_of(&transfer).unwrap_err();
+    assert_eq!(kind(&error), "Fault", "{error}");
+    near.engine.deregister(&region).unwrap();
+    copy(&near, &peer, Operation::Read, (0, 0), &far.region, 4096);
+    assert_bytes(&near.memory.read(0, 4096), &pattern(1, 0, 4096), "afterwards");
+}
+
+#[test]
+fn a_deregistered_region_of_a_peer_is_refused() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let (near, far) = (side("near", local_config(), 0), side("far", local_config(), 0));
+    let peer = connect(&near.engine, &far.engine.metadata());
+    let local = near.memory.segment(0, 4096);
+    let remote = far.region.descriptor().segment(0, 4096);
+    let transfer =
+        near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap().transfer();
+    end_of(&transfer).unwrap();
+    far.engine.deregister(&far.region).unwrap();
+    assert_eq!(kind(&end_of(&transfer).unwrap_err()), "Permission");
+    assert!(matches!(transfer.status(), Status::Failed(_)));
+}
+
+#[test]
+fn without_the_local_transport_gpu_memory_is_refused_and_host_memory_moves() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let (near, far) = (side("near", tcp_config(), 0), side("far", tcp_config(), 0));
+    let peer = near.engine.load_peer(&far.engine.metadata()).unwrap();
+    for _ in 0..2 {
+        // Before the connection is up, and after.
+        let local = near.memory.segment(0, 4096);
+        let remote = far.region.descriptor().segment(0, 4096);
+        let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]);
+        let error = refused.unwrap_err();
+        assert_eq!(kind(&error), "NoTransport", "{error}");
+        assert!(near.memory.read(0, 8192).iter().all(|byte| *byte == POISON));
+        peer.connect(BOUND).unwrap();
+    }
+    let (here, there) = (Buffer::new(4096), Buffer::new(4096));
+    there.fill(5, 0, 4096, 0);
+    here.register(&near.engine, Access::LOCAL);
+    let region = there.register(&far.engine, Access::READ_WRITE);
+    let remote = region.descriptor().segment(0, 4096);
+    let plan =
+        near.engine.prepare(Operation::Read, &peer, &[here.segment(0, 4096)], &[remote]).unwrap();
+    end_of(&plan.transfer()).unwrap();
+    here.check(5, 0, 4096, 0).unwrap();
+}
+
+#[test]
+fn a_plan_of_host_and_gpu_memory_is_refused() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let (near, far) = (side("near", local_config(), 0), side("far", local_config(), 0));
+    let peer = connect(&near.engine, &far.engine.metadata());
+    let host = Buffer::new(4096);
+    host.register(&near.engine, Access::LOCAL);
+    let remote = far.region.descriptor().segment(0, 4096);
+    for local in [
+        [near.memory.segment(0, 4096), host.segment(0, 4096)],
+        [host.segment(0, 4096), near.memory.segment(0, 4096)],
+    ] {
+        let refused = near.engine.prepare(Operation::Read, &peer, &local, &[remote, remote]);
+        assert_eq!(kind(&refused.unwrap_err()), "InvalidArgument");
+    }
+    // Not pinned: no GPU addresses it.
+    let local = host.segment(0, 4096);
+    let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap_err();
+    assert_eq!(kind(&refused), "NoTransport", "{refused}");
+}
