@@ -2,13 +2,17 @@
 
 use std::{
     os::fd::RawFd,
+    sync::Arc,
     task::Waker,
     time::{Duration, Instant},
 };
 
 use slab::Slab;
 
-use crate::{FdId, Interest, Start, TimerId, fds::FdTable, wheel::Wheel};
+use crate::{
+    FdId, Interest, SharedWord, Start, TimerId, WordId, fds::FdTable, wheel::Wheel,
+    words::WordTable,
+};
 
 /// A tick of the timer wheel is 2^20 ns, 1.05 ms.
 pub(crate) const TICK_BITS: u32 = 20;
@@ -39,12 +43,13 @@ pub(crate) struct Pump {
     pub(crate) on_lane_thread: bool,
     pub(crate) intent: Intent,
     pub(crate) fds: FdTable,
+    pub(crate) words: WordTable,
     pub(crate) wheel: Wheel<TimerKind>,
     sleepers: Slab<Waker>,
 }
 
 impl Pump {
-    pub(crate) fn new(epoch: Instant, capacity: usize) -> Self {
+    pub(crate) fn new(epoch: Instant, capacity: usize, waits_for_words: bool) -> Self {
         Self {
             epoch,
             now_ns: nanos_since(epoch, Instant::now()),
@@ -52,6 +57,7 @@ impl Pump {
             on_lane_thread: true,
             intent: Intent::Turn,
             fds: FdTable::with_capacity(capacity),
+            words: WordTable::new(waits_for_words),
             wheel: Wheel::with_capacity(capacity),
             sleepers: Slab::with_capacity(64),
         }
@@ -116,13 +122,19 @@ impl Pump {
         self.sleepers.try_remove(key as usize)
     }
 
+    /// Whether the lane's thread has something for the ring.
+    #[inline]
+    pub(crate) fn has_ring_work(&self) -> bool {
+        self.fds.has_ring_work() || self.words.has_ring_work()
+    }
+
     /// After a turn on a caller's thread: whether the lane's thread must wake up to keep its promises.
     pub(crate) fn needs_lane(&self) -> bool {
         match self.intent {
             Intent::Turn => false,
-            Intent::Standby => self.fds.has_ring_work(),
+            Intent::Standby => self.has_ring_work(),
             Intent::Park { until_tick } => {
-                self.fds.has_ring_work()
+                self.has_ring_work()
                     || self.fds.has_unwatched_hot()
                     || self.wheel.next_tick().is_some_and(|tick| tick < until_tick)
             }
@@ -193,6 +205,23 @@ impl Cx<'_> {
     /// turn on a caller's thread, when the lane has woken up for it).
     pub fn remove_fd(&mut self, id: FdId) {
         self.pump.fds.remove(id);
+    }
+
+    /// Calls [`on_word`](crate::Driver::on_word) with `token`, once, when the futex word is woken or does not hold `expected`
+    /// (any more); it may be called without either. It costs nothing until then, and ends a lane's sleep. None: this
+    /// kernel's rings cannot wait for words (before Linux 6.7), and the caller has to look at the word itself.
+    pub fn watch_word(
+        &mut self,
+        word: Arc<dyn SharedWord>,
+        expected: u32,
+        token: u64,
+    ) -> Option<WordId> {
+        self.pump.words.watch(word, expected, token)
+    }
+
+    /// Ends a watch: no [`on_word`](crate::Driver::on_word) for it follows, unless it has fired already.
+    pub fn unwatch_word(&mut self, id: WordId) {
+        self.pump.words.remove(id);
     }
 
     /// Whether this turn runs on the lane's own thread.
