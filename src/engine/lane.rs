@@ -24,6 +24,7 @@ use crate::sync::Ticket;
 use crate::transfer::TransferShared;
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
+use crate::transport::local::Held;
 use crate::transport::rdma::{AsyncEvent, LaneRdma, Link as RdmaLink};
 
 /// What other threads send to a lane.
@@ -132,6 +133,8 @@ pub(crate) struct LaneDriver {
     pub(super) mirror: Option<usize>,
     pub(super) rdma: LaneRdma,
     leaving: bool,
+    /// Shows peers on this host that this process lives, of the first lane.
+    _life: Option<Held>,
 }
 
 impl LaneDriver {
@@ -153,6 +156,11 @@ impl LaneDriver {
             .collect();
         let counters = engine.counters[index].clone();
         let rdma = LaneRdma::new(engine.rails.clone());
+        let life = engine.table.as_ref().filter(|_| index == 0).and_then(|table| {
+            let told =
+                |error| tracing::warn!(%error, "peers will see the death of this process late");
+            table.hold_lives().map_err(told).ok()
+        });
         let mut driver = Self {
             engine,
             index,
@@ -173,6 +181,7 @@ impl LaneDriver {
             mirror: None,
             rdma,
             leaving: false,
+            _life: life,
         };
         driver.rdma_start(cx);
         driver
@@ -528,6 +537,10 @@ impl Driver for LaneDriver {
         } else {
             self.handshake_timeout(token, cx);
         }
+    }
+
+    fn on_word(&mut self, cx: &mut Cx<'_>, token: u64) {
+        self.on_life(token, cx);
     }
 
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {

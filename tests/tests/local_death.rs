@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use corelane::{Access, EngineConfig, Error, Operation, Peer, RegionDescriptor, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Near, PeerProcess, Random, end_of, eventually, kind, local_config, peer_process,
-    target, to_hex,
+    skipped, target, to_hex,
 };
 
 /// What a transfer to a peer that has been killed may end in, if not well.
@@ -225,6 +226,116 @@ fn an_initiator_killed_at_any_of_two_hundred_moments_holds_nothing_back() {
         }
     }
     assert_eq!(near.engine.stats().regions, 1);
+}
+
+/// Every socket of another process, once more: it stays open whatever becomes of that process, as for as long as the kernel
+/// takes a large process's memory away.
+fn sockets_of(pid: u32) -> Vec<OwnedFd> {
+    let own = |raw: libc::c_long| {
+        let raw = i32::try_from(raw).ok().filter(|raw| *raw >= 0);
+        // SAFETY: a fresh descriptor that nothing else owns.
+        raw.map(|raw| unsafe { OwnedFd::from_raw_fd(raw) })
+    };
+    // SAFETY: no pointers.
+    let process = own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).expect("a pidfd");
+    let all = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap());
+    let is_socket = |entry: &std::fs::DirEntry| {
+        std::fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+    };
+    let numbers = all
+        .filter(is_socket)
+        .map(|entry| entry.file_name().to_str().unwrap().parse::<i32>().unwrap());
+    numbers
+        .map(|number| {
+            // SAFETY: no pointers.
+            let raw =
+                unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+            own(raw).unwrap_or_else(|| panic!("{}", std::io::Error::last_os_error()))
+        })
+        .collect()
+}
+
+/// Rings can wait for futexes from Linux 6.7 on.
+fn rings_wait_for_words() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (6, 7) {
+        let what = format!("idle peers are not watched on Linux {}", release.trim());
+        skipped(&what, &std::io::Error::from_raw_os_error(libc::ENOSYS));
+    }
+    version >= (6, 7)
+}
+
+/// Neither a closed socket nor silence says that these peers are dead.
+fn unconcerned() -> EngineConfig {
+    let mut config = local_config();
+    config.liveness = BOUND * 4;
+    config.operation_timeout = BOUND * 4;
+    config
+}
+
+#[test]
+fn the_death_of_idle_peers_is_noticed_though_their_sockets_stay_open() {
+    if !rings_wait_for_words() {
+        return;
+    }
+    let mut victim = peer_process!();
+    let metadata = victim.engine("victim", "liveness_ms=60000");
+    let remote = victim.region("r", LEN, "read-write");
+    // Several watch the same process; with 40 of them, some watch the same word of it.
+    let near: Vec<_> = (0..40)
+        .map(|index| Near::named(&format!("near{index}"), unconcerned(), 4096, Access::READ_WRITE))
+        .collect();
+    let peers: Vec<_> = near.iter().map(|near| near.connect_locally(&metadata)).collect();
+    for (near, peer) in near.iter().zip(&peers) {
+        end_of(&near.transfer(peer, Operation::Read, (0, 0), &remote, 4096)).unwrap();
+    }
+    let sockets = sockets_of(victim.id());
+    assert!(sockets.len() > peers.len());
+    victim.kill();
+    eventually("all of them notice", || peers.iter().all(|peer| !peer.is_connected()));
+    drop(sockets);
+}
+
+#[test]
+fn transfers_to_a_peer_that_dies_end_though_its_sockets_stay_open() {
+    let near = Near::new(unconcerned(), SIZES.len() * LEN);
+    for round in 0..10 {
+        let mut victim = peer_process!();
+        let metadata = victim.engine(&format!("victim{round}"), "liveness_ms=60000");
+        let remote = victim.region("r", LEN, "read-write");
+        let peer = near.connect_locally(&metadata);
+        let transfers = transfers(&near, &peer, &remote);
+        let sockets = sockets_of(victim.id());
+        std::thread::scope(|scope| {
+            scope.spawn(|| post_until_dead(&transfers, round));
+            std::thread::sleep(Duration::from_micros(round * 300));
+            victim.kill();
+        });
+        eventually("the session is over", || !peer.is_connected());
+        for transfer in &transfers {
+            assert_death(&end_of(transfer).unwrap_err());
+        }
+        drop((sockets, transfers));
+        near.engine.unload_peer(&peer).unwrap();
+    }
+}
+
+/// The word of its life says that it has ended only if it has: an engine that is shut down says goodbye.
+#[test]
+fn an_engine_that_is_shut_down_has_said_goodbye_and_its_process_lives_on() {
+    let near = Near::new(unconcerned(), 4096);
+    let mut other = peer_process!();
+    for round in 0..5 {
+        let metadata = other.engine(&format!("other{round}"), "");
+        let peer = near.connect_locally(&metadata);
+        other.ask("shutdown");
+        eventually("the session is over", || !peer.is_connected());
+        let error = peer.connect(BOUND).unwrap_err();
+        assert!(!error.to_string().contains("process has ended"), "{error}");
+        near.engine.unload_peer(&peer).unwrap();
+    }
 }
 
 /// The kernel closes a dead process's sockets once it has taken its memory away, 60 ms for each GiB: until then they would

@@ -21,6 +21,7 @@ mod channel;
 mod cma;
 mod copy;
 mod death;
+mod life;
 mod memory;
 mod path;
 mod shm;
@@ -32,6 +33,7 @@ pub(crate) use channel::{
 };
 pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer};
 pub(crate) use death::PeerProcess;
+pub(crate) use life::{Held, Life};
 pub(crate) use memory::{OwnMemory, node_of};
 pub(crate) use path::{CopyError, LocalPath, PathParts, PeerMemory, reach};
 pub(crate) use shm::{Mapping, SharedFd};
