@@ -24,7 +24,7 @@ use crate::sync::Ticket;
 use crate::transfer::TransferShared;
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
-use crate::transport::local::Held;
+use crate::transport::local::{Held, Pid};
 use crate::transport::rdma::{AsyncEvent, LaneRdma, Link as RdmaLink};
 
 /// What other threads send to a lane.
@@ -64,6 +64,8 @@ pub(super) const CONNECT_TIMER: u64 = 1 << 62;
 pub(super) const LOCAL_TIMER: u64 = 1 << 61;
 /// Queue pairs to a peer should be there by now, or are tried again.
 pub(super) const RDMA_TIMER: u64 = 1 << 60;
+/// The process of a peer on this host may be dying.
+pub(super) const DEATH_TIMER: u64 = LOCAL_TIMER | RDMA_TIMER;
 /// Descriptors: the events of a device, and the completion channel of a rail.
 pub(super) const RDMA_EVENTS: u64 = 1 << 62;
 pub(super) const RDMA_CHANNEL: u64 = RDMA_EVENTS | 1 << 61;
@@ -93,6 +95,8 @@ pub(super) struct LanePeer {
     pub(super) local: Option<Box<Attachment>>,
     /// Whose memory it was, while there is no session.
     pub(super) last_process: Option<Arc<Accessor>>,
+    /// Its process, while something is expected of it on this host and its life is not watched.
+    pub(super) suspect: Option<Pid>,
     /// The queue pairs to it.
     pub(super) rdma: Option<Box<RdmaLink>>,
     /// The transports that it allows.
@@ -233,6 +237,7 @@ impl LaneDriver {
             unload: false,
             local: None,
             last_process: None,
+            suspect: None,
             rdma: None,
             transports: 0,
         });
@@ -519,7 +524,9 @@ impl Driver for LaneDriver {
 
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64) {
         let slot = (token & !TAGS) as usize;
-        if token & LOCAL_TIMER != 0 {
+        if token & DEATH_TIMER == DEATH_TIMER {
+            self.death_timer((token & !DEATH_TIMER) as usize, cx);
+        } else if token & LOCAL_TIMER != 0 {
             self.ring_timer((token & !LOCAL_TIMER) as usize);
         } else if token & RDMA_TIMER != 0 {
             self.rdma_timer((token & !RDMA_TIMER) as usize, cx);

@@ -2,14 +2,13 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use corelane::{Access, EngineConfig, Error, Operation, Peer, RegionDescriptor, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Near, PeerProcess, Random, end_of, eventually, kind, local_config, peer_process,
-    skipped, target, to_hex,
+    skipped, sockets_of, target, to_hex,
 };
 
 /// What a transfer to a peer that has been killed may end in, if not well.
@@ -226,33 +225,6 @@ fn an_initiator_killed_at_any_of_two_hundred_moments_holds_nothing_back() {
         }
     }
     assert_eq!(near.engine.stats().regions, 1);
-}
-
-/// Every socket of another process, once more: it stays open whatever becomes of that process, as for as long as the kernel
-/// takes a large process's memory away.
-fn sockets_of(pid: u32) -> Vec<OwnedFd> {
-    let own = |raw: libc::c_long| {
-        let raw = i32::try_from(raw).ok().filter(|raw| *raw >= 0);
-        // SAFETY: a fresh descriptor that nothing else owns.
-        raw.map(|raw| unsafe { OwnedFd::from_raw_fd(raw) })
-    };
-    // SAFETY: no pointers.
-    let process = own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).expect("a pidfd");
-    let all = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap());
-    let is_socket = |entry: &std::fs::DirEntry| {
-        std::fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
-    };
-    let numbers = all
-        .filter(is_socket)
-        .map(|entry| entry.file_name().to_str().unwrap().parse::<i32>().unwrap());
-    numbers
-        .map(|number| {
-            // SAFETY: no pointers.
-            let raw =
-                unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
-            own(raw).unwrap_or_else(|| panic!("{}", std::io::Error::last_os_error()))
-        })
-        .collect()
 }
 
 /// Rings can wait for futexes from Linux 6.7 on.

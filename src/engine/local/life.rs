@@ -1,15 +1,21 @@
 //! Peers on this host that die: their engines' words are watched by the lane's ring, and looked at every turn.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use corelane_runtime::Cx;
 
 use super::Theirs;
-use crate::engine::lane::LaneDriver;
+use crate::engine::lane::{DEATH_TIMER, LaneDriver};
 use crate::session::LinkId;
+use crate::transport::local::{self, PeerCredentials};
 
 /// Wakes that say nothing, after which a word is not watched any more: who can see it can wake those who watch it.
 const MAX_IDLE_WAKES: u32 = 64;
+
+/// How often a process is asked about, while nothing of its is watched yet.
+const SUSPICION: Duration = Duration::from_millis(2);
 
 impl Theirs {
     /// Watches the word of the peer's life on behalf of a session's link.
@@ -38,6 +44,44 @@ impl LaneDriver {
         if let Some(watch) = self.theirs_of(slot).and_then(|(_, theirs)| theirs.watch.take()) {
             cx.unwatch_word(watch);
         }
+    }
+
+    /// Something is expected of the process at the other end of a Unix socket, which has not shown yet how it dies: it is asked for
+    /// from time to time. Its socket would take a connection, and answer nothing, for as long as the kernel takes
+    /// its memory away.
+    pub(in crate::engine) fn suspect(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
+        let Some(link) = self.link(link).filter(|link| link.remote.is_unix()) else { return };
+        let pid = PeerCredentials::of(link.fd.as_fd()).ok().and_then(|peer| peer.pid);
+        let (Some(pid), Some(peer)) = (pid, self.peers.get_mut(slot)) else { return };
+        if pid.is_own() {
+            return;
+        }
+        if peer.suspect.replace(pid).is_none() {
+            let next = cx.now() + SUSPICION;
+            cx.set_timer(next, DEATH_TIMER | slot as u64);
+        }
+    }
+
+    /// Time to ask whether a process is still there of which something is expected.
+    pub(in crate::engine) fn death_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(pid) = peer.suspect.take() else { return };
+        let attaching = peer.local.as_ref().filter(|attachment| attachment.theirs.is_none());
+        let link = attaching.map(|attachment| attachment.link);
+        if link.is_none() && peer.connector.is_none() {
+            return;
+        }
+        if !local::has_no_address_space(pid) {
+            peer.suspect = Some(pid);
+            let next = cx.now() + SUSPICION;
+            cx.set_timer(next, DEATH_TIMER | slot as u64);
+            return;
+        }
+        if let Some(link) = link {
+            self.receive_last(link, cx);
+            self.close_link(link, "its process has ended", cx);
+        }
+        self.cannot_connect_to_the_dead(slot, cx);
     }
 
     /// The ring has been woken by the word that a session's link watches.

@@ -31,7 +31,7 @@ pub(crate) use channel::{
     Consumer, MAX_RING_PAYLOAD, Message, Producer, Pushed, RING_MESSAGES, Uses,
     create as create_channel, open as open_channel,
 };
-pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer};
+pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer, has_no_address_space};
 pub(crate) use death::PeerProcess;
 pub(crate) use life::{Held, Life};
 pub(crate) use memory::{OwnMemory, node_of};
