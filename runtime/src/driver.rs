@@ -24,6 +24,12 @@ pub trait Driver: Send + 'static {
     /// A timer of [`Cx::set_timer`] is due: never early, late by up to a tick (1.05 ms) and the lane's own lateness.
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64);
 
+    /// A word of [`Cx::watch_word`] was woken, or does not hold what it was expected to hold: look at it, and watch it again
+    /// where that was nothing. Default: nothing.
+    fn on_word(&mut self, cx: &mut Cx<'_>, token: u64) {
+        let _ = (cx, token);
+    }
+
     /// Once a turn, after messages, descriptors and timers, and in between after messages: flush queued work, poll what
     /// only polling can see. Returns true if it made progress.
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool;

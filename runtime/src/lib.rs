@@ -67,6 +67,7 @@ mod task;
 mod thread;
 mod token;
 mod wheel;
+mod words;
 
 pub use config::{AssistMode, LaneConfig, ParseSpinError, Spin};
 pub use driver::{Driver, Interest, Readiness, Start};
@@ -77,3 +78,4 @@ pub use pump::Cx;
 pub use stats::LaneStats;
 pub use task::{LaneTask, LocalLane, Sleep};
 pub use wheel::TimerId;
+pub use words::{SharedWord, WordId};

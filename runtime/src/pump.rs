@@ -2,13 +2,17 @@
 
 use std::{
     os::fd::RawFd,
+    sync::Arc,
     task::Waker,
     time::{Duration, Instant},
 };
 
 use slab::Slab;
 
-use crate::{FdId, Interest, Start, TimerId, fds::FdTable, wheel::Wheel};
+use crate::{
+    FdId, Interest, SharedWord, Start, TimerId, WordId, fds::FdTable, wheel::Wheel,
+    words::WordTable,
+};
 
 /// A tick of the timer wheel is 2^20 ns, 1.05 ms.
 pub(crate) const TICK_BITS: u32 = 20;
@@ -41,6 +45,7 @@ pub(crate) struct Pump {
     pub(crate) on_lane_thread: bool,
     pub(crate) intent: Intent,
     pub(crate) fds: FdTable,
+    pub(crate) words: WordTable,
     pub(crate) wheel: Wheel<TimerKind>,
     sleepers: Slab<Waker>,
     /// When callers look for calm descriptors next.
@@ -48,7 +53,7 @@ pub(crate) struct Pump {
 }
 
 impl Pump {
-    pub(crate) fn new(epoch: Instant, capacity: usize) -> Self {
+    pub(crate) fn new(epoch: Instant, capacity: usize, waits_for_words: bool) -> Self {
         Self {
             epoch,
             now_ns: nanos_since(epoch, Instant::now()),
@@ -56,6 +61,7 @@ impl Pump {
             on_lane_thread: true,
             intent: Intent::Turn,
             fds: FdTable::with_capacity(capacity),
+            words: WordTable::new(waits_for_words),
             wheel: Wheel::with_capacity(capacity),
             sleepers: Slab::with_capacity(64),
             calm_at_ns: 0,
@@ -131,13 +137,19 @@ impl Pump {
         }
     }
 
+    /// Whether the lane's thread has something for the ring.
+    #[inline]
+    pub(crate) fn has_ring_work(&self) -> bool {
+        self.fds.has_ring_work() || self.words.has_ring_work()
+    }
+
     /// After a turn on a caller's thread: whether the lane's thread must wake up to keep its promises.
     pub(crate) fn needs_lane(&self) -> bool {
         match self.intent {
             Intent::Turn => false,
-            Intent::Standby => self.fds.has_ring_work(),
+            Intent::Standby => self.has_ring_work(),
             Intent::Park { until_tick } => {
-                self.fds.has_ring_work()
+                self.has_ring_work()
                     || self.fds.has_unwatched_hot()
                     || self.wheel.next_tick().is_some_and(|tick| tick < until_tick)
             }
@@ -210,6 +222,23 @@ impl Cx<'_> {
         self.pump.fds.remove(id);
     }
 
+    /// Calls [`on_word`](crate::Driver::on_word) with `token`, once, when the futex word is woken or does not hold `expected`
+    /// (any more); it may be called without either. It costs nothing until then, and ends a lane's sleep. None: this
+    /// kernel's rings cannot wait for words (before Linux 6.7), and the caller has to look at the word itself.
+    pub fn watch_word(
+        &mut self,
+        word: Arc<dyn SharedWord>,
+        expected: u32,
+        token: u64,
+    ) -> Option<WordId> {
+        self.pump.words.watch(word, expected, token)
+    }
+
+    /// Ends a watch: no [`on_word`](crate::Driver::on_word) for it follows, unless it has fired already.
+    pub fn unwatch_word(&mut self, id: WordId) {
+        self.pump.words.remove(id);
+    }
+
     /// Whether this turn runs on the lane's own thread.
     pub fn on_lane_thread(&self) -> bool {
         self.pump.on_lane_thread
@@ -223,7 +252,7 @@ mod tests {
 
     #[test]
     fn callers_let_calm_descriptors_cool_and_call_the_lane_that_stands_by() {
-        let mut pump = Pump::new(Instant::now(), 4);
+        let mut pump = Pump::new(Instant::now(), 4, false);
         let calm = pump.fds.add(8, 1, Interest::READABLE, Start::Hot, 0);
         pump.fds.set_calm(calm, true);
         pump.fds.add(9, 2, Interest::READABLE, Start::Hot, 0);

@@ -1,7 +1,7 @@
 //! The lane's io_uring ring: it watches quiet descriptors and the doorbell, and the lane sleeps in it.
 //!
-//! Only readiness and sleeping go through it, so the kernel never holds a pointer into user memory. Touched by the lane's
-//! thread only.
+//! Only readiness and sleeping go through it, so the kernel never writes to user memory; the words that it watches it reads
+//! once, when a watch begins. Touched by the lane's thread only.
 
 use std::{
     io,
@@ -12,7 +12,7 @@ use std::{
 
 use io_uring::{IoUring, opcode, squeue, types};
 
-use crate::fds::RingOp;
+use crate::{SharedWord, fds::RingOp};
 
 const SUBMISSION_SLOTS: u32 = 256;
 const COMPLETION_SLOTS: u32 = 4096;
@@ -51,6 +51,29 @@ impl Doorbell {
         let mut count = 0u64;
         // SAFETY: eight writable bytes; non-blocking.
         unsafe { libc::read(self.fd.as_raw_fd(), (&raw mut count).cast(), 8) };
+    }
+}
+
+/// Work with words that other processes share.
+pub(crate) enum WordOp {
+    /// Completes once the word is woken, or at once if it does not hold `expected`.
+    Wait {
+        word: Arc<dyn SharedWord>,
+        expected: u32,
+        user_data: u64,
+    },
+    Cancel {
+        user_data: u64,
+    },
+}
+
+impl std::fmt::Debug for WordOp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (name, user_data) = match self {
+            Self::Wait { user_data, .. } => ("Wait", user_data),
+            Self::Cancel { user_data } => ("Cancel", user_data),
+        };
+        write!(f, "{name}({user_data:#x})")
     }
 }
 
@@ -97,9 +120,35 @@ impl Ring {
         self.push(&entry)
     }
 
+    /// Whether this kernel's rings can wait for words: Linux 6.7.
+    pub(crate) fn can_wait_for_words(&self) -> bool {
+        let mut probe = io_uring::Probe::new();
+        self.uring.submitter().register_probe(&mut probe).is_ok()
+            && probe.is_supported(opcode::FutexWait::CODE)
+    }
+
+    pub(crate) fn queue_word(&mut self, op: &WordOp) -> io::Result<()> {
+        /// `FUTEX2_SIZE_U32`, and not `FUTEX2_PRIVATE`.
+        const SHARED_U32: u32 = 2;
+        const ANY: u64 = u32::MAX as u64;
+        let entry = match op {
+            WordOp::Wait { word, expected, user_data } => {
+                let futex = word.word().as_ptr().cast_const();
+                opcode::FutexWait::new(futex, u64::from(*expected), ANY, SHARED_U32)
+                    .build()
+                    .user_data(*user_data)
+            }
+            WordOp::Cancel { user_data } => {
+                opcode::AsyncCancel::new(*user_data).build().user_data(IGNORED)
+            }
+        };
+        self.push(&entry)
+    }
+
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: poll requests refer to no user memory.
+            // SAFETY: polls refer to no user memory, and of a word that is waited for only the value is read, once: should
+            // it not be mapped any more by then, the wait fails.
             if unsafe { self.uring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }

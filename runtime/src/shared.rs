@@ -24,6 +24,7 @@ use crate::{
     stats::Counters,
     task::{Job, TaskWaker},
     token::Token,
+    words::WordTable,
 };
 
 /// Messages, and timers, handled per turn: a turn stays short under any load.
@@ -368,13 +369,23 @@ impl<D: Driver> Core<D> {
             let now_ns = pump.now_ns();
             let mut fired = 0;
             let reaped = ring.reap(|user_data, result| {
-                fired += u64::from(pump.fds.poll_completed(user_data, result, now_ns));
+                let known = if WordTable::is_word(user_data) {
+                    pump.words.completed(user_data, result)
+                } else {
+                    pump.fds.poll_completed(user_data, result, now_ns)
+                };
+                fired += u64::from(known);
             });
             if let Err(error) = reaped {
                 tracing::error!(lane = %shared.name, %error, "the lane's ring failed");
             }
             counters.polls_fired.add(fired);
             progress |= fired > 0;
+        }
+        if pump.words.has_fired() {
+            while let Some(token) = pump.words.pop_fired() {
+                driver.on_word(&mut Cx { pump }, token);
+            }
         }
 
         // Backwards: whatever the driver removes or adds meanwhile, no descriptor is missed.

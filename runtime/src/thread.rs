@@ -90,7 +90,7 @@ fn start<D: Driver>(
     let doorbell = Arc::new(Doorbell::new().map_err(crate::preflight::out_of_fds)?);
     let ring = Ring::new(doorbell.clone()).map_err(LaneError::Ring)?;
     let epoch = Instant::now();
-    let mut pump = Pump::new(epoch, config.expected_fds);
+    let mut pump = Pump::new(epoch, config.expected_fds, ring.can_wait_for_words());
     let driver = catch_unwind(AssertUnwindSafe(|| make(&mut Cx { pump: &mut pump })))
         .map_err(|payload| LaneError::MakeDriver(panic_message(&*payload)))?;
     let policy = Policy::new(&config);
@@ -297,10 +297,8 @@ impl<D: Driver> LaneThread<D> {
                         Next::Park(timer_ns.into_iter().chain(task_ns).min())
                     }
                 };
-                if pump.fds.has_ring_work() {
-                    while let Some(op) = pump.fds.next_ring_op() {
-                        self.report(shared, |ring| ring.queue(op));
-                    }
+                if pump.has_ring_work() {
+                    self.queue_ring_work(shared, pump);
                     if !matches!(next, Next::Park(_)) {
                         self.report(shared, Ring::submit);
                     }
@@ -326,12 +324,19 @@ impl<D: Driver> LaneThread<D> {
                         true
                     }
                 };
-                while let Some(op) = core.pump.fds.next_ring_op() {
-                    self.report(shared, |ring| ring.queue(op));
-                }
+                self.queue_ring_work(shared, &mut core.pump);
                 self.report(shared, Ring::submit);
                 if stopped || shared.clock_ns() >= deadline { Next::End } else { Next::Turn }
             })
+        }
+    }
+
+    fn queue_ring_work(&mut self, shared: &Shared<D>, pump: &mut Pump) {
+        while let Some(op) = pump.fds.next_ring_op() {
+            self.report(shared, |ring| ring.queue(op));
+        }
+        while let Some(op) = pump.words.next_ring_op() {
+            self.report(shared, |ring| ring.queue_word(&op));
         }
     }
 

@@ -7,7 +7,10 @@ mod common;
 use std::{
     io::{Read, Write},
     os::unix::net::UnixStream,
-    sync::atomic::Ordering,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -53,6 +56,58 @@ fn a_parked_lane_wakes_for_messages_with_nobody_assisting() {
             wait_until("message", || seen.last.load(Ordering::Acquire) == number);
         }
         lane.stop(Duration::from_secs(1)).unwrap();
+    }
+}
+
+struct Word(AtomicU32);
+
+impl SharedWord for Word {
+    fn word(&self) -> &AtomicU32 {
+        &self.0
+    }
+}
+
+/// As another process would.
+fn wake(word: &AtomicU32) {
+    // SAFETY: a word that lives; nothing is written.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
+}
+
+#[test]
+fn a_lane_that_sleeps_is_woken_by_a_word_and_by_none_that_it_does_not_watch_any_more() {
+    for config in all_configs() {
+        let (lane, seen) = start(config);
+        let [word, other, changed] = [7, 7, 8].map(|value| Arc::new(Word(AtomicU32::new(value))));
+        let (tell, told) = std::sync::mpsc::channel();
+        let watched = [word.clone(), other.clone(), changed.clone()];
+        submit(
+            &lane,
+            Ask::Run(Box::new(move |cx| {
+                let [word, other, changed] = watched;
+                let watch = cx.watch_word(other, 7, 2);
+                let can = cx.watch_word(word, 7, 1).is_some();
+                cx.watch_word(changed, 7, 3);
+                watch.into_iter().for_each(|watch| cx.unwatch_word(watch));
+                tell.send(can).unwrap();
+            })),
+        );
+        if told.recv().unwrap() {
+            wait_until("a word that holds something else", || {
+                seen.words.lock().unwrap()[..] == [3]
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            wake(&other.0);
+            word.0.store(9, Ordering::Release);
+            // It may not sleep in it yet.
+            wait_until("a word that is woken", || {
+                wake(&word.0);
+                seen.words.lock().unwrap()[..] == [3, 1]
+            });
+        } else {
+            eprintln!("skipped: the rings of this kernel cannot wait for words (Linux 6.7)");
+        }
+        lane.stop(Duration::from_secs(1)).unwrap();
+        assert_eq!(Arc::strong_count(&other), 1);
     }
 }
 

@@ -44,6 +44,11 @@ pub(super) struct Connector {
     timer: Option<TimerId>,
 }
 
+fn ended() -> ConnectFailure {
+    let reason = "its process has ended".into();
+    ConnectFailure { reason, handshake: None, refused: true }
+}
+
 impl LaneDriver {
     pub(super) fn start_connect(
         &mut self,
@@ -70,9 +75,7 @@ impl LaneDriver {
         };
         if self.peers[slot].last_process.as_ref().is_some_and(|process| process.has_ended()) {
             // An engine lives in one process. What the kernel has not closed yet would take a connection, and answer nothing.
-            let reason = "its process has ended".into();
-            let failure = ConnectFailure { reason, handshake: None, refused: true };
-            return self.give_up(slot, &failure, cx);
+            return self.give_up(slot, &ended(), cx);
         }
         let common = metadata.transports & self.engine.identity.transports;
         let mut untried = VecDeque::new();
@@ -280,6 +283,9 @@ impl LaneDriver {
                     input: Input::default(),
                 };
                 self.watch(id, Interest::READABLE, cx);
+                if kind == LinkKind::Session {
+                    self.suspect(slot, id, cx);
+                }
             }
             Err(reason) => self.attempt_failed(id, &reason, None, cx),
         }
@@ -360,6 +366,13 @@ impl LaneDriver {
             }
         }
         self.connect_failed(slot, LinkKind::Session, failure, cx);
+    }
+
+    /// Ends the attempts to reach a process on this host that has ended.
+    pub(super) fn cannot_connect_to_the_dead(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        if self.connector(slot).is_some() {
+            self.give_up(slot, &ended(), cx);
+        }
     }
 
     fn cannot_try(&mut self, slot: usize, reason: &str, cx: &mut Cx<'_>) {

@@ -25,6 +25,7 @@ use crate::sync::Ticket;
 use crate::transfer::TransferShared;
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
+use crate::transport::local::{Held, Pid};
 use crate::transport::rdma::{AsyncEvent, LaneRdma, Link as RdmaLink};
 
 /// What other threads send to a lane.
@@ -64,6 +65,8 @@ pub(super) const CONNECT_TIMER: u64 = 1 << 62;
 pub(super) const LOCAL_TIMER: u64 = 1 << 61;
 /// Queue pairs to a peer should be there by now, or are tried again.
 pub(super) const RDMA_TIMER: u64 = 1 << 60;
+/// The process of a peer on this host may be dying.
+pub(super) const DEATH_TIMER: u64 = LOCAL_TIMER | RDMA_TIMER;
 /// Descriptors: the events of a device, and the completion channel of a rail.
 pub(super) const RDMA_EVENTS: u64 = 1 << 62;
 pub(super) const RDMA_CHANNEL: u64 = RDMA_EVENTS | 1 << 61;
@@ -93,6 +96,8 @@ pub(super) struct LanePeer {
     pub(super) local: Option<Box<Attachment>>,
     /// Whose memory it was, while there is no session.
     pub(super) last_process: Option<Arc<Accessor>>,
+    /// Its process, while something is expected of it on this host and its life is not watched.
+    pub(super) suspect: Option<Pid>,
     /// The queue pairs to it.
     pub(super) rdma: Option<Box<RdmaLink>>,
     /// The transports that it allows.
@@ -134,6 +139,8 @@ pub(crate) struct LaneDriver {
     pub(super) rdma: LaneRdma,
     pub(super) gpu: GpuCopies,
     leaving: bool,
+    /// Shows peers on this host that this process lives, of the first lane.
+    _life: Option<Held>,
 }
 
 impl LaneDriver {
@@ -155,6 +162,11 @@ impl LaneDriver {
             .collect();
         let counters = engine.counters[index].clone();
         let rdma = LaneRdma::new(engine.rails.clone());
+        let life = engine.table.as_ref().filter(|_| index == 0).and_then(|table| {
+            let told =
+                |error| tracing::warn!(%error, "peers will see the death of this process late");
+            table.hold_lives().map_err(told).ok()
+        });
         let mut driver = Self {
             engine,
             index,
@@ -176,6 +188,7 @@ impl LaneDriver {
             rdma,
             gpu: GpuCopies::default(),
             leaving: false,
+            _life: life,
         };
         driver.rdma_start(cx);
         driver
@@ -227,6 +240,7 @@ impl LaneDriver {
             unload: false,
             local: None,
             last_process: None,
+            suspect: None,
             rdma: None,
             transports: 0,
         });
@@ -517,7 +531,9 @@ impl Driver for LaneDriver {
 
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64) {
         let slot = (token & !TAGS) as usize;
-        if token & LOCAL_TIMER != 0 {
+        if token & DEATH_TIMER == DEATH_TIMER {
+            self.death_timer((token & !DEATH_TIMER) as usize, cx);
+        } else if token & LOCAL_TIMER != 0 {
             self.ring_timer((token & !LOCAL_TIMER) as usize);
         } else if token & RDMA_TIMER != 0 {
             self.rdma_timer((token & !RDMA_TIMER) as usize, cx);
@@ -535,6 +551,10 @@ impl Driver for LaneDriver {
         } else {
             self.handshake_timeout(token, cx);
         }
+    }
+
+    fn on_word(&mut self, cx: &mut Cx<'_>, token: u64) {
+        self.on_life(token, cx);
     }
 
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {

@@ -417,15 +417,29 @@ impl LaneDriver {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.links.push(id);
         match kind {
-            LinkKind::Session if unix => self.attach(slot, id, cx),
+            LinkKind::Session if unix => {
+                self.attach(slot, id, cx);
+                self.suspect(slot, id, cx);
+            }
             LinkKind::Session => {
                 if !self.rdma_attach(slot, id, cx) {
                     self.log_connected(id, slot, ours);
                 }
             }
-            LinkKind::Bulk => {}
+            LinkKind::Bulk => self.bound_stream(id, slot),
         }
         self.mark(slot);
+    }
+
+    /// A stream is given up no later than a session that is silent.
+    fn bound_stream(&mut self, id: LinkId, slot: usize) {
+        let Some(peer) = self.peers.get(slot) else { return };
+        let liveness = peer.core.liveness_timeout().unwrap_or(self.engine.config.liveness);
+        let Some(link) = self.link(id).filter(|link| !link.remote.is_unix()) else { return };
+        if let Err(error) = addresses::bound_stream(&link.fd, liveness) {
+            // The kernel's own patience then is the bound.
+            tracing::debug!(%error, "TCP_USER_TIMEOUT");
+        }
     }
 
     /// The line that says how bytes will go to and from a peer.

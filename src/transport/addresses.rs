@@ -266,7 +266,7 @@ fn same_subnet(ip: IpAddr, own: OwnAddress) -> bool {
 }
 
 /// What every connection gets: no delay of small frames, and an end when the other host is gone
-/// without a word (the session's liveness is faster; a bulk stream has none of its own).
+/// without a word (the session's liveness is faster).
 pub(crate) fn set_up(socket: &socket2::SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     let keepalive = socket2::TcpKeepalive::new()
@@ -274,6 +274,13 @@ pub(crate) fn set_up(socket: &socket2::SockRef<'_>) -> io::Result<()> {
         .with_interval(Duration::from_secs(3))
         .with_retries(3);
     socket.set_tcp_keepalive(&keepalive)
+}
+
+/// A stream for bulk ends when what it has sent is not taken for so long: it has no liveness of its own, and what waits in
+/// its socket holds memory in use. Not sooner than the kernel sends anything again.
+pub(crate) fn bound_stream(stream: &OwnedFd, liveness: Duration) -> io::Result<()> {
+    const LEAST: Duration = Duration::from_millis(500);
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(liveness.max(LEAST)))
 }
 
 /// Starts a non-blocking connect; the socket becomes writable when it has ended. On this host it ends at

@@ -24,6 +24,12 @@ pub(crate) fn become_user(id: u32) -> Result<(), String> {
     Ok(())
 }
 
+/// A network of its own, without any way out, for this thread and those that it makes.
+pub(crate) fn leave_network() -> Result<(), String> {
+    // SAFETY: no pointers.
+    told("unshare", unsafe { libc::unshare(libc::CLONE_NEWNET) }.into()).map(|_| ())
+}
+
 /// Whether processes of the same user may reach into this one.
 pub(crate) fn set_dumpable(dumpable: bool) -> Result<(), String> {
     // SAFETY: prctl with these arguments only sets a flag of this process.

@@ -10,6 +10,7 @@ mod children;
 mod forge;
 mod gpu;
 pub mod hostile;
+mod limits;
 mod log;
 mod near;
 mod peer_process;
@@ -19,6 +20,7 @@ mod random;
 mod script;
 mod settings;
 mod slots;
+mod sockets;
 mod streams;
 mod wait;
 
@@ -42,6 +44,7 @@ pub use settings::{
     tcp_config,
 };
 pub use slots::{Slots, block_holds, fill_block, watch};
+pub use sockets::{reset, sockets_of};
 pub use streams::{exchange, exchange_sizes, sized_payload};
 pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -13,8 +14,8 @@ use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor}
 
 use crate::{
     BOUND, Buffer, GpuBuffer, Log, POISON, apply, children, end_of, exchange, exchange_sizes,
-    exempt_this_thread, from_hex, kind, local_config, outcome, pattern, pin_process, to_hex,
-    transport, watch,
+    exempt_this_thread, from_hex, kind, limits, local_config, outcome, pattern, pin_process,
+    to_hex, transport, watch,
 };
 
 use crate::streams::{flood, take_flood, take_sizes};
@@ -34,6 +35,7 @@ struct Script {
     gpu: HashMap<String, (GpuBuffer, Region)>,
     hammers: Vec<(Arc<AtomicBool>, JoinHandle<Answer>)>,
     log: Option<Log>,
+    taken: Vec<OwnedFd>,
 }
 
 /// Reads commands and answers them until standard input ends. The calling thread's allocations are not counted by
@@ -181,6 +183,17 @@ impl Script {
                     .exec()
                     .to_string())
             }
+            // RESOURCE BYTES: the soft limit
+            "limit" => limits::set(words.text(0)?, words.number(1)?).map(|()| String::new()),
+            // LEFT: all descriptors but so many are taken
+            "use-up-descriptors" => {
+                self.taken = limits::use_up_descriptors(words.number(0)?)?;
+                Ok(self.taken.len().to_string())
+            }
+            "give-descriptors-back" => {
+                self.taken.clear();
+                Ok(String::new())
+            }
             // METADATA
             "load" => {
                 let peer = self.engine()?.load_peer(&words.bytes(0)?).map_err(told)?;
@@ -239,6 +252,8 @@ impl Script {
             }
             // ID; without privileges, and not dumpable afterwards, as the kernel wants it
             "become-user" => children::become_user(words.number(0)? as u32).map(|()| String::new()),
+            // Before the engine is made
+            "own-network" => children::leave_network().map(|()| String::new()),
             "dumpable" => children::set_dumpable(words.number(0)? == 1).map(|()| String::new()),
             // A child that keeps all that it has inherited and does nothing: its process ID
             "fork" => children::fork_idle().map(|id| id.to_string()),

@@ -90,6 +90,7 @@ fn set(config: &mut EngineConfig, key: &str, value: &str) -> Option<()> {
             let port = value.parse().ok()?;
             config.listen.ports = port..=port;
         }
+        "listen" => config.listen.addresses = vec![value.parse().ok()?],
         "rdma_devices" => config.rdma.devices = value.split(',').map(str::to_owned).collect(),
         "rdma_timeout" => config.rdma.timeout = value.parse().ok()?,
         "rdma_bulk_queue_pairs" => config.rdma.bulk_queue_pairs = number()?,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use corelane::{Access, EngineConfig, Error, Operation, Peer, RegionDescriptor, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Near, PeerProcess, Random, end_of, eventually, kind, local_config, peer_process,
-    target, to_hex,
+    skipped, sockets_of, target, to_hex,
 };
 
 /// What a transfer to a peer that has been killed may end in, if not well.
@@ -225,6 +225,89 @@ fn an_initiator_killed_at_any_of_two_hundred_moments_holds_nothing_back() {
         }
     }
     assert_eq!(near.engine.stats().regions, 1);
+}
+
+/// Rings can wait for futexes from Linux 6.7 on.
+fn rings_wait_for_words() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (6, 7) {
+        let what = format!("idle peers are not watched on Linux {}", release.trim());
+        skipped(&what, &std::io::Error::from_raw_os_error(libc::ENOSYS));
+    }
+    version >= (6, 7)
+}
+
+/// Neither a closed socket nor silence says that these peers are dead.
+fn unconcerned() -> EngineConfig {
+    let mut config = local_config();
+    config.liveness = BOUND * 4;
+    config.operation_timeout = BOUND * 4;
+    config
+}
+
+#[test]
+fn the_death_of_idle_peers_is_noticed_though_their_sockets_stay_open() {
+    if !rings_wait_for_words() {
+        return;
+    }
+    let mut victim = peer_process!();
+    let metadata = victim.engine("victim", "liveness_ms=60000");
+    let remote = victim.region("r", LEN, "read-write");
+    // Several watch the same process; with 40 of them, some watch the same word of it.
+    let near: Vec<_> = (0..40)
+        .map(|index| Near::named(&format!("near{index}"), unconcerned(), 4096, Access::READ_WRITE))
+        .collect();
+    let peers: Vec<_> = near.iter().map(|near| near.connect_locally(&metadata)).collect();
+    for (near, peer) in near.iter().zip(&peers) {
+        end_of(&near.transfer(peer, Operation::Read, (0, 0), &remote, 4096)).unwrap();
+    }
+    let sockets = sockets_of(victim.id());
+    assert!(sockets.len() > peers.len());
+    victim.kill();
+    eventually("all of them notice", || peers.iter().all(|peer| !peer.is_connected()));
+    drop(sockets);
+}
+
+#[test]
+fn transfers_to_a_peer_that_dies_end_though_its_sockets_stay_open() {
+    let near = Near::new(unconcerned(), SIZES.len() * LEN);
+    for round in 0..10 {
+        let mut victim = peer_process!();
+        let metadata = victim.engine(&format!("victim{round}"), "liveness_ms=60000");
+        let remote = victim.region("r", LEN, "read-write");
+        let peer = near.connect_locally(&metadata);
+        let transfers = transfers(&near, &peer, &remote);
+        let sockets = sockets_of(victim.id());
+        std::thread::scope(|scope| {
+            scope.spawn(|| post_until_dead(&transfers, round));
+            std::thread::sleep(Duration::from_micros(round * 300));
+            victim.kill();
+        });
+        eventually("the session is over", || !peer.is_connected());
+        for transfer in &transfers {
+            assert_death(&end_of(transfer).unwrap_err());
+        }
+        drop((sockets, transfers));
+        near.engine.unload_peer(&peer).unwrap();
+    }
+}
+
+/// The word of its life says that it has ended only if it has: an engine that is shut down says goodbye.
+#[test]
+fn an_engine_that_is_shut_down_has_said_goodbye_and_its_process_lives_on() {
+    let near = Near::new(unconcerned(), 4096);
+    let mut other = peer_process!();
+    for round in 0..5 {
+        let metadata = other.engine(&format!("other{round}"), "");
+        let peer = near.connect_locally(&metadata);
+        other.ask("shutdown");
+        eventually("the session is over", || !peer.is_connected());
+        let error = peer.connect(BOUND).unwrap_err();
+        assert!(!error.to_string().contains("process has ended"), "{error}");
+        near.engine.unload_peer(&peer).unwrap();
+    }
 }
 
 /// The kernel closes a dead process's sockets once it has taken its memory away, 60 ms for each GiB: until then they would

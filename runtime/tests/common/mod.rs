@@ -20,6 +20,7 @@ pub struct Seen {
     pub messages: Mutex<Vec<u64>>,
     pub last: AtomicU64,
     pub timers: Mutex<Vec<(u64, Instant)>>,
+    pub words: Mutex<Vec<u64>>,
     pub abandoned: Mutex<Vec<u64>>,
     pub panic: Mutex<Option<String>>,
     pub stops: AtomicU64,
@@ -94,6 +95,10 @@ impl Driver for Probe {
     fn on_timer(&mut self, cx: &mut Cx<'_>, token: u64) {
         let now = cx.now();
         self.seen.timers.lock().unwrap().push((token, now));
+    }
+
+    fn on_word(&mut self, _: &mut Cx<'_>, token: u64) {
+        self.seen.words.lock().unwrap().push(token);
     }
 
     fn on_turn(&mut self, _: &mut Cx<'_>) -> bool {

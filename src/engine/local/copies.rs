@@ -101,7 +101,7 @@ impl LaneDriver {
         let Some((link, accessor)) = attachment(self) else { return };
         // A goodbye, or the end of the stream, may be there and not read yet.
         self.receive_last(link, cx);
-        if attachment(self).is_some() && accessor.process.is_gone() {
+        if attachment(self).is_some() && (accessor.has_ended() || accessor.process.is_gone()) {
             self.close_link(link, "its process has ended", cx);
         }
     }

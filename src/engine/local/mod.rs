@@ -5,6 +5,7 @@
 //! with ATTACHED: from then on the other has mapped the channel, so that copies announced in it are seen.
 
 mod copies;
+mod life;
 mod memory;
 mod rings;
 
@@ -14,7 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use corelane_runtime::{Cx, Lane};
+use corelane_runtime::{Cx, Lane, WordId};
 use smallvec::SmallVec;
 
 use crate::engine::lane::{LaneDriver, LanePeer};
@@ -22,7 +23,7 @@ use crate::engine::links::Phase;
 use crate::session::LinkId;
 use crate::sys;
 use crate::transport::local::{
-    self, Consumer, LAYOUT, LocalPath, PathParts, PeerProcess, Pid, Producer, RING_MESSAGES,
+    self, Consumer, LAYOUT, Life, LocalPath, PathParts, PeerProcess, Pid, Producer, RING_MESSAGES,
     SharedFd, TableView, Uses,
 };
 use crate::transport::receive::LocalFrame;
@@ -125,6 +126,10 @@ struct Theirs {
     doorbell: OwnedFd,
     accessor: Arc<Accessor>,
     path: Arc<LocalPath>,
+    /// Where it is seen that its process dies, the watch of that, and how often the watch has ended for nothing.
+    life: Option<Life>,
+    watch: Option<WordId>,
+    idle_wakes: u32,
     /// It runs as the user that we run as.
     same_user: bool,
 }
@@ -331,18 +336,21 @@ impl LaneDriver {
             && super::shared::is_of_this_process(peer.core.peer.incarnation);
         let nonce = (header.id, header.key.to_le_bytes());
         let (reach, reason) = local::reach(pid, own, nonce);
-        let process = PeerProcess::new(pid, reach.process_memory(), own);
+        let life = table.life(self.engine.identity.incarnation);
+        let process = PeerProcess::new(pid, reach.process_memory(), life.clone(), own);
         let accessor = Arc::new(Accessor { pid, uses: ring.uses(), process });
         let path = Arc::new(LocalPath::new(PathParts {
             peer: peer.core.peer.name.clone(),
             reach,
             reason,
             table,
+            life: life.clone(),
             uses: attachment.ring.uses(),
             nonce,
             strict_writes: self.engine.config.strict_writes,
         }));
-        Ok(Theirs { ring, doorbell, accessor, path, same_user })
+        let (watch, idle_wakes) = (None, 0);
+        Ok(Theirs { ring, doorbell, accessor, path, life, watch, idle_wakes, same_user })
     }
 
     /// Answers ATTACH; true: it was taken.
@@ -360,6 +368,7 @@ impl LaneDriver {
                 attachment.theirs = Some(theirs);
                 attachment.outgoing.push_back(frame(FrameKind::Attached, TAKEN));
                 self.rings.push(slot);
+                self.begin_to_watch(slot, cx);
                 true
             }
             Err(reason) => {
@@ -441,6 +450,7 @@ impl LaneDriver {
         // No more: the peer may go on to fill it for as long as it likes.
         self.drain_ring(slot, RING_MESSAGES, cx);
         self.rings.retain(|known| *known != slot);
+        self.end_watch(slot, cx);
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.core.peer.set_path(None);
         peer.core.set_ring(None);

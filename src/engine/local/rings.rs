@@ -30,7 +30,7 @@ impl LaneDriver {
             self.next_ring =
                 if self.next_ring + 1 < self.rings.len() { self.next_ring + 1 } else { 0 };
             let Some(&slot) = self.rings.get(self.next_ring) else { break };
-            worked |= self.drain_ring(slot, RING_BATCH, cx);
+            worked |= self.drain_ring(slot, RING_BATCH, cx) || self.look_for_death(slot, cx);
         }
         worked
     }
@@ -61,6 +61,7 @@ impl LaneDriver {
             if let Err(reason) = handled {
                 // Nothing of a ring that is broken is looked at again.
                 self.rings.retain(|known| *known != slot);
+                self.end_watch(slot, cx);
                 if let Some(peer) = self.peers.get_mut(slot) {
                     peer.core.set_ring(None);
                     peer.core.peer.set_path(None);

@@ -499,6 +499,11 @@ impl Core {
         self.events.push_back(Event::Left);
     }
 
+    /// How long the peer may be silent; `None` while there is no session.
+    pub(crate) fn liveness_timeout(&self) -> Option<Duration> {
+        self.liveness.as_ref().map(Liveness::timeout)
+    }
+
     pub(super) fn check_liveness(&mut self, env: &mut Env<'_>) {
         let Some(liveness) = &mut self.liveness else { return };
         if liveness.next() > env.now {

@@ -6,6 +6,7 @@
 //! the process ID, it reaches nobody else. It copies twice, and takes one call for each remote range. The
 //! second moves a thousand ranges in one call, but goes by the process ID, which may be used again.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -134,6 +135,33 @@ pub(crate) fn holds(pid: Pid, addr: u64, value: &[u8; 16]) -> io::Result<bool> {
     // SAFETY: `found` is ours.
     let n = unsafe { read(pid, &into, &[IoSegment::new(addr, 16)]) }?;
     Ok(n == 16 && found == *value)
+}
+
+/// Whether no thread of the process has an address space any more: it is ending, though the kernel may still be taking its memory
+/// away. False where that cannot be seen. Costs system calls for each thread that has ended already, and some more.
+pub(crate) fn has_no_address_space(pid: Pid) -> bool {
+    let is_gone =
+        |error: &io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH));
+    let threads = match std::fs::read_dir(format!("/proc/{}/task", pid.0)) {
+        Ok(threads) => threads,
+        // Without /proc nothing is seen.
+        Err(error) => return is_gone(&error) && std::path::Path::new("/proc/self/task").exists(),
+    };
+    for thread in threads {
+        let memory = match thread {
+            Ok(thread) => {
+                File::open(thread.path().join("mem")).map(|file| ProcessMemory(file.into()))
+            }
+            Err(error) => Err(error),
+        };
+        match memory {
+            // What a kernel before 6.15 opens for a thread without one.
+            Ok(memory) if memory.is_empty() => {}
+            Err(error) if is_gone(&error) => {}
+            _ => return false,
+        }
+    }
+    true
 }
 
 /// A descriptor of the process itself; readable once it has ended.

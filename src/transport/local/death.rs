@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::cma::{self, Pid, ProcessMemory};
+use super::life::Life;
 
 /// The process of a peer on this host, as far as it can be watched from here.
 ///
@@ -14,6 +15,7 @@ use super::cma::{self, Pid, ProcessMemory};
 pub(crate) struct PeerProcess {
     pidfd: Option<OwnedFd>,
     memory: Option<Arc<ProcessMemory>>,
+    life: Option<Life>,
     /// Our own process.
     own: bool,
     /// Its end of the session's socket is closed.
@@ -21,9 +23,14 @@ pub(crate) struct PeerProcess {
 }
 
 impl PeerProcess {
-    pub(crate) fn new(pid: Option<Pid>, memory: Option<Arc<ProcessMemory>>, own: bool) -> Self {
+    pub(crate) fn new(
+        pid: Option<Pid>,
+        memory: Option<Arc<ProcessMemory>>,
+        life: Option<Life>,
+        own: bool,
+    ) -> Self {
         let pidfd = pid.and_then(|pid| cma::open_pidfd(pid).ok());
-        Self { pidfd, memory, own, disconnected: AtomicBool::new(false) }
+        Self { pidfd, memory, life, own, disconnected: AtomicBool::new(false) }
     }
 
     pub(crate) fn set_disconnected(&self) {
@@ -34,13 +41,15 @@ impl PeerProcess {
         self.disconnected.load(Ordering::Acquire)
     }
 
-    /// Whether it is known that no thread of it lives in the address space that we knew, so that nothing of it will ever answer:
-    /// long before the kernel has taken its memory away and closes its sockets, 60 ms for each GiB. Some system calls.
+    /// Whether it is known that its engine will never answer again, since its process is ending or has become another program: long
+    /// before the kernel has taken its memory away and closes its sockets, 60 ms for each GiB. Threads of it may still be
+    /// in a copy. Some system calls.
     pub(crate) fn has_ended(&self) -> bool {
         if self.own {
             return false;
         }
-        self.memory.as_ref().is_some_and(|memory| memory.is_empty())
+        self.life.as_ref().is_some_and(Life::has_ended)
+            || self.memory.as_ref().is_some_and(|memory| memory.is_empty())
             || self.pidfd.as_ref().is_some_and(|pidfd| cma::has_exited(pidfd.as_fd()))
     }
 

@@ -21,6 +21,7 @@ mod channel;
 mod cma;
 mod copy;
 mod death;
+mod life;
 mod memory;
 mod path;
 mod shm;
@@ -30,8 +31,9 @@ pub(crate) use channel::{
     Consumer, MAX_RING_PAYLOAD, Message, OwnedUse, Producer, Pushed, RING_MESSAGES, Uses,
     create as create_channel, open as open_channel,
 };
-pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer};
+pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer, has_no_address_space};
 pub(crate) use death::PeerProcess;
+pub(crate) use life::{Held, Life};
 pub(crate) use memory::{OwnMemory, node_of};
 pub(crate) use path::{CopyError, LocalPath, PathParts, PeerMemory, reach};
 pub(crate) use shm::{Mapping, SharedFd};

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use super::channel::{OwnedUse, Uses};
 use super::cma::{self, Pid, ProcessMemory};
 use super::copy::{STREAMING_BYTES, copy_lists};
+use super::life::Life;
 use super::shm::Mapping;
 use super::table::{Refused, TableView};
 use crate::error::Error;
@@ -137,6 +138,8 @@ pub(crate) struct PathParts {
     /// Why its memory cannot be reached as a whole.
     pub(crate) reason: Option<String>,
     pub(crate) table: TableView,
+    /// Where it is seen that its process dies.
+    pub(crate) life: Option<Life>,
     pub(crate) uses: Uses,
     /// Where a value of the peer's lies in its memory, and which.
     pub(crate) nonce: (u64, [u8; 16]),
@@ -227,6 +230,10 @@ impl LocalPath {
         let (local, remote) = (plan.chunk_local(chunk), plan.chunk_remote(chunk));
         // From here to its drop the peer keeps what the table says is there.
         let in_use = self.parts.uses.begin().ok_or(CopyError::Busy)?;
+        if self.parts.life.as_ref().is_some_and(Life::has_ended) {
+            // Not only in vain: who is the last to use its address space has to take all of its memory away.
+            return Err(self.gone("its process has ended").into());
+        }
         self.check(plan)?;
         let streaming = plan.bytes >= STREAMING_BYTES;
         // SAFETY: own memory by the caller's promise. The peer's is registered with the rights that were

@@ -51,6 +51,45 @@ fn a_process_is_reached_only_if_it_holds_the_nonce() {
 }
 
 #[test]
+fn a_process_without_an_address_space_is_told_from_one_without_its_first_thread() {
+    let child = Child::new();
+    assert!(!cma::has_no_address_space(child.0) && !cma::has_no_address_space(Pid::own()));
+    // SAFETY: our own child. It is not waited for: it stays, without memory.
+    unsafe { libc::kill(child.0.0, libc::SIGKILL) };
+    let start = std::time::Instant::now();
+    while !cma::has_no_address_space(child.0) {
+        assert!(start.elapsed() < std::time::Duration::from_secs(20), "it is never seen to end");
+        std::thread::yield_now();
+    }
+    let id = child.0;
+    drop(child);
+    assert!(cma::has_no_address_space(id), "it does not exist");
+    // Its first thread ends; the other lives on.
+    let program = format!(
+        "import ctypes, threading, time; \
+         threading.Thread(target=time.sleep, args=(60,)).start(); ctypes.CDLL(None).syscall({}, 0)",
+        libc::SYS_exit
+    );
+    let Ok(mut living) = std::process::Command::new("python3").args(["-c", &program]).spawn()
+    else {
+        eprintln!("SKIPPED: a process without its first thread: there is no python3");
+        return;
+    };
+    let pid = Pid(living.id().cast_signed());
+    let first_has_ended = || {
+        let line = std::fs::read_to_string(format!("/proc/{}/stat", pid.0)).unwrap();
+        line.rsplit(')').next().unwrap().trim_start().starts_with('Z')
+    };
+    while !first_has_ended() {
+        assert!(start.elapsed() < std::time::Duration::from_secs(20), "its first thread lives");
+        std::thread::yield_now();
+    }
+    assert!(!cma::has_no_address_space(pid), "a thread of it lives");
+    living.kill().unwrap();
+    living.wait().unwrap();
+}
+
+#[test]
 fn the_file_of_an_address_space_knows_when_it_is_empty() {
     let nonce = Box::new([7u8; 16]);
     let child = Child::new();

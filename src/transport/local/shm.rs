@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// A descriptor that several messages may carry.
 pub(crate) type SharedFd = Arc<OwnedFd>;
@@ -174,6 +174,15 @@ impl Mapping {
         // SAFETY: a mapping is aligned to a page and lives as long as `self`; atomics may be changed by
         // others at any time, also from another process.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len / 8) }
+    }
+
+    /// A word of 32 bits; `None`: it is not inside, or not aligned.
+    #[inline]
+    pub(crate) fn word32(&self, offset: usize) -> Option<&AtomicU32> {
+        // SAFETY: a mapping is aligned to a page and lives as long as `self`; atomics may be changed by others at any time.
+        let words: &[AtomicU32] =
+            unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len / 4) };
+        words.get(offset / 4).filter(|_| offset.is_multiple_of(4))
     }
 
     /// Copies bytes in; false: out of bounds.

@@ -1,7 +1,7 @@
 //! The regions of an engine, in memory that its peers on this host can read.
 //!
 //! ```text
-//! word 0: layout   1: open   2: slots   8 + 8n: digest of the key (2 words), base, length, access of slot n
+//! word 0: layout   1: open   2: slots   3: where the words of its life are, in bytes (0: none)   8 + 8n: digest of the key (2 words), base, length, access of slot n
 //! ```
 //!
 //! Digests and not keys: who may look at the table does not learn what opens the regions. Only the owner can write (the memfd is sealed against it). An initiator says that it copies, in its
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::LAYOUT;
+use super::life::{self, Held, Life};
 use super::shm::{self, Mapping, SharedFd};
 use crate::wire::frame::ServeStatus;
 use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
@@ -21,6 +22,7 @@ use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 const MAGIC: u64 = 0x7264_6c65_7261_6300 | LAYOUT as u64;
 const OPEN: usize = 1;
 const SLOTS: usize = 2;
+const LIVES: usize = 3;
 const FIRST: usize = 8;
 const SLOT_WORDS: usize = 8;
 /// More slots than any engine may have regions.
@@ -34,22 +36,31 @@ fn slot_words(words: &[AtomicU64], slot: usize) -> Option<&[AtomicU64]> {
 /// The owner's side.
 #[derive(Debug)]
 pub(crate) struct Table {
-    map: Mapping,
+    map: Arc<Mapping>,
     fd: SharedFd,
+    lives: usize,
 }
 
 impl Table {
     /// A table for `slots` regions. Memory is used only for slots that are.
     pub(crate) fn create(slots: usize) -> io::Result<Self> {
-        let len = (FIRST + slots * SLOT_WORDS) * 8;
+        let lives = (FIRST + slots * SLOT_WORDS) * 8;
+        let len = lives + life::BYTES;
         let fd = shm::create(c"corelane-regions", len, false)?;
-        let map = Mapping::new(fd.as_fd(), len, true)?;
+        let map = Arc::new(Mapping::new(fd.as_fd(), len, true)?);
         shm::seal(fd.as_fd(), true)?;
         let words = map.words();
         words[SLOTS].store(slots as u64, Ordering::Relaxed);
         words[OPEN].store(1, Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
-        Ok(Self { map, fd: Arc::new(fd) })
+        Ok(Self { map, fd: Arc::new(fd), lives })
+    }
+
+    /// Shows peers that the calling thread lives, for as long as it keeps what this returns. Once.
+    pub(crate) fn hold_lives(&self) -> io::Result<Held> {
+        let held = Held::take(self.map.clone(), self.lives)?;
+        self.map.words()[LIVES].store(self.lives as u64, Ordering::Release);
+        Ok(held)
     }
 
     pub(crate) fn fd(&self) -> SharedFd {
@@ -108,19 +119,24 @@ pub(crate) enum Refused {
 /// A peer's table, for reading.
 #[derive(Debug)]
 pub(crate) struct TableView {
-    map: Mapping,
+    map: Arc<Mapping>,
 }
 
 impl TableView {
     /// Maps what a peer has sent.
     pub(crate) fn open(fd: &impl AsFd) -> Result<Self, String> {
         let smallest = FIRST * 8;
-        let largest = (FIRST + MAX_SLOTS * SLOT_WORDS) * 8;
-        let map = Mapping::received(fd.as_fd(), smallest..=largest, false, false)?;
+        let largest = (FIRST + MAX_SLOTS * SLOT_WORDS) * 8 + life::BYTES;
+        let map = Arc::new(Mapping::received(fd.as_fd(), smallest..=largest, false, false)?);
         if map.words()[0].load(Ordering::Acquire) != MAGIC {
             return Err("its region table has another layout".into());
         }
         Ok(Self { map })
+    }
+
+    /// Where it is seen that the owner dies, by the engine of this incarnation; `None`: the owner does not show it.
+    pub(crate) fn life(&self, reader: u128) -> Option<Life> {
+        Life::of(&self.map, self.map.words()[LIVES].load(Ordering::Acquire), reader)
     }
 
     /// Whether the range may be touched. The caller has announced its use before. Some loads of a line

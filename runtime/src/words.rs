@@ -1,0 +1,225 @@
+//! Words in memory that processes share, which the ring watches.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicU32},
+};
+
+use slab::Slab;
+
+use crate::ring::WordOp;
+
+/// In the user data of a watch: it is one of a word, and not of a descriptor.
+const WORD: u64 = 1 << 31;
+
+/// A futex word in memory that several processes map. Whoever holds the value keeps the word where it is.
+pub trait SharedWord: Send + Sync {
+    /// The word, always at the same address.
+    fn word(&self) -> &AtomicU32;
+}
+
+/// Names a watch of [`Cx::watch_word`](crate::Cx::watch_word). It stays harmless after the watch has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WordId {
+    index: u32,
+    generation: u32,
+}
+
+struct Entry {
+    word: Arc<dyn SharedWord>,
+    expected: u32,
+    token: u64,
+    generation: u32,
+    /// The ring has it.
+    armed: bool,
+}
+
+enum Pending {
+    Arm(WordId),
+    /// The word is kept until the ring has been told.
+    Cancel(u64, #[expect(dead_code, reason = "held, not used")] Arc<dyn SharedWord>),
+}
+
+/// The watches of a lane. Each ends when it fires.
+pub(crate) struct WordTable {
+    entries: Slab<Entry>,
+    pending: Vec<Pending>,
+    fired: Vec<u64>,
+    next_generation: u32,
+    supported: bool,
+}
+
+impl fmt::Debug for WordTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WordTable").field("watches", &self.entries.len()).finish_non_exhaustive()
+    }
+}
+
+impl WordTable {
+    /// `supported`: the ring can wait for words.
+    pub(crate) fn new(supported: bool) -> Self {
+        Self {
+            entries: Slab::new(),
+            pending: Vec::new(),
+            fired: Vec::new(),
+            next_generation: 0,
+            supported,
+        }
+    }
+
+    pub(crate) fn watch(
+        &mut self,
+        word: Arc<dyn SharedWord>,
+        expected: u32,
+        token: u64,
+    ) -> Option<WordId> {
+        if !self.supported {
+            return None;
+        }
+        self.next_generation = (self.next_generation + 1) & 0x7fff_ffff;
+        let generation = self.next_generation;
+        let entry = Entry { word, expected, token, generation, armed: false };
+        let index = self.entries.insert(entry) as u32;
+        let id = WordId { index, generation };
+        self.pending.push(Pending::Arm(id));
+        Some(id)
+    }
+
+    pub(crate) fn remove(&mut self, id: WordId) -> bool {
+        if self.get(id).is_none() {
+            return false;
+        }
+        let entry = self.entries.remove(id.index as usize);
+        if entry.armed {
+            self.pending.push(Pending::Cancel(user_data(id), entry.word));
+        }
+        true
+    }
+
+    #[inline]
+    pub(crate) fn has_ring_work(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Lane's thread: the next piece of ring work. A watch that is handed out counts as armed.
+    pub(crate) fn next_ring_op(&mut self) -> Option<WordOp> {
+        loop {
+            match self.pending.pop()? {
+                Pending::Cancel(user_data, _) => return Some(WordOp::Cancel { user_data }),
+                Pending::Arm(id) => {
+                    if self.get(id).is_some() {
+                        let entry = &mut self.entries[id.index as usize];
+                        entry.armed = true;
+                        return Some(WordOp::Wait {
+                            word: entry.word.clone(),
+                            expected: entry.expected,
+                            user_data: user_data(id),
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether a completion is one of a word.
+    #[inline]
+    pub(crate) fn is_word(user_data: u64) -> bool {
+        user_data & WORD != 0
+    }
+
+    /// The ring completed a watch, which ends. True: its driver is to be told.
+    pub(crate) fn completed(&mut self, user_data: u64, result: i32) -> bool {
+        let id = WordId { index: (user_data & !WORD) as u32, generation: (user_data >> 32) as u32 };
+        if self.get(id).is_none() {
+            return false;
+        }
+        let entry = self.entries.remove(id.index as usize);
+        // Woken, or the word holds something else. What else there is (no memory) is not worth another try each turn.
+        let fired = result >= 0 || result == -libc::EAGAIN;
+        if fired {
+            self.fired.push(entry.token);
+        }
+        fired
+    }
+
+    #[inline]
+    pub(crate) fn has_fired(&self) -> bool {
+        !self.fired.is_empty()
+    }
+
+    pub(crate) fn pop_fired(&mut self) -> Option<u64> {
+        self.fired.pop()
+    }
+
+    fn get(&self, id: WordId) -> Option<&Entry> {
+        self.entries.get(id.index as usize).filter(|entry| entry.generation == id.generation)
+    }
+}
+
+fn user_data(id: WordId) -> u64 {
+    u64::from(id.index) | WORD | u64::from(id.generation) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Word(AtomicU32);
+
+    impl SharedWord for Word {
+        fn word(&self) -> &AtomicU32 {
+            &self.0
+        }
+    }
+
+    fn word() -> Arc<Word> {
+        Arc::new(Word(AtomicU32::new(7)))
+    }
+
+    fn armed(table: &mut WordTable) -> u64 {
+        match table.next_ring_op() {
+            Some(WordOp::Wait { expected: 7, user_data, .. }) => user_data,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_watch_fires_once_and_keeps_its_word_until_then() {
+        let (mut table, word) = (WordTable::new(true), word());
+        table.watch(word.clone(), 7, 42).unwrap();
+        let user_data = armed(&mut table);
+        assert!(WordTable::is_word(user_data) && !table.has_ring_work());
+        assert_eq!(Arc::strong_count(&word), 2);
+        assert!(table.completed(user_data, 0) && !table.completed(user_data, 0));
+        assert_eq!((table.pop_fired(), table.pop_fired()), (Some(42), None));
+        assert_eq!(Arc::strong_count(&word), 1);
+    }
+
+    #[test]
+    fn a_watch_that_is_taken_back_never_fires_and_is_cancelled_where_it_was_armed() {
+        let (mut table, word) = (WordTable::new(true), word());
+        let early = table.watch(word.clone(), 7, 1).unwrap();
+        assert!(table.remove(early) && !table.remove(early));
+        assert!(table.next_ring_op().is_none(), "it was never armed");
+        let late = table.watch(word.clone(), 7, 2).unwrap();
+        let armed = armed(&mut table);
+        assert!(table.remove(late));
+        assert_eq!(Arc::strong_count(&word), 2, "the ring may still look at it");
+        let op = table.next_ring_op();
+        assert!(matches!(op, Some(WordOp::Cancel { user_data }) if user_data == armed));
+        assert!(!table.completed(armed, -libc::ECANCELED) && !table.has_fired());
+        assert_eq!(Arc::strong_count(&word), 1);
+    }
+
+    #[test]
+    fn a_watch_that_failed_is_over_and_one_that_cannot_be_had_is_said_so() {
+        let (mut table, word) = (WordTable::new(true), word());
+        table.watch(word.clone(), 7, 1).unwrap();
+        let user_data = armed(&mut table);
+        assert!(!table.completed(user_data, -libc::ENOMEM) && !table.has_fired());
+        table.watch(word.clone(), 7, 2).unwrap();
+        let user_data = armed(&mut table);
+        assert!(table.completed(user_data, -libc::EAGAIN), "it holds another value");
+        assert!(WordTable::new(false).watch(word, 7, 1).is_none());
+    }
+}

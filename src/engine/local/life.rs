@@ -1,0 +1,116 @@
+//! Peers on this host that die: their engines' words are watched by the lane's ring, and looked at every turn.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use corelane_runtime::Cx;
+
+use super::Theirs;
+use crate::engine::lane::{DEATH_TIMER, LaneDriver};
+use crate::session::LinkId;
+use crate::transport::local::{self, PeerCredentials};
+
+/// Wakes that say nothing, after which a word is not watched any more: who can see it can wake those who watch it.
+const MAX_IDLE_WAKES: u32 = 64;
+
+/// How often a process is asked about, while nothing of its is watched yet.
+const SUSPICION: Duration = Duration::from_millis(2);
+
+impl Theirs {
+    /// Watches the word of the peer's life on behalf of a session's link.
+    fn watch_life(&mut self, link: LinkId, cx: &mut Cx<'_>) {
+        if let Some(life) = &self.life
+            && let Some(held) = life.held()
+        {
+            self.watch = cx.watch_word(Arc::new(life.clone()), held, link);
+        }
+    }
+}
+
+impl LaneDriver {
+    fn theirs_of(&mut self, slot: usize) -> Option<(LinkId, &mut Theirs)> {
+        let attachment = self.peers.get_mut(slot)?.local.as_mut()?;
+        Some((attachment.link, attachment.theirs.as_mut()?))
+    }
+
+    pub(super) fn begin_to_watch(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        if let Some((link, theirs)) = self.theirs_of(slot) {
+            theirs.watch_life(link, cx);
+        }
+    }
+
+    pub(super) fn end_watch(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        if let Some(watch) = self.theirs_of(slot).and_then(|(_, theirs)| theirs.watch.take()) {
+            cx.unwatch_word(watch);
+        }
+    }
+
+    /// Something is expected of the process at the other end of a Unix socket, which has not shown yet how it dies: it is asked for
+    /// from time to time. Its socket would take a connection, and answer nothing, for as long as the kernel takes
+    /// its memory away.
+    pub(in crate::engine) fn suspect(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
+        let Some(link) = self.link(link).filter(|link| link.remote.is_unix()) else { return };
+        let pid = PeerCredentials::of(link.fd.as_fd()).ok().and_then(|peer| peer.pid);
+        let (Some(pid), Some(peer)) = (pid, self.peers.get_mut(slot)) else { return };
+        if pid.is_own() {
+            return;
+        }
+        if peer.suspect.replace(pid).is_none() {
+            let next = cx.now() + SUSPICION;
+            cx.set_timer(next, DEATH_TIMER | slot as u64);
+        }
+    }
+
+    /// Time to ask whether a process is still there of which something is expected.
+    pub(in crate::engine) fn death_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(pid) = peer.suspect.take() else { return };
+        let attaching = peer.local.as_ref().filter(|attachment| attachment.theirs.is_none());
+        let link = attaching.map(|attachment| attachment.link);
+        if link.is_none() && peer.connector.is_none() {
+            return;
+        }
+        if !local::has_no_address_space(pid) {
+            peer.suspect = Some(pid);
+            let next = cx.now() + SUSPICION;
+            cx.set_timer(next, DEATH_TIMER | slot as u64);
+            return;
+        }
+        if let Some(link) = link {
+            self.receive_last(link, cx);
+            self.close_link(link, "its process has ended", cx);
+        }
+        self.cannot_connect_to_the_dead(slot, cx);
+    }
+
+    /// The ring has been woken by the word that a session's link watches.
+    pub(in crate::engine) fn on_life(&mut self, link: LinkId, cx: &mut Cx<'_>) {
+        let Some(slot) = self.link(link).and_then(|link| link.phase.peer()) else { return };
+        match self.theirs_of(slot) {
+            Some((known, theirs)) if known == link => {
+                theirs.watch = None;
+                theirs.idle_wakes += 1;
+                if !self.look_for_death(slot, cx)
+                    && let Some((_, theirs)) = self.theirs_of(slot)
+                    && theirs.idle_wakes <= MAX_IDLE_WAKES
+                {
+                    theirs.watch_life(link, cx);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Ends the session of a peer whose process is dying; true: it is. One load.
+    #[inline]
+    pub(super) fn look_for_death(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
+        let Some((link, theirs)) = self.theirs_of(slot) else { return false };
+        let Some(life) = theirs.life.as_ref().filter(|life| life.has_ended()) else { return false };
+        life.tell_others();
+        // What it has sent before is ours, a goodbye above all.
+        self.receive_last(link, cx);
+        self.close_link(link, "its process has ended", cx);
+        true
+    }
+}
