@@ -128,7 +128,7 @@ impl Victim {
         // The layouts are those that it uses itself.
         let honest = victim.connect();
         let (link, attach, fds) = honest;
-        assert_eq!((attach.kind, attach.status, fds.len()), (frame::ATTACH, 1, 3));
+        assert_eq!((attach.kind, attach.status, fds.len()), (frame::ATTACH, 2, 3));
         for (index, fd) in fds.into_iter().take(2).enumerate() {
             let mut word = [0; 8];
             File::from(fd).read_exact_at(&mut word, 0).unwrap();
@@ -170,7 +170,7 @@ impl Victim {
         let (mut link, theirs, fds) = self.connect();
         let doorbell = EventFd::new().unwrap();
         let (table, channel) = (self.table(), self.channel());
-        let attach = Header { status: 1, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+        let attach = Header { status: 2, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
         assert!(link.send_with(&attach, &[table.as_fd(), channel.as_fd(), doorbell.as_fd()]));
         assert_eq!(link.receive().unwrap().0.kind, frame::ATTACHED);
         assert!(link.send(&Header::new(frame::ATTACHED), &[]));
@@ -267,7 +267,7 @@ fn descriptors_that_are_no_shared_memory_are_refused() {
     ];
     cases.extend(bad_tables.iter().map(|bad| vec![bad.as_fd(), good[1], good[2]]));
     cases.extend(bad_channels.iter().map(|bad| vec![good[0], bad.as_fd(), good[2]]));
-    let attach = Header { status: 1, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+    let attach = Header { status: 2, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
     for (number, fds) in cases.iter().enumerate() {
         let (mut link, _, _) = victim.connect();
         link.send_with(&attach, fds);
@@ -421,7 +421,7 @@ fn copies_that_never_end_are_bounded_over_many_sessions() {
         let (table, channel, bell) = (victim.table(), victim.channel(), EventFd::new().unwrap());
         let ours = Map::of(&channel, CHANNEL);
         ours.set(USES, 1);
-        let attach = Header { status: 1, ..Header::new(frame::ATTACH) };
+        let attach = Header { status: 2, ..Header::new(frame::ATTACH) };
         link.send_with(&attach, &[table.as_fd(), channel.as_fd(), bell.as_fd()]);
         let _ = link.ping(1);
     }

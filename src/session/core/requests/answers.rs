@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::plan::Operation;
 use crate::session::outbox::{Bound, MAX_IN_BAND};
 #[cfg(feature = "sim")]
-use crate::sim::coverage::TransferEvent;
+use crate::sim::coverage::{TransferEvent, TransferState};
 use crate::sys::IoSegment;
 use crate::wire::frame::{FLAG_COUNTED, FrameKind, Header, ServeStatus};
 
