@@ -6,8 +6,8 @@ use std::io;
 use super::ahead::Ahead;
 use crate::sys::{IoSegment, MAX_IO_SEGMENTS};
 
-/// Bytes moved in one direction per turn and link: about 100 us of copying.
-pub(super) const TURN_BYTES: usize = 512 << 10;
+/// Bytes moved in one direction per turn and link: about 25 us of copying, for as long a small transfer may have to wait.
+pub(super) const TURN_BYTES: usize = 128 << 10;
 /// What is thrown away is read in pieces of this size.
 const DISCARD_BYTES: usize = 64 << 10;
 
