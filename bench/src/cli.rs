@@ -16,6 +16,7 @@ use crate::load_options::LoadArgs;
 use crate::measure::Stamp;
 use crate::models::ModelArgs;
 use crate::nixl::NixlArgs;
+use crate::peers::PeersArgs;
 use crate::pinning::{Cores, MaybeCore};
 use crate::plot::PlotArgs;
 use crate::posting::PostingArgs;
@@ -35,6 +36,7 @@ pub(crate) const DEFAULT_PORT: u16 = 7471;
   corelane-bench server --listen 0.0.0.0:7471              on one host ...
   corelane-bench client --connect HOST:7471                ... and on another
   corelane-bench nixl --backend CORELANE --vs UCX@UCX_TLS=tcp --nixl-libs DIR
+  corelane-bench many-peers --peers 1,4,16                 one engine with many peers
   corelane-bench plot before/results.json after/results.json
 
 Exit codes: 0 measured and verified, 1 failed (also: verification failed), 2 bad options.
@@ -57,6 +59,8 @@ pub(crate) enum Command {
     Loopback(LoopbackArgs),
     /// Measures backends of NIXL side by side, through its C API
     Nixl(Box<NixlArgs>),
+    /// Measures one engine with many peers: what each gets of it, and what each costs it
+    ManyPeers(PeersArgs),
     /// Draws a report of result files, or compares several
     Plot(PlotArgs),
     /// Measures what posting RDMA requests costs, with a device that does nothing
@@ -65,6 +69,9 @@ pub(crate) enum Command {
     #[cfg(feature = "nixl")]
     #[command(hide = true)]
     NixlSide,
+    /// A process of `many-peers`
+    #[command(hide = true)]
+    PeersSide,
     /// The client process of `loopback`
     #[command(hide = true)]
     Worker(WorkerArgs),

@@ -37,6 +37,7 @@ mod measure;
 mod models;
 mod nixl;
 mod pattern;
+mod peers;
 mod pinning;
 mod plot;
 mod polling;
@@ -103,6 +104,8 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Client(options) => session::client(&options),
         Command::Loopback(options) => session::loopback(&options),
         Command::Nixl(options) => nixl::compare(&options),
+        Command::ManyPeers(options) => peers::measure(&options),
+        Command::PeersSide => Ok(peers::serve_side()?),
         Command::Plot(options) => plot::plot(&options),
         Command::Posting(options) => Ok(posting::run(&options)?),
         #[cfg(feature = "nixl")]

@@ -260,11 +260,16 @@ impl Driver for NixlAgent {
     }
 
     #[inline]
-    fn answer(&mut self) -> Result<()> {
-        for (_, texts) in self.poll_notifications()? {
-            for text in texts {
-                self.notify(&text)?;
-            }
+    fn answer(&mut self, mut seen: impl FnMut(&[u8], u64)) -> Result<()> {
+        let arrived = self.poll_notifications()?;
+        if arrived.is_empty() {
+            return Ok(());
+        }
+        let arrived_ns = now_ns();
+        for text in arrived.iter().flat_map(|(_, texts)| texts) {
+            self.notify(text)?;
+            // Behind the answer, so that the booking is part of nobody's round trip.
+            seen(text.as_bytes(), arrived_ns);
         }
         Ok(())
     }

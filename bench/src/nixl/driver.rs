@@ -50,8 +50,8 @@ pub(crate) trait Driver {
     /// Waits, polling, for the answer to a notification: exactly one, and with the same text.
     fn await_answer(&mut self, text: &str) -> Result<()>;
 
-    /// Sends every notification that has arrived back.
-    fn answer(&mut self) -> Result<()>;
+    /// Sends every notification that has arrived back. `seen` is told of each afterwards, and since when it was held.
+    fn answer(&mut self, seen: impl FnMut(&[u8], u64)) -> Result<()>;
 }
 
 /// Times of one transfer.

@@ -9,6 +9,7 @@ use super::layout::NixlLayout;
 use super::load;
 use super::replay;
 use super::side::Parent;
+use super::stamp::Stamped;
 use super::wire::{Iterations, Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
@@ -75,7 +76,7 @@ pub(crate) fn run(
         } else if let Some(shape) = case.load {
             load::run(agent, &case, shape, sequence, duration_ns, seed)
         } else if case.operation == Operation::Notify {
-            ping_pong(agent, &case, sequence, (duration_ns, iterations), meter)
+            ping_pong(agent, &case, (duration_ns, iterations), meter)
         } else {
             transfers(agent, &case, sequence, (duration_ns, iterations), seed, meter)
         };
@@ -211,37 +212,34 @@ fn measure_preparing<D: Driver>(
 fn ping_pong<D: Driver>(
     agent: &mut D,
     case: &NixlCase,
-    sequence: u64,
     length: Length,
     meter: Meter,
 ) -> Result<Outcome> {
-    let mut number = 0u64;
-    let width = case.notification_bytes;
-    // Text, because the bindings read notifications as text; the number makes every one distinct.
-    let mut exchange = |agent: &mut D| -> Result<u64> {
-        number += 1;
-        let text = format!("{:0width$x}", (sequence << 40) | number);
+    // Text, because the bindings read notifications as text.
+    let mut stamped = Stamped::new(case.notification_bytes);
+    let mut exchange = |agent: &mut D, measured: bool| -> Result<u64> {
         let started = now_ns();
-        agent.notify(&text)?;
-        agent.await_answer(&text)?;
+        let text = stamped.at(started, measured);
+        agent.notify(text)?;
+        agent.await_answer(text)?;
         Ok(now_ns() - started)
     };
     let mut outcome = Outcome::default();
-    exchange(agent)?;
+    exchange(agent, false)?;
     if length.0 == 0 {
         return Ok(outcome);
     }
     let warm = Until::warm(now_ns(), length);
     let mut warmed = 0;
     while warm.goes_on(warmed) {
-        exchange(agent)?;
+        exchange(agent, false)?;
         warmed += 1;
     }
     let mut round_trip = histogram();
     let begin = meter.read();
     let until = Until::timed(now_ns(), length);
     while until.goes_on(outcome.operations) {
-        round_trip.saturating_record(exchange(agent)?);
+        round_trip.saturating_record(exchange(agent, true)?);
         outcome.operations += 1;
     }
     meter.book(begin, &mut outcome);

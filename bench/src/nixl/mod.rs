@@ -35,6 +35,8 @@ mod report;
 mod rounds;
 #[cfg(feature = "nixl")]
 mod side;
+#[cfg(any(feature = "nixl", test))]
+mod stamp;
 mod summary;
 mod tally;
 #[cfg(feature = "nixl")]

@@ -132,13 +132,16 @@ impl NixlPair {
         }
         let duration_ns = duration.as_nanos() as u64;
         initiator.send(&Order::Run { case: case.clone(), sequence, duration_ns, iterations })?;
-        let outcome = match receive(initiator, Some(target), duration * 4 + PASS_PATIENCE)? {
+        let mut outcome = match receive(initiator, Some(target), duration * 4 + PASS_PATIENCE)? {
             Reply::Ran(outcome) => *outcome,
             other => return Err(unexpected(&other)),
         };
         target.send(&Order::End { case: case.clone(), sequence })?;
         match receive(target, Some(initiator), PASS_PATIENCE)? {
-            Reply::Ended => Ok(outcome),
+            Reply::Ended { one_way } => {
+                outcome.one_way = one_way;
+                Ok(outcome)
+            }
             other => Err(unexpected(&other)),
         }
     }

@@ -146,8 +146,8 @@ impl Driver for RawSide {
     }
 
     #[inline]
-    fn answer(&mut self) -> Result<()> {
+    fn answer(&mut self, seen: impl FnMut(&[u8], u64)) -> Result<()> {
         let Side::Target { mailbox, .. } = &mut self.side else { return Ok(()) };
-        mailbox.send_back()
+        mailbox.send_back(seen)
     }
 }

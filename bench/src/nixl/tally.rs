@@ -22,6 +22,8 @@ pub(crate) enum Part {
     Prepare,
     /// From sending a notification to its answer.
     RoundTrip,
+    /// From sending a notification to the moment at which the target's application held it.
+    OneWay,
     /// From a request's arrival in a recording to its end.
     Request,
     /// Reads at a rate, from the moment at which they were due, alone.
@@ -54,7 +56,7 @@ pub(crate) struct NixlTally {
 impl NixlTally {
     pub(crate) fn new(case: NixlCase, backend: usize) -> Self {
         let parts = match case.scenario {
-            NixlScenario::Notify => &[Part::RoundTrip][..],
+            NixlScenario::Notify => &[Part::OneWay, Part::RoundTrip][..],
             NixlScenario::Post => &[Part::Prepare, Part::Post, Part::Completion],
             NixlScenario::DecodeUnderPrefill => &[Part::Idle, Part::Loaded],
             NixlScenario::Trace => &[Part::Request, Part::Post, Part::Prepare],
@@ -93,6 +95,7 @@ impl NixlTally {
         for part in &mut self.parts {
             let points: &Points = match part.part {
                 Part::Completion | Part::RoundTrip | Part::Request => &outcome.completion,
+                Part::OneWay => &outcome.one_way,
                 Part::Post => &outcome.post,
                 Part::Prepare => &outcome.prepare,
                 Part::Idle => &load.reads.response,
@@ -118,6 +121,7 @@ impl NixlTally {
             Part::Post => format!("{id}/post"),
             Part::Prepare => format!("{id}/prepare"),
             Part::RoundTrip => format!("{id}/round-trip"),
+            Part::OneWay => format!("{id}/one-way"),
             Part::Idle => format!("{id}/idle"),
             Part::Loaded => format!("{id}/loaded"),
         }
@@ -175,6 +179,7 @@ pub(crate) mod tests {
             completion: vec![(completion_ns, 10)],
             post: vec![(completion_ns / 10, 10)],
             prepare: vec![(completion_ns * 2, 5)],
+            one_way: vec![(completion_ns / 2, 10)],
             load: Some(crate::report::load_outcome(8)),
             ..Outcome::default()
         }
@@ -207,10 +212,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_notification_has_a_round_trip_only() {
+    fn a_notification_is_measured_one_way_and_there_and_back() {
         let tally = tally("notify/16B", 1, &[8_000]);
-        assert_eq!(tally.parts.len(), 1);
-        assert_eq!(tally.series_id(tally.parts[0].part), "notify/16B/round-trip");
+        let p50 = |part: &PartTally| (tally.series_id(part.part), part.rounds[0].p50.round());
+        let found: Vec<(String, f64)> = tally.parts.iter().map(p50).collect();
+        let expected = [("notify/16B/one-way", 4.0), ("notify/16B/round-trip", 8.0)];
+        assert_eq!(found, expected.map(|(id, us)| (id.to_owned(), us)));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::load;
 use super::side::Parent;
+use super::stamp::Arrivals;
 use super::wire::{Order, Reply};
 use crate::case::Operation;
 
@@ -20,13 +21,14 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// Polls and obeys until the orders end.
 pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, sleeps: bool) -> Result<()> {
     let mut asleep = sleeps;
+    let mut arrivals = Arrivals::new();
     loop {
         let order = if asleep {
-            agent.answer()?;
+            agent.answer(|text, at_ns| arrivals.book(text, at_ns))?;
             parent.sleep(PAUSE)?
         } else {
             for _ in 0..POLLS_PER_LOOK {
-                agent.answer()?;
+                agent.answer(|text, at_ns| arrivals.book(text, at_ns))?;
             }
             parent.poll()?
         };
@@ -38,13 +40,19 @@ pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, sleeps: b
                     // Who has to answer must look.
                     asleep = sleeps && case.operation != Operation::Notify;
                 }
-                obey(agent, parent, order, seed)?;
+                obey(agent, parent, order, seed, &mut arrivals)?;
             }
         }
     }
 }
 
-fn obey(agent: &impl Driver, parent: &Parent, order: Order, seed: u64) -> Result<()> {
+fn obey(
+    agent: &impl Driver,
+    parent: &Parent,
+    order: Order,
+    seed: u64,
+    arrivals: &mut Arrivals,
+) -> Result<()> {
     match order {
         Order::Begin { case, sequence } => {
             match case.load {
@@ -59,7 +67,7 @@ fn obey(agent: &impl Driver, parent: &Parent, order: Order, seed: u64) -> Result
                 None => verify(agent, &case, sequence, seed),
             }
             .with_context(|| case.id())?;
-            parent.reply(&Reply::Ended)
+            parent.reply(&Reply::Ended { one_way: arrivals.take() })
         }
         other => bail!("a target cannot obey {other:?}"),
     }

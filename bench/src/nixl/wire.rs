@@ -93,7 +93,10 @@ pub(crate) enum Reply {
     },
     Met,
     Begun,
-    Ended,
+    /// With how long the measured notifications of the pass travelled.
+    Ended {
+        one_way: Points,
+    },
     Ran(Box<Outcome>),
     Watched(Watched),
     /// The user asked for something that cannot be.
@@ -116,6 +119,8 @@ pub(crate) struct Outcome {
     pub(crate) post: Points,
     /// The caller's time in createXferReq.
     pub(crate) prepare: Points,
+    /// From just before sending a notification to the moment at which the target's application held it.
+    pub(crate) one_way: Points,
     /// Of scenario `decode-under-prefill`, which has nothing of the above.
     pub(crate) load: Option<LoadOutcome>,
     /// Payload that was moved while `used` was counted.

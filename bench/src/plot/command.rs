@@ -7,17 +7,18 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::Value;
 
-use super::from_results::{of_engine, of_nixl};
+use super::from_results::{of_engine, of_nixl, of_peers};
 use super::html::page;
 use super::view::View;
 use crate::manifest::Host;
 use crate::nixl::{self, NixlResults};
+use crate::peers::{self, PeersResults};
 use crate::report::{self, Results, ensure_writable, write_atomically};
 use crate::session::Failure;
 
 #[derive(Debug, Args)]
 pub(crate) struct PlotArgs {
-    /// Results of `loopback`, `client` or `nixl`; several are drawn into the same charts
+    /// Results of `loopback`, `client`, `nixl` or `many-peers`; several are drawn into the same charts
     #[arg(required = true, value_name = "RESULTS.json")]
     pub(crate) results: Vec<PathBuf>,
     /// Where to write the report
@@ -103,6 +104,7 @@ fn read(path: &Path) -> Result<Read, String> {
     let known = match schema {
         "corelane-bench" => report::SCHEMA_VERSION,
         nixl::SCHEMA => nixl::SCHEMA_VERSION,
+        peers::SCHEMA => peers::SCHEMA_VERSION,
         _ => {
             return Err(format!(
                 "{shown} is no result of corelane-bench: its schema is '{schema}'"
@@ -119,6 +121,9 @@ fn read(path: &Path) -> Result<Read, String> {
     let (view, host) = if schema == nixl::SCHEMA {
         let results: NixlResults = serde_json::from_value(value).map_err(broken)?;
         (of_nixl(&results), results.environment)
+    } else if schema == peers::SCHEMA {
+        let results: PeersResults = serde_json::from_value(value).map_err(broken)?;
+        (of_peers(&results), results.environment)
     } else {
         let results: Results = serde_json::from_value(value).map_err(broken)?;
         (of_engine(&results), results.environment.initiator)

@@ -1,9 +1,10 @@
 //! Views of the result files: of `loopback` and `client`, and of `nixl`.
 
-use super::view::{ALONE, BESIDE, LineView, RatioView, View};
+use super::view::{ALONE, BESIDE, LineView, PeersView, RatioView, View};
 use crate::case::Scenario;
 use crate::manifest::Host;
 use crate::nixl::{NixlResults, Part};
+use crate::peers::{PeerFigures, PeersResults};
 use crate::report::{Costs, Results};
 
 /// Of `loopback` and `client`.
@@ -89,6 +90,48 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
         p50: row.ratios.p50,
         p99: row.ratios.p99,
     }));
+    view
+}
+
+/// Of `many-peers`: a case for each direction, operation and size, in it a line for each number of peers, and one for
+/// the peer that fared worst among the most.
+pub(crate) fn of_peers(results: &PeersResults) -> View {
+    let mut view = View {
+        title: "corelane-bench many-peers".to_owned(),
+        notes: failure(results.failure.as_deref()),
+        ..View::default()
+    };
+    view.notes.extend(results.header().lines().skip(1).map(|line| format!("{line}.")));
+    view.notes.retain(|note| note.len() > 1);
+    view.environments.push(("All processes".to_owned(), described(&results.environment)));
+    for row in &results.series {
+        let count =
+            if row.peers == 1 { "1 peer".to_owned() } else { format!("{} peers", row.peers) };
+        let rate = |operations_per_s: f64| operations_per_s * row.block_bytes as f64 / 1e9;
+        let case = view.case(&row.group, None);
+        case.lines.push(LineView {
+            label: count.clone(),
+            points: row.histogram_ns.clone(),
+            latency_us: row.latency_us,
+            gigabytes_per_s: Some(rate(row.operations_per_s.median)),
+            cpu_us_per_operation: None,
+        });
+        let most = results.series.iter().filter(|other| other.group == row.group);
+        let is_most = most.map(|other| other.peers).max() == Some(row.peers);
+        if let Some(PeerFigures { latency_us, histogram_ns, .. }) = row.slowest()
+            && is_most
+            && row.peers > 1
+        {
+            case.lines.push(LineView {
+                label: format!("{count}, the slowest of them"),
+                points: histogram_ns.clone(),
+                latency_us: *latency_us,
+                gigabytes_per_s: None,
+                cpu_us_per_operation: None,
+            });
+        }
+        view.peers.push(PeersView { label: row.id.clone(), series: row.clone() });
+    }
     view
 }
 

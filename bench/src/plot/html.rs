@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use super::axis::{rate_label, time_label};
 use super::charts::charts;
 use super::svg::{PALETTE, escape};
-use super::view::View;
+use super::view::{PeersView, View};
 use crate::nixl::FaultKind;
+use crate::report::Percentiles;
 use crate::units::Bytes;
 
 /// The whole page.
@@ -23,6 +24,10 @@ pub(crate) fn page(view: &View) -> String {
     if !view.faults.is_empty() {
         body += "<h2>Targets that died or stopped</h2>\n";
         body += &faults(view);
+    }
+    if !view.peers.is_empty() {
+        body += "<h2>One engine with many peers</h2>\n";
+        body += &peers(view);
     }
     if !overviews.is_empty() {
         body += "<h2>Overview</h2>\n<div class=\"charts\">\n";
@@ -102,6 +107,35 @@ fn faults(view: &View) -> String {
     format!(
         "<div class=\"wide\"><table><thead><tr><th></th><th>what</th><th>longest time without a read</th><th>noticed after</th><th>reads again after</th><th>as</th></tr></thead>\n\
          <tbody>{rows}</tbody></table></div>\n"
+    )
+}
+
+fn peers(view: &View) -> String {
+    let mut rows = String::new();
+    for PeersView { label, series } in &view.peers {
+        let range = |figure: fn(&Percentiles) -> f64| {
+            let (least, most) = series.range(figure);
+            format!("{} to {}", time_label(least), time_label(most))
+        };
+        let _ = writeln!(
+            rows,
+            "<tr><th>{}</th><td>{:.0}</td><td>{}</td><td>{}</td><td>{:.3}</td><td>{:.0}%</td><td>{:.0} KiB</td><td>{:.1}</td><td>{}</td><td>{}</td></tr>",
+            escape(label),
+            series.operations_per_s.median,
+            range(|at| at.p50),
+            range(|at| at.p99),
+            series.fairness.median,
+            series.least_share.median * 100.0,
+            series.hub_kib_per_peer.median,
+            series.hub_descriptors_per_peer.median,
+            series.hub_threads,
+            time_label(series.hub_cpu_us_per_operation.median),
+        );
+    }
+    format!(
+        "<div class=\"wide\"><table><thead><tr><th></th><th>transfers/s</th><th>p50, best to worst peer</th><th>p99, best to worst peer</th>\
+         <th>fairness (Jain)</th><th>least peer, of the mean</th><th>memory a peer</th><th>descriptors a peer</th><th>threads</th>\
+         <th>hub's CPU/op</th></tr></thead>\n<tbody>{rows}</tbody></table></div>\n"
     )
 }
 

@@ -16,7 +16,7 @@ mod svg;
 mod view;
 
 pub(crate) use command::{PlotArgs, plot};
-pub(crate) use from_results::{of_engine, of_nixl};
+pub(crate) use from_results::{of_engine, of_nixl, of_peers};
 pub(crate) use html::page;
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use crate::measure::Points;
 use crate::nixl::Fault;
+use crate::peers::PeersSeries;
 use crate::report::{Load, Percentiles, Spread};
 
 /// What is behind a backend's name in the label of a load's reads.
@@ -25,6 +26,14 @@ pub(crate) struct View {
     pub(crate) ratios: Vec<RatioView>,
     pub(crate) loads: Vec<Load>,
     pub(crate) faults: Vec<Fault>,
+    pub(crate) peers: Vec<PeersView>,
+}
+
+/// One number of peers of one engine.
+#[derive(Clone, Debug)]
+pub(crate) struct PeersView {
+    pub(crate) label: String,
+    pub(crate) series: PeersSeries,
 }
 
 /// Everything that was measured of one case.
@@ -96,5 +105,7 @@ impl View {
         self.loads.extend(loads.map(|load| Load { backend: named(&load.backend), ..load }));
         let faults = other.faults.into_iter();
         self.faults.extend(faults.map(|fault| Fault { backend: named(&fault.backend), ..fault }));
+        let peers = other.peers.into_iter();
+        self.peers.extend(peers.map(|row| PeersView { label: named(&row.label), ..row }));
     }
 }

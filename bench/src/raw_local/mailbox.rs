@@ -82,13 +82,15 @@ impl Mailbox {
         Some(&self.payload[..len])
     }
 
-    /// Sends the message that has arrived, if any, back.
+    /// Sends the message that has arrived, if any, back, and then tells `seen` of it and since when it was held.
     #[cfg(any(feature = "nixl", test))]
     #[inline]
-    pub(crate) fn send_back(&mut self) -> Result<()> {
+    pub(crate) fn send_back(&mut self, mut seen: impl FnMut(&[u8], u64)) -> Result<()> {
         let Some(len) = self.take() else { return Ok(()) };
+        let arrived_ns = now_ns();
         let payload = std::mem::take(&mut self.payload);
         let sent = self.send(&payload[..len]);
+        seen(&payload[..len], arrived_ns);
         self.payload = payload;
         sent
     }

@@ -2,6 +2,7 @@
 
 mod common;
 mod loopback;
+mod many_peers;
 mod nixl;
 mod options;
 mod plot;

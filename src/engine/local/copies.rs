@@ -1,7 +1,7 @@
 //! Transfers that are copied.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use corelane_runtime::Cx;
 
@@ -43,12 +43,14 @@ impl LaneDriver {
         }
     }
 
-    /// Copies for this lane's share of the turn, a chunk of each transfer in turn.
+    /// Copies for this lane's share of the turn, a chunk of each transfer in turn. A turn on a caller's thread copies one:
+    /// that thread asked how a transfer stands, and has others to post; it copies its own share besides, and comes again.
     pub(in crate::engine) fn run_copies(&mut self, cx: &mut Cx<'_>) -> bool {
         if self.copies.is_empty() {
             return false;
         }
         let began = Instant::now();
+        let share = if self.engine.is_lane_thread() { LANE_TURN } else { Duration::ZERO };
         while let Some(transfer) = self.copies.pop_front() {
             match transfer.copy_chunk() {
                 // Others have the rest.
@@ -56,7 +58,7 @@ impl LaneDriver {
                 Some(false) => self.copies.push_back(transfer),
                 Some(true) => self.copied(&transfer, cx),
             }
-            if began.elapsed() >= LANE_TURN {
+            if began.elapsed() >= share {
                 break;
             }
         }
