@@ -468,6 +468,22 @@ typedef struct {
    * Lanes.
    */
   uint64_t lanes;
+  /**
+   * Transfers that the thread which posted them copied by itself (transport `local`).
+   */
+  uint64_t copied_by_callers;
+  /**
+   * Calls that posted work requests of transfers to a device (transport `rdma`).
+   */
+  uint64_t rdma_doorbells;
+  /**
+   * Completions of transfers' work requests that a device has told (transport `rdma`).
+   */
+  uint64_t rdma_completions;
+  /**
+   * Connections whose queue pairs failed and were made anew, or given up (transport `rdma`).
+   */
+  uint64_t rdma_failures;
 } corelane_engine_stats;
 
 /**
@@ -494,6 +510,11 @@ typedef struct {
    * Their bytes.
    */
   uint64_t unacknowledged_bytes;
+  /**
+   * Which way transfers go now: 1 `local`, 2 `rdma`, 3 `tcp`; 0 while there is no session, while it is being found out, and
+   * where none that is allowed works.
+   */
+  uint64_t transport;
 } corelane_peer_stats;
 
 #ifdef __cplusplus

@@ -1,5 +1,7 @@
 //! Counters.
 
+use corelane::TransportKind;
+
 use crate::handles::{CONNS, ENGINES, corelane_conn_t, corelane_engine_t};
 use crate::status::{Failure, corelane_status, run};
 
@@ -57,6 +59,14 @@ pub struct corelane_engine_stats {
     pub notifications_received: u64,
     /// Lanes.
     pub lanes: u64,
+    /// Transfers that the thread which posted them copied by itself (transport `local`).
+    pub copied_by_callers: u64,
+    /// Calls that posted work requests of transfers to a device (transport `rdma`).
+    pub rdma_doorbells: u64,
+    /// Completions of transfers' work requests that a device has told (transport `rdma`).
+    pub rdma_completions: u64,
+    /// Connections whose queue pairs failed and were made anew, or given up (transport `rdma`).
+    pub rdma_failures: u64,
 }
 
 fn snapshot(stats: &corelane::EngineStats) -> corelane_engine_stats {
@@ -87,6 +97,10 @@ fn snapshot(stats: &corelane::EngineStats) -> corelane_engine_stats {
         pending_notification_bytes: stats.pending_notification_bytes as u64,
         notifications_received: stats.notifications_received,
         lanes: stats.lanes.len() as u64,
+        copied_by_callers: totals.copied_by_callers,
+        rdma_doorbells: totals.rdma_doorbells,
+        rdma_completions: totals.rdma_completions,
+        rdma_failures: totals.rdma_failures,
     }
 }
 
@@ -104,6 +118,9 @@ pub struct corelane_peer_stats {
     pub unacknowledged: u64,
     /// Their bytes.
     pub unacknowledged_bytes: u64,
+    /// Which way transfers go now: 1 `local`, 2 `rdma`, 3 `tcp`; 0 while there is no session, while it is being found out, and
+    /// where none that is allowed works.
+    pub transport: u64,
 }
 
 /// Copies as much of `value` as the caller's structure has room for.
@@ -166,6 +183,12 @@ pub unsafe extern "C" fn corelane_conn_stats(
             in_flight: known.in_flight as u64,
             unacknowledged: known.unacknowledged as u64,
             unacknowledged_bytes: known.unacknowledged_bytes as u64,
+            transport: match known.transport {
+                Some(TransportKind::Local) => 1,
+                Some(TransportKind::Rdma) => 2,
+                Some(TransportKind::Tcp) => 3,
+                _ => 0,
+            },
         };
         // SAFETY: the caller promises `size` bytes.
         unsafe { copy_out(&value, stats, size) }

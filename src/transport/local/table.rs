@@ -28,7 +28,12 @@ const SLOT_WORDS: usize = 8;
 /// More slots than any engine may have regions.
 const MAX_SLOTS: usize = 1 << 24;
 
-fn slot_words(words: &[AtomicU64], slot: usize) -> Option<&[AtomicU64]> {
+/// The words of a slot, of `slots`: behind the last there is something else.
+#[inline]
+fn slot_words(words: &[AtomicU64], slot: usize, slots: usize) -> Option<&[AtomicU64]> {
+    if slot >= slots {
+        return None;
+    }
     let start = FIRST + slot.checked_mul(SLOT_WORDS)?;
     words.get(start..start + 5)
 }
@@ -38,6 +43,7 @@ fn slot_words(words: &[AtomicU64], slot: usize) -> Option<&[AtomicU64]> {
 pub(crate) struct Table {
     map: Arc<Mapping>,
     fd: SharedFd,
+    slots: usize,
     lives: usize,
 }
 
@@ -53,7 +59,7 @@ impl Table {
         words[SLOTS].store(slots as u64, Ordering::Relaxed);
         words[OPEN].store(1, Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
-        Ok(Self { map, fd: Arc::new(fd), lives })
+        Ok(Self { map, fd: Arc::new(fd), slots, lives })
     }
 
     /// Shows peers that the calling thread lives, for as long as it keeps what this returns. Once.
@@ -69,7 +75,9 @@ impl Table {
 
     /// Lets peers see a region.
     pub(crate) fn publish(&self, region: &RegionDescriptor) {
-        let Some(slot) = slot_words(self.map.words(), region.key.slot()) else { return };
+        let Some(slot) = slot_words(self.map.words(), region.key.slot(), self.slots) else {
+            return;
+        };
         slot[2].store(region.base, Ordering::Relaxed);
         slot[3].store(region.len, Ordering::Relaxed);
         let rights = match region.kind {
@@ -84,7 +92,7 @@ impl Table {
 
     /// Takes a region's key away. Look at the uses of all peers next.
     pub(crate) fn close(&self, region: &RegionDescriptor) {
-        if let Some(slot) = slot_words(self.map.words(), region.key.slot()) {
+        if let Some(slot) = slot_words(self.map.words(), region.key.slot(), self.slots) {
             slot[0].store(0, Ordering::SeqCst);
             slot[1].store(0, Ordering::SeqCst);
             fence(Ordering::SeqCst);
@@ -120,6 +128,7 @@ pub(crate) enum Refused {
 #[derive(Debug)]
 pub(crate) struct TableView {
     map: Arc<Mapping>,
+    slots: usize,
 }
 
 impl TableView {
@@ -131,7 +140,9 @@ impl TableView {
         if map.words()[0].load(Ordering::Acquire) != MAGIC {
             return Err("its region table has another layout".into());
         }
-        Ok(Self { map })
+        // Looked at once: what it says must not change under us. What it says wrongly ends at the end of the mapping.
+        let slots = map.words()[SLOTS].load(Ordering::Relaxed).min(MAX_SLOTS as u64) as usize;
+        Ok(Self { map, slots })
     }
 
     /// Where it is seen that the owner dies, by the engine of this incarnation; `None`: the owner does not show it.
@@ -148,7 +159,7 @@ impl TableView {
             return Err(Refused::Shut);
         }
         let refuse = |status| Err(Refused::Region(status));
-        let Some(slot) = slot_words(words, range.key.slot()) else {
+        let Some(slot) = slot_words(words, range.key.slot(), self.slots) else {
             return refuse(ServeStatus::UnknownKey);
         };
         let low = slot[0].load(Ordering::SeqCst) ^ range.digest as u64;
@@ -233,6 +244,22 @@ mod tests {
         assert_eq!(view.check(&device, read.of_device()), Ok(()));
         assert_eq!(view.check(&device, write.of_device()), denied);
         assert_eq!(view.check(&device, read), denied);
+    }
+
+    #[test]
+    fn behind_the_last_slot_there_is_none() {
+        let table = Table::create(16).unwrap();
+        let view = TableView::open(&*table.fd()).unwrap();
+        for slot in [16, 17, 19, 47, 1000] {
+            let beyond = region(slot, Access::READ_WRITE);
+            table.publish(&beyond);
+            let key = beyond.key;
+            let range = RemoteRange { key, digest: key.digest(), start: 1000, end: 1100 };
+            let unknown = Err(Refused::Region(ServeStatus::UnknownKey));
+            assert_eq!(view.check(&range, Access::REMOTE_READ), unknown, "slot {slot}");
+        }
+        let first = FIRST + 16 * SLOT_WORDS;
+        assert!(table.map.words()[first..].iter().all(|word| word.load(Ordering::SeqCst) == 0));
     }
 
     #[test]

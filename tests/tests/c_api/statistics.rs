@@ -8,7 +8,8 @@ const PEER: usize = size_of::<corelane_peer_stats>();
 #[test]
 fn counters_count() {
     // What this side copies by itself, the peer does not see.
-    for (transports, served) in [("tcp", (10_000, 5_000, 20)), ("local", (0, 0, 0))] {
+    let ways = [("tcp", 3, (10_000, 5_000, 20)), ("local", 1, (0, 0, 0))];
+    for (transports, way, served) in ways {
         let pair = Pair::with(1 << 20, &[("transports", transports)]);
         let near = &pair.near;
         let (read, write) = (near.prepare(CORELANE_READ, 1000), near.prepare(CORELANE_WRITE, 500));
@@ -29,6 +30,13 @@ fn counters_count() {
         assert_eq!(there.pending_notification_bytes, 10);
         assert_eq!((here.regions, here.peers, here.connected_peers, here.lanes), (1, 1, 1, 1));
         assert_eq!((there.regions, there.peers, there.connected_peers), (1, 1, 1));
+        // Not the first, which found no connection yet.
+        let copied = if way == 1 { 19..=20 } else { 0..=0 };
+        assert!(copied.contains(&here.copied_by_callers), "{}", here.copied_by_callers);
+        assert_eq!((here.rdma_doorbells, here.rdma_completions, here.rdma_failures), (0, 0, 0));
+        let mut peer = corelane_peer_stats::default();
+        ok(c!(corelane_conn_stats(near.conn, &mut peer, PEER)));
+        assert_eq!((peer.connected, peer.transport), (1, way));
         assert!(here.links_up >= 1 && here.send_calls > 0 && there.receive_calls > 0);
         assert_eq!(pair.far.collect(1).len(), 1);
         assert_eq!(pair.far.stats().pending_notifications, 0);
@@ -54,7 +62,8 @@ fn a_caller_of_another_version_gets_what_it_has_room_for() {
         let known = first.len().min(4);
         assert_eq!(first[..known], expected[..known], "size {size}");
         if told == ENGINE {
-            assert_eq!(room[ENGINE / 8 - 1], whole.lanes);
+            assert_eq!(room[ENGINE / 8 - 1], whole.rdma_failures);
+            assert_eq!(room[ENGINE / 8 - 5], whole.lanes);
         }
     }
     for size in [0, 1, 8, PEER - 1, PEER, PEER + 8, 4096] {
