@@ -12,6 +12,7 @@ excused=()       # the steps that are not run because the machine lacks the hard
 
 readonly step_limit_seconds=1500
 readonly shown_log_lines=300
+readonly shown_failures=25
 
 # step NAME FUNCTION [CONDITION]
 # FUNCTION does the work, in the repository root under `set -e`; its output goes to a log, shown when it fails. CONDITION
@@ -139,9 +140,13 @@ record_step() {
     print_row "${step_names[index]}" "$2" "$3" "$4"
 }
 
+# First what failed there, in the words of nextest, cargo, rustc and pytest, for readers who see only the beginning.
 show_failure() {
     local name=$1 log=$2
-    printf '\n--- %s failed; the last lines of %s:\n' "$name" "$log"
+    printf '\n--- %s failed:\n' "$name"
+    grep -E '^ +(FAIL|TIMEOUT|ABORT|SIG[A-Z]+|LEAK-FAIL) \[|[. ] FAILED(:|$)|^(FAILED|ERROR) |^error(\[|:)|panicked at|^E  +' "$log" |
+        cut -c 1-300 | awk '!seen[$0]++' | head -n "$shown_failures" || true
+    printf -- '--- the last lines of %s:\n' "$log"
     grep -vE '^ *(Compiling|Checking|Documenting|Downloading|Downloaded|Blocking|Fresh) ' "$log" |
         tail -n "$shown_log_lines" || true
     printf -- '--- end of %s\n\n' "$name"
