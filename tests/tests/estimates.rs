@@ -17,9 +17,9 @@ use corelane_tests::{
 };
 
 over_each_transport!(
-    an_estimate_is_within_a_factor_of_two_of_what_was_measured,
+    an_estimate_is_between_what_memory_allows_and_the_longest_that_was_seen,
     a_size_that_was_never_moved_is_estimated_from_its_neighbours,
-    more_scattered_is_not_estimated_as_cheaper_by_far,
+    a_shape_borrows_the_history_of_another_until_it_has_its_own,
     a_peer_that_has_restarted_has_no_history,
     transfers_of_any_inline_size_move_the_same_bytes,
 );
@@ -94,19 +94,19 @@ const SHAPES: [Shape; 7] = [
     Shape { operation: Operation::Write, ..read(4 << 20) },
 ];
 
-/// The median of how long postings take.
-fn measure(plan: &Plan, times: usize) -> Duration {
+/// Posts so many times; the longest that one took, as its caller saw it.
+fn longest(plan: &Plan, times: usize) -> Duration {
     let transfer = plan.transfer();
-    let mut took: Vec<Duration> = (0..times)
-        .map(|_| {
-            let start = Instant::now();
-            end_of(&transfer).unwrap();
-            start.elapsed()
-        })
-        .collect();
-    took.sort_unstable();
-    took[times / 2]
+    let took = (0..times).map(|_| {
+        let start = Instant::now();
+        end_of(&transfer).unwrap();
+        start.elapsed()
+    });
+    took.max().unwrap()
 }
+
+/// No memory is faster, bytes per nanosecond.
+const FASTEST: u64 = 1000;
 
 #[test]
 fn nothing_is_estimated_before_a_transfer_has_ended_well() {
@@ -142,72 +142,57 @@ fn nothing_is_estimated_before_a_transfer_has_ended_well() {
     assert_eq!(plan.estimate(), None, "another peer");
 }
 
-/// Machines are noisy, and a mean is not a median: a round may be off, all of them may not.
-fn an_estimate_is_within_a_factor_of_two_of_what_was_measured(config: Configuration) {
-    const ROUNDS: usize = 20;
+/// How close an estimate is depends on the machine, and on who else uses it. What holds on all of them: it is a mean of
+/// times that the callers saw, too, and no shorter than memory allows.
+fn an_estimate_is_between_what_memory_allows_and_the_longest_that_was_seen(config: Configuration) {
     let far = target!("far", LEN);
     let near = Near::new(config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     for shape in SHAPES {
         let plan = near.plan(&peer, &far.region, shape);
-        measure(&plan, 30);
-        let mut misses = Vec::new();
-        for _ in 0..ROUNDS {
-            let median = measure(&plan, 31);
+        let mut most = Duration::ZERO;
+        for _ in 0..10 {
+            most = most.max(longest(&plan, 5));
             let estimate = plan.estimate().unwrap();
-            let ratio = estimate.duration.as_secs_f64() / median.as_secs_f64();
-            if (0.5..=2.0).contains(&ratio) {
-                misses.clear();
-                break;
-            }
-            misses.push((median, estimate));
+            let least = Duration::from_nanos(shape.bytes / FASTEST);
+            assert!(
+                (least..=most).contains(&estimate.duration) && !estimate.margin.is_zero(),
+                "{shape:?}: {estimate:?}, expected {least:?} to {most:?}"
+            );
         }
-        assert!(
-            misses.is_empty(),
-            "{shape:?}: in {ROUNDS} rounds, medians and estimates {misses:?}"
-        );
     }
 }
 
 fn a_size_that_was_never_moved_is_estimated_from_its_neighbours(config: Configuration) {
-    const ROUNDS: usize = 6;
     let far = target!("far", LEN);
     let near = Near::new(config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     let [small, between, large] =
         [1 << 20, 4 << 20, 8 << 20].map(|bytes| near.plan(&peer, &far.region, read(bytes)));
-    let mut seen = Vec::new();
-    let right = (0..ROUNDS).any(|_| {
-        measure(&small, 31);
-        measure(&large, 31);
-        let [low, middle, high] =
-            [&small, &between, &large].map(|plan| plan.estimate().unwrap().duration);
-        seen.push((low, middle, high));
-        low.min(high) <= middle && middle <= low.max(high) && low < high
-    });
-    assert!(right, "1, 4 and 8 MiB: {seen:?}");
+    longest(&small, 31);
+    longest(&large, 31);
+    let [low, middle, high] =
+        [&small, &between, &large].map(|plan| plan.estimate().unwrap().duration);
+    assert!(
+        low.min(high) <= middle && middle <= low.max(high),
+        "1, 4 and 8 MiB: {low:?}, {middle:?}, {high:?}"
+    );
 }
 
-fn more_scattered_is_not_estimated_as_cheaper_by_far(config: Configuration) {
-    const ROUNDS: usize = 6;
+fn a_shape_borrows_the_history_of_another_until_it_has_its_own(config: Configuration) {
     let far = target!("far", LEN);
     let near = Near::new(config());
     let peer = near.engine.load_peer(&far.metadata).unwrap();
     let whole = near.plan(&peer, &far.region, read(4 << 20));
     let scattered = near.plan(&peer, &far.region, Shape { scattered: true, ..read(4 << 20) });
-    // Without a history of its own, a shape borrows that of the other and says that it is in doubt.
-    measure(&whole, 31);
+    longest(&whole, 31);
+    // And says that it is in doubt.
     let borrowed = scattered.estimate().unwrap();
+    assert_eq!(borrowed.duration, whole.estimate().unwrap().duration);
     assert!(borrowed.margin >= borrowed.duration, "{borrowed:?}");
-    let mut seen = Vec::new();
-    let right = (0..ROUNDS).any(|_| {
-        measure(&whole, 31);
-        measure(&scattered, 31);
-        let [one, many] = [&whole, &scattered].map(|plan| plan.estimate().unwrap().duration);
-        seen.push((one, many));
-        many >= one / 2
-    });
-    assert!(right, "one range, 1024 blocks: {seen:?}");
+    let most = longest(&scattered, 1);
+    let own = scattered.estimate().unwrap();
+    assert!(own.duration <= most && own.margin < own.duration, "{own:?}, {most:?} seen");
 }
 
 fn a_peer_that_has_restarted_has_no_history(config: Configuration) {
@@ -215,7 +200,7 @@ fn a_peer_that_has_restarted_has_no_history(config: Configuration) {
     let near = Near::new(config());
     let peer = near.engine.load_peer(&first.metadata).unwrap();
     let old = near.plan(&peer, &first.region, read(1 << 20));
-    measure(&old, 5);
+    longest(&old, 5);
     assert!(old.estimate().is_some());
     // A connection that ended and came back is the same peer still.
     peer.disconnect().unwrap();
