@@ -12,6 +12,13 @@ const LATE_YIELDS: u32 = 3;
 /// would yield take each other for ones that do not, the last to give up outlasts the others, and all yield again.
 const STUBBORN_FOR_NS: u64 = 10_000_000;
 
+/// A `sched_yield` that took no longer: nobody else wanted the core. A system call and a clock reading, 0.1 to 0.3 us.
+const ALONE_NS: u64 = 1_000;
+/// Who has the core alone yields less and less often, from the first to the second: on every idle turn, 0.1 us, the
+/// system call would be most of what the thread does. Somebody who comes back waits so long at most.
+const YIELD_GAP_FIRST_NS: u64 = 500;
+const YIELD_GAP_MAX_NS: u64 = 16_000;
+
 /// A thread that was away first naps, so often at most: the scheduler looks for a free core when a thread wakes up, but
 /// hardly moves one that never sleeps.
 const NAP_EVERY_NS: u64 = 100_000_000;
@@ -32,6 +39,9 @@ pub(crate) enum Courtesy {
 pub(crate) struct CoreWatch {
     last_turn_ns: u64,
     yield_until_ns: u64,
+    /// When the next yield is due, and how far it was from the last.
+    yield_from_ns: u64,
+    yield_gap_ns: u64,
     stubborn_until_ns: u64,
     nap_from_ns: u64,
     wants_nap: bool,
@@ -42,6 +52,8 @@ impl CoreWatch {
     pub(crate) const NEW: Self = Self {
         last_turn_ns: u64::MAX,
         yield_until_ns: 0,
+        yield_from_ns: 0,
+        yield_gap_ns: 0,
         stubborn_until_ns: 0,
         nap_from_ns: 0,
         wants_nap: false,
@@ -65,6 +77,7 @@ impl CoreWatch {
             self.wants_nap = true;
         } else {
             self.yield_until_ns = now_ns + YIELD_FOR_NS;
+            (self.yield_from_ns, self.yield_gap_ns) = (now_ns, 0);
         }
     }
 
@@ -74,7 +87,9 @@ impl CoreWatch {
         if self.wants_nap {
             self.wants_nap = false;
             Courtesy::Nap
-        } else if now_ns < self.yield_until_ns && now_ns >= self.stubborn_until_ns {
+        } else if now_ns < self.yield_until_ns
+            && now_ns >= self.stubborn_until_ns.max(self.yield_from_ns)
+        {
             Courtesy::Yield
         } else {
             Courtesy::None
@@ -89,7 +104,13 @@ impl CoreWatch {
     /// The thread yielded. True: it came back late.
     pub(crate) fn yielded(&mut self, before_ns: u64, after_ns: u64) -> bool {
         self.last_turn_ns = after_ns;
-        if after_ns.saturating_sub(before_ns) <= AWAY_NS {
+        let took_ns = after_ns.saturating_sub(before_ns);
+        self.yield_gap_ns = match took_ns <= ALONE_NS {
+            true => (2 * self.yield_gap_ns).clamp(YIELD_GAP_FIRST_NS, YIELD_GAP_MAX_NS),
+            false => 0,
+        };
+        self.yield_from_ns = after_ns + self.yield_gap_ns;
+        if took_ns <= AWAY_NS {
             self.late_yields = 0;
             return false;
         }
@@ -135,6 +156,34 @@ mod tests {
         let mut watch = crowded();
         assert_eq!(watch.courtesy(2 * SLICE), Courtesy::Yield);
         assert_eq!(watch.courtesy(2 * SLICE + YIELD_FOR_NS), Courtesy::None);
+    }
+
+    #[test]
+    fn yields_that_nobody_takes_become_rare_until_one_is_taken() {
+        let mut watch = crowded();
+        // A turn of 100 ns, a yield of 200 ns when nobody is there.
+        let (begin, mut now, mut yields) = (2 * SLICE, 2 * SLICE, 0);
+        while now < begin + 1_000_000 {
+            match watch.courtesy(now) {
+                Courtesy::Yield => {
+                    yields += 1;
+                    watch.yielded(now, now + 200);
+                    now += 200;
+                }
+                courtesy => assert_eq!(courtesy, Courtesy::None),
+            }
+            now += 100;
+            watch.turn(now);
+        }
+        assert!((1_000_000 / YIELD_GAP_MAX_NS..80).contains(&yields), "{yields}");
+        // Somebody is there: they share turn by turn.
+        now = watch.yield_from_ns;
+        for _ in 0..100 {
+            assert_eq!(watch.courtesy(now), Courtesy::Yield);
+            assert!(!watch.yielded(now, now + 5_000));
+            now += 5_100;
+            watch.turn(now);
+        }
     }
 
     #[test]
