@@ -10,10 +10,15 @@
 //! each with one transfer outstanding. All processes are fresh in every round of every case. They run on one host and
 //! share its clock, so all begin at the same moment.
 
+#[cfg(feature = "nixl")]
+mod agent_node;
+mod node;
 mod options;
+mod processes;
 mod report;
 mod run;
 mod side;
+mod tally;
 mod wire;
 
 pub(crate) use options::PeersArgs;

@@ -1,7 +1,7 @@
 use super::charts::charts;
 use super::page;
 use super::svg::with_fixed_colours;
-use super::view::{LineView, RatioView, View};
+use super::view::{LineView, RatioView, Step, View};
 use crate::measure::{Points, histogram, points_of};
 use crate::nixl::{Fault, FaultKind};
 use crate::report::{Percentiles, Spread, load_of_backend};
@@ -27,7 +27,7 @@ fn view() -> View {
         .push(("Host".to_owned(), vec![("Kernel".to_owned(), "Linux\u{1}".to_owned())]));
     let wide: Points = (0..60).map(|n| (100 << (n / 2), 1 << (30 - n / 2))).collect();
     for size in [64, 4096, 1 << 20] {
-        let case = view.case(&format!("read/{size}B"), Some(("read".to_owned(), size)));
+        let case = view.case(&format!("read/{size}B"), Some(Step::bytes("read".to_owned(), size)));
         case.lines.push(line("CORELANE", &vec![(9_000 + size as u64, 100)]));
         case.lines.push(line("UCX@UCX_TLS=tcp,<x>", &wide));
     }
