@@ -9,6 +9,9 @@ use super::backend::{BackendSpec, parse_parameter};
 use super::wire::NixlSystem;
 use crate::session::Failure;
 
+/// How much the plugin CORELANE says.
+const LOG_LEVEL: &str = "CORELANE_LOG_LEVEL";
+
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct BackendArgs {
     /// The backend of NIXL that ratios are about [default: CORELANE]: NAME[@KEY=VALUE[,KEY=VALUE]...];
@@ -70,6 +73,10 @@ impl BackendArgs {
     /// Environment of a backend's processes, on top of ours.
     pub(crate) fn environment(&self, backend: &BackendSpec) -> Vec<(String, String)> {
         let mut environment = Vec::new();
+        // Not a line for each peer of every round.
+        if std::env::var_os(LOG_LEVEL).is_none() {
+            environment.push((LOG_LEVEL.to_owned(), "warn".to_owned()));
+        }
         let text = |path: &PathBuf| path.to_string_lossy().into_owned();
         if let Some(folder) = &self.nixl_libs {
             let before = std::env::var("LD_LIBRARY_PATH").ok().filter(|path| !path.is_empty());
@@ -136,9 +143,12 @@ mod tests {
         let choice = parse("--plugin-dir /a --vs UCX@NIXL_PLUGIN_DIR=/b");
         let value = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         let backends = choice.backends();
-        let both = [value("NIXL_PLUGIN_DIR", "/a"), value("NIXL_PLUGIN_DIR", "/b")];
-        assert_eq!(choice.environment(&backends[1]), both);
-        assert_eq!(choice.environment(&backends[0]), both[..1]);
+        let mut environment = choice.environment(&backends[1]);
+        environment.retain(|(name, _)| name != LOG_LEVEL);
+        assert_eq!(environment, [value("NIXL_PLUGIN_DIR", "/a"), value("NIXL_PLUGIN_DIR", "/b")]);
+        let ours = choice.environment(&backends[0]);
+        assert_eq!(ours.last(), Some(&value("NIXL_PLUGIN_DIR", "/a")));
+        assert!(ours.contains(&value(LOG_LEVEL, "warn")) || std::env::var_os(LOG_LEVEL).is_some());
     }
 
     #[test]

@@ -363,7 +363,7 @@ mod tests {
     fn bare_copies_have_no_environment_of_their_own() {
         let options = parse("--plugin-dir /a").expect("parses");
         let ours = Contender::Nixl(options.choice.backends()[0].clone());
-        assert_eq!(options.environment(&ours).len(), 1);
+        assert!(!options.environment(&ours).is_empty());
         assert_eq!(options.environment(&Contender::Raw(RawKind::RawCma)), []);
     }
 

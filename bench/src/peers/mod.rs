@@ -22,6 +22,8 @@ mod tally;
 mod wire;
 
 pub(crate) use options::PeersArgs;
+#[cfg(test)]
+pub(crate) use report::tests::{compared, results as engines};
 pub(crate) use report::{PeerFigures, PeersResults, PeersSeries, SCHEMA, SCHEMA_VERSION};
 pub(crate) use run::measure;
 pub(crate) use side::serve as serve_side;
