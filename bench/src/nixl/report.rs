@@ -206,7 +206,7 @@ impl NixlResults {
             ["case", "backend", "samples", "p50 us", "p99", "p99.9"].map(str::to_owned).to_vec(),
         ];
         if !self.comparisons.is_empty() {
-            rows[0].extend(Versus::titles());
+            rows[0].extend(Versus::titles(&self.comparisons));
         }
         for row in self.series.iter().filter(|row| row.is_shown()) {
             let Percentiles { p50, p99, p999, .. } = row.latency_us;
@@ -220,7 +220,7 @@ impl NixlResults {
         let explanation = if self.comparisons.is_empty() {
             String::new()
         } else {
-            Versus::explanation(&self.options.backend)
+            Versus::explanation(&self.options.backend, &self.comparisons)
         };
         align(&rows, 2) + &explanation + &self.load_table()
     }

@@ -68,6 +68,7 @@ pub(crate) struct PeersSeries {
     pub(crate) latency_us: Percentiles,
     /// The same, per round.
     pub(crate) rounds: Vec<Percentiles>,
+    pub(crate) rounds_operations_per_s: Vec<f64>,
     /// Jain's index of the peers' operations, per round: 1 where all get as much, 1/N where one gets all.
     pub(crate) fairness: Spread,
     /// Operations of the peer that got the least, as a share of the mean; per round.
@@ -118,7 +119,9 @@ fn comparisons(series: &[PeersSeries], backend: Option<&str>) -> Vec<Versus> {
         let ours =
             |other: &&PeersSeries| other.id == row.id && Some(other.backend.as_str()) == backend;
         let ours = series.iter().find(ours)?;
-        Versus::of(&row.id, (&ours.backend, &ours.rounds), (&row.backend, &row.rounds))
+        let versus =
+            Versus::of(&row.id, (&ours.backend, &ours.rounds), (&row.backend, &row.rounds))?;
+        Some(versus.with_rates(&ours.rounds_operations_per_s, &row.rounds_operations_per_s))
     });
     compared.collect()
 }
@@ -212,13 +215,13 @@ impl PeersResults {
             return String::new();
         };
         let mut rows = vec![vec!["case".to_owned(), "backend".to_owned()]];
-        rows[0].extend(Versus::titles());
+        rows[0].extend(Versus::titles(&self.comparisons));
         for row in &self.comparisons {
             let mut cells = vec![row.id.clone(), row.vs.clone()];
             cells.extend(row.cells());
             rows.push(cells);
         }
-        format!("\n{}{}", align(&rows, 2), Versus::explanation(backend))
+        format!("\n{}{}", align(&rows, 2), Versus::explanation(backend, &self.comparisons))
     }
 
     /// One row per case and backend.
@@ -370,6 +373,7 @@ pub(crate) mod tests {
         let of = |backend: &str| table.lines().filter(|line| line.contains(backend)).count();
         // Two cases; the ratios are on the rows of the other, and explained with ours.
         assert_eq!((of("x4  UCX@"), of("x4  CORELANE")), (2, 1), "{table}");
+        assert!(table.contains("ops/s ratio") && table.contains("does more above 1"), "{table}");
         assert!(table.contains("p50 ratio") && table.contains("1.00..1.00"), "{table}");
         let names: Vec<&str> = results.series.iter().map(|row| row.hgrm.as_str()).collect();
         assert_eq!(names[1], "many-peers-to-one-read-4KiB-x1.UCX@UCX_TLS=tcp.hgrm");

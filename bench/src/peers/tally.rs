@@ -130,6 +130,7 @@ impl PeersTally {
             operations_per_s: spread(&self.rates)?,
             latency_us: Percentiles::of(&self.all),
             rounds: self.rounds.clone(),
+            rounds_operations_per_s: self.rates.clone(),
             fairness: spread(&self.fairness)?,
             least_share: spread(&self.least_share)?,
             per_peer: self.peers.iter().map(figures).collect(),

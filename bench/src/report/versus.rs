@@ -14,6 +14,9 @@ pub(crate) struct Versus {
     pub(crate) ratios: Ratios,
     /// Of the per-round differences of p50, in microseconds; above 0 the first takes longer.
     pub(crate) p50_difference_us: Spread,
+    /// Of the per-round ratios of operations per second, where those were compared; above 1 the first is faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rate_ratio: Option<Spread>,
 }
 
 /// Median and range of the per-round ratios of three percentiles; below 1 the first is faster.
@@ -41,36 +44,49 @@ impl Versus {
             p50_difference_us: Spread::of(
                 ours.iter().zip(theirs).map(|(ours, theirs)| ours.p50 - theirs.p50).collect(),
             )?,
+            rate_ratio: None,
         })
     }
 
-    /// Titles of the columns that [`Versus::cells`] fills.
-    pub(crate) fn titles() -> Vec<String> {
-        let mut titles = Vec::new();
-        for figure in ["p50 ratio", "p99 ratio", "p99.9 ratio", "p50 diff us"] {
-            titles.extend([figure.to_owned(), "min..max".to_owned()]);
-        }
-        titles
+    /// The same with the operations per second of each round.
+    pub(crate) fn with_rates(self, ours: &[f64], theirs: &[f64]) -> Self {
+        let ratios = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
+        Self { rate_ratio: Spread::of(ratios), ..self }
+    }
+
+    /// Titles of the columns that [`Versus::cells`] fills, in all of these rows.
+    pub(crate) fn titles(rows: &[Self]) -> Vec<String> {
+        let rates = rows.iter().any(|row| row.rate_ratio.is_some()).then_some("ops/s ratio");
+        let figures = ["p50 ratio", "p99 ratio", "p99.9 ratio", "p50 diff us"].into_iter();
+        figures.chain(rates).flat_map(|figure| [figure, "min..max"].map(str::to_owned)).collect()
     }
 
     /// The figures of a row, median and range in turn.
     pub(crate) fn cells(&self) -> Vec<String> {
         let mut cells = Vec::new();
+        let ratio = |spread: Spread| {
+            let Spread { median, min, max, .. } = spread;
+            [ratio(median), format!("{}..{}", ratio(min), ratio(max))]
+        };
         for spread in [self.ratios.p50, self.ratios.p99, self.ratios.p999] {
-            cells.push(format!("{:.2}", spread.median));
-            cells.push(format!("{:.2}..{:.2}", spread.min, spread.max));
+            cells.extend(ratio(spread));
         }
         let us = self.p50_difference_us;
         cells.push(difference(us.median));
         cells.push(format!("{}..{}", difference(us.min), difference(us.max)));
+        cells.extend(self.rate_ratio.into_iter().flat_map(ratio));
         cells
     }
 
     /// The sentence below a table with such rows.
-    pub(crate) fn explanation(backend: &str) -> String {
+    pub(crate) fn explanation(backend: &str, rows: &[Self]) -> String {
+        let rates = match rows.iter().any(|row| row.rate_ratio.is_some()) {
+            true => format!(" Of operations per second, {backend} does more above 1."),
+            false => String::new(),
+        };
         format!(
             "\nA ratio is {backend} / that row's backend, the median of the per-round ratios; below 1 {backend} is faster. The \
-             difference is {backend} - that row's, likewise.\n"
+             difference is {backend} - that row's, likewise.{rates}\n"
         )
     }
 }
@@ -90,6 +106,11 @@ impl Ratios {
             p999: ratios(|round| round.p999)?,
         })
     }
+}
+
+/// Two decimals, and what makes small ones differ.
+fn ratio(value: f64) -> String {
+    if value < 0.1 { format!("{value:.3}") } else { format!("{value:.2}") }
 }
 
 #[cfg(test)]
@@ -119,9 +140,13 @@ mod tests {
         // -4, 30 and -40 us.
         assert!((versus.p50_difference_us.median + 4.0).abs() < 1e-9, "{versus:?}");
         let cells = versus.cells();
-        assert_eq!(cells.len(), Versus::titles().len());
+        assert_eq!(cells.len(), Versus::titles(std::slice::from_ref(&versus)).len());
         assert_eq!(cells[..2], ["0.60", "0.60..4.00"]);
         assert_eq!(cells[6..], ["-4.00", "-40.00..+30.00"]);
+        let versus = versus.with_rates(&[5.0, 100.0, 30.0], &[100.0, 50.0, 10.0]);
+        let cells = versus.cells();
+        assert_eq!(cells[8..], ["2.00", "0.050..3.00"]);
+        assert_eq!(cells.len(), Versus::titles(&[versus]).len());
     }
 
     #[test]
