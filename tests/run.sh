@@ -434,12 +434,14 @@ check_nixl_bench() {
     printf '\nNIXL %s, from corelane-bench:\n' "$nixl_newest"
     mkdir -p -- "$log_dir/bench"
     printf 'time_s,bytes\n0,4096\n0.01,1000000\n0.02,65536\n' >"$log_dir/bench/requests.csv"
-    cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --bins --tests --locked &&
+    cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --bins --tests --locked -- --include-ignored &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
             nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms \
             --scenario all,fault,trace --trace "$log_dir/bench/requests.csv" --fault-timeout 2s --phase-duration 200ms --out-dir "$log_dir/bench/nixl" &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
-            plot "$log_dir/bench/nixl/results.json" --out "$log_dir/bench/nixl/again.html"
+            many-peers --vs UCX --vs UCX@UCX_TLS=tcp --peers 1,3 --rounds 1 --duration 20ms --out-dir "$log_dir/bench/many-peers" &&
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+            plot "$log_dir/bench/nixl/results.json" "$log_dir/bench/many-peers/results.json" --out "$log_dir/bench/nixl/again.html"
 }
 
 # --- the plugin in NIXL, over RDMA and nothing else

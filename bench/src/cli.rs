@@ -37,6 +37,7 @@ pub(crate) const DEFAULT_PORT: u16 = 7471;
   corelane-bench client --connect HOST:7471                ... and on another
   corelane-bench nixl --backend CORELANE --vs UCX@UCX_TLS=tcp --nixl-libs DIR
   corelane-bench many-peers --peers 1,4,16                 one engine with many peers
+  corelane-bench many-peers --vs UCX                       the same through NIXL, beside its UCX
   corelane-bench plot before/results.json after/results.json
 
 Exit codes: 0 measured and verified, 1 failed (also: verification failed), 2 bad options.
@@ -59,7 +60,7 @@ pub(crate) enum Command {
     Loopback(LoopbackArgs),
     /// Measures backends of NIXL side by side, through its C API
     Nixl(Box<NixlArgs>),
-    /// Measures one engine with many peers: what each gets of it, and what each costs it
+    /// Measures one engine with many peers, or agents of NIXL: what each gets, and what each costs
     ManyPeers(PeersArgs),
     /// Draws a report of result files, or compares several
     Plot(PlotArgs),

@@ -36,6 +36,7 @@ mod manifest;
 mod measure;
 mod models;
 mod nixl;
+mod parent;
 mod pattern;
 mod peers;
 mod pinning;
@@ -84,13 +85,12 @@ fn main() -> ExitCode {
         .init();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::Options(message)) => {
-            say!("corelane-bench: {message}");
-            ExitCode::from(2)
-        }
-        Err(Failure::Run(error)) => {
-            say!("corelane-bench: {error:#}");
-            ExitCode::FAILURE
+        Err(failure) => {
+            say!("corelane-bench: {failure}");
+            match failure {
+                Failure::Options(_) => ExitCode::from(2),
+                Failure::Run(_) => ExitCode::FAILURE,
+            }
         }
     }
 }

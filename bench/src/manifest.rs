@@ -72,6 +72,21 @@ impl Host {
     }
 }
 
+impl Host {
+    /// What the figures were taken on, in a few words.
+    pub(crate) fn machine(&self) -> String {
+        format!("{}, {} cores, {}", self.cpu_model, self.cores_online, self.kernel)
+    }
+
+    /// How quiet it was before the run.
+    pub(crate) fn quiet(&self) -> String {
+        let Noise { timer_overhead_ns, gaps_over_20us_per_second, .. } = self.noise;
+        format!(
+            "clock read {timer_overhead_ns} ns, {gaps_over_20us_per_second:.0} interruptions over 20 us per second"
+        )
+    }
+}
+
 fn read(path: &str) -> String {
     fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! What a subcommand does from beginning to end: check the options, start the processes, measure, report.
 
+use std::fmt;
 use std::io::Write as _;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 
@@ -15,8 +15,8 @@ use crate::pinning::{Cores, allowed_cores, default_cores, ensure_allowed, lane_o
 use crate::plot;
 use crate::progress::Progress;
 use crate::report::{
-    Environment, Load, Options, Output, Percentiles, Results, Row, Series, Tally, comparison_table,
-    comparisons, load_table, series_table, summary, write_atomically,
+    self, Environment, Load, Options, Output, Percentiles, Results, Row, RunInfo, Series, Started,
+    Tally, comparison_table, comparisons, load_table, series_table, summary, write_atomically,
 };
 use crate::server::{self, ServerOptions};
 
@@ -27,6 +27,15 @@ pub(crate) enum Failure {
     Options(String),
     /// It went wrong; exit code 1.
     Run(anyhow::Error),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Options(message) => f.write_str(message),
+            Self::Run(error) => write!(f, "{error:#}"),
+        }
+    }
 }
 
 impl From<anyhow::Error> for Failure {
@@ -146,8 +155,7 @@ fn measure(
     engines: usize,
     output: &Output,
 ) -> Result<(), Failure> {
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let begin = Instant::now();
+    let started = Started::now();
     let mut progress = Progress::new(plan.runs_in_all());
     let (tallies, failure) = coordinator::run(plan, pairs, &mut progress);
 
@@ -159,12 +167,11 @@ fn measure(
         .flat_map(|&baseline| comparisons(&series, plan.template.backend, baseline))
         .collect();
     let results = Results {
-        schema: "corelane-bench".to_owned(),
-        schema_version: crate::report::SCHEMA_VERSION,
-        complete: failure.is_none(),
-        failure: failure.as_ref().map(|error| format!("{error:#}")),
-        started_unix_s: started,
-        elapsed_s: begin.elapsed().as_secs_f64(),
+        run: RunInfo::new(
+            (report::SCHEMA, report::SCHEMA_VERSION),
+            &started,
+            failure.as_ref().map(|error| format!("{error:#}")),
+        ),
         options: Options {
             transport: plan.template.transports.join(","),
             memory: plan.template.memory,
@@ -188,7 +195,8 @@ fn measure(
         loads: tallies.iter().filter_map(Tally::load).collect(),
     };
     for Row { series, histogram, rounds } in &rows {
-        output.histograms(&series.hgrm, histogram, started, plan.template.duration, rounds)?;
+        let begun = results.run.started_unix_s;
+        output.histograms(&series.hgrm, histogram, begun, plan.template.duration, rounds)?;
     }
     let json = serde_json::to_vec_pretty(&results).context("encoding the results")?;
     write_atomically(&output.json, &json)?;
@@ -207,10 +215,8 @@ fn print(results: &Results, output: &Output) -> Result<()> {
     let Environment { initiator, target } = &results.environment;
     writeln!(
         out,
-        "{}, {} cores, {}; corelane {}{}",
-        initiator.cpu_model,
-        initiator.cores_online,
-        initiator.kernel,
+        "{}; corelane {}{}",
+        initiator.machine(),
         initiator.corelane_version,
         initiator
             .git_revision

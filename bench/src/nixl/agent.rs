@@ -10,26 +10,15 @@ use nixl_sys::{
 };
 
 use super::driver::{Driver, Transferred};
-use super::wire::{NixlSystem, Setup};
+use super::wire::NixlSystem;
 use crate::arena::Arena;
 use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::measure::OPERATION_TIMEOUT_NS;
+use crate::parent::Refusal;
 
 /// Unfinished polls between two looks at the clock: a hang is noticed, and the loop stays what is measured.
 const POLLS_PER_LOOK: u32 = 4096;
-
-/// Something that the user has to put right; ends with exit code 2.
-#[derive(Debug)]
-pub(crate) struct Refusal(pub(crate) String);
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Refusal {}
 
 /// The arena as NIXL registers it.
 struct Registered(Arena);
@@ -63,17 +52,20 @@ impl NixlDescriptor for Registered {
 /// An agent with one backend and the arena.
 pub(crate) struct NixlAgent {
     agent: Agent,
+    /// Name of its backend.
+    backend: String,
     only_backend: OptArgs,
-    /// The other side's agent, once introduced, and where its arena begins.
-    peer: Option<(String, u64)>,
+    /// Agents that were introduced, and where their arenas begin.
+    peers: Vec<(String, u64)>,
     notifications: NotificationMap,
     arena: Arena,
     _registration: RegistrationHandle,
 }
 
 impl NixlAgent {
-    /// Creates agent and backend and registers the memory.
-    pub(crate) fn new(system: &NixlSystem, setup: &Setup) -> Result<Self> {
+    /// Creates agent and backend and registers memory. The process's number in the agent's name tells it from those of
+    /// other processes.
+    pub(crate) fn new(name: &str, system: &NixlSystem, arena_bytes: usize) -> Result<Self> {
         if nixl_sys::is_stub() {
             bail!(Refusal(
                 "libnixl_capi.so cannot be loaded: name the folder of the NIXL wheel that holds it \
@@ -81,7 +73,7 @@ impl NixlAgent {
                     .to_owned()
             ));
         }
-        let name = format!("{}-{}", setup.role.name(), std::process::id());
+        let name = format!("{name}-{}", std::process::id());
         let config = AgentConfig {
             enable_prog_thread: system.prog_thread,
             thread_sync: ThreadSync::None,
@@ -101,23 +93,69 @@ impl NixlAgent {
         };
         let mut only_backend = OptArgs::new().context("optional arguments")?;
         only_backend.add_backend(&backend).context("optional arguments")?;
-        let arena = Arena::new(setup.arena_bytes.max(4096))?;
+        let arena = Arena::new(arena_bytes.max(4096))?;
         let registration = agent
             .register_memory(&Registered(arena.clone()), Some(&only_backend))
             .with_context(|| format!("registering {} bytes", arena.len()))?;
         let notifications = NotificationMap::new().context("a list of notifications")?;
         Ok(Self {
             agent,
+            backend: system.backend.clone(),
             only_backend,
-            peer: None,
+            peers: Vec::new(),
             notifications,
             arena,
             _registration: registration,
         })
     }
 
-    fn peer(&self) -> Result<&(String, u64)> {
-        self.peer.as_ref().context("no peer was introduced; this is a bug of corelane-bench")
+    /// Introduces one more peer, whose arena begins at `address` there; gives its number.
+    pub(crate) fn introduce(&mut self, metadata: &[u8], address: u64) -> Result<usize> {
+        let name = self.agent.load_remote_md(metadata).context("loading the peer's metadata")?;
+        self.peers.push((name, address));
+        Ok(self.peers.len() - 1)
+    }
+
+    /// Prepares the transfer of blocks of one length between offsets of our arena and a peer's.
+    pub(crate) fn prepare_with(
+        &self,
+        peer: usize,
+        operation: Operation,
+        (local, remote): (&[u64], &[u64]),
+        block_bytes: usize,
+    ) -> Result<Prepared> {
+        let (_, address) = self.peer(peer)?;
+        let list = |base: u64, offsets: &[u64]| -> Result<XferDescList<'static>> {
+            let mut list = XferDescList::new(MemType::Dram).context("a descriptor list")?;
+            for offset in offsets {
+                list.add_desc((base + offset) as usize, block_bytes, 0);
+            }
+            // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
+            let _ = list.as_ptr();
+            Ok(list)
+        };
+        let mut prepared = Prepared {
+            peer,
+            operation: match operation {
+                Operation::Write => XferOp::Write,
+                _ => XferOp::Read,
+            },
+            local: list(self.arena.as_ptr() as u64, local)?,
+            remote: list(*address, remote)?,
+            request: None,
+        };
+        prepared.request = Some(self.request(&prepared)?);
+        Ok(prepared)
+    }
+
+    /// Lets the backend go on with what peers want of it: some do nothing unless they are polled.
+    #[inline]
+    pub(crate) fn progress(&mut self) -> Result<()> {
+        self.poll_notifications().map(drop)
+    }
+
+    fn peer(&self, number: usize) -> Result<&(String, u64)> {
+        self.peers.get(number).context("no peer was introduced; this is a bug of corelane-bench")
     }
 
     /// Notifications that arrived since the last call, with their senders.
@@ -145,47 +183,28 @@ impl Driver for NixlAgent {
     }
 
     fn metadata(&self) -> Result<Vec<u8>> {
-        self.agent.get_local_md().context("the agent's metadata")
+        let question = || format!("is {} a backend for transfers between agents?", self.backend);
+        self.agent.get_local_md().context("the agent's metadata").with_context(question)
     }
 
     fn meet(&mut self, metadata: &[u8], address: u64) -> Result<()> {
-        let name = self.agent.load_remote_md(metadata).context("loading the peer's metadata")?;
-        self.peer = Some((name, address));
-        Ok(())
+        // The one that is there already is gone, or it would not be introduced again.
+        self.peers.clear();
+        self.introduce(metadata, address).map(drop)
     }
 
     fn prepare(
         &self,
         operation: Operation,
-        (local, remote): (&[u64], &[u64]),
+        places: (&[u64], &[u64]),
         block_bytes: usize,
     ) -> Result<Prepared> {
-        let (_, address) = self.peer()?;
-        let list = |base: u64, offsets: &[u64]| -> Result<XferDescList<'static>> {
-            let mut list = XferDescList::new(MemType::Dram).context("a descriptor list")?;
-            for offset in offsets {
-                list.add_desc((base + offset) as usize, block_bytes, 0);
-            }
-            // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
-            let _ = list.as_ptr();
-            Ok(list)
-        };
-        let mut prepared = Prepared {
-            operation: match operation {
-                Operation::Write => XferOp::Write,
-                _ => XferOp::Read,
-            },
-            local: list(self.arena.as_ptr() as u64, local)?,
-            remote: list(*address, remote)?,
-            request: None,
-        };
-        prepared.request = Some(self.request(&prepared)?);
-        Ok(prepared)
+        self.prepare_with(0, operation, places, block_bytes)
     }
 
     fn request(&self, prepared: &Prepared) -> Result<XferRequest> {
         let Prepared { operation, local, remote, .. } = prepared;
-        let (peer, _) = self.peer()?;
+        let (peer, _) = self.peer(prepared.peer)?;
         self.agent
             .create_xfer_req(*operation, local, remote, peer, Some(&self.only_backend))
             .context("preparing a transfer")
@@ -231,7 +250,7 @@ impl Driver for NixlAgent {
     }
 
     fn notify(&mut self, text: &str) -> Result<()> {
-        let (peer, _) = self.peer()?;
+        let (peer, _) = self.peer(0)?;
         self.agent.send_notification(peer, text.as_bytes(), None).context("sending a notification")
     }
 
@@ -277,6 +296,7 @@ impl Driver for NixlAgent {
 
 /// A transfer that can be posted again and again.
 pub(crate) struct Prepared {
+    peer: usize,
     operation: XferOp,
     local: XferDescList<'static>,
     remote: XferDescList<'static>,

@@ -20,6 +20,12 @@ pub(crate) struct BackendSpec {
 }
 
 impl BackendSpec {
+    /// Ours, as it is by default.
+    pub(crate) fn corelane() -> Self {
+        let name = "CORELANE".to_owned();
+        Self { label: name.clone(), name, environment: Vec::new(), parameters: Vec::new() }
+    }
+
     /// Whether the target's backend serves transfers while its application sleeps. A backend of which this is not
     /// known gets a polling application.
     pub(crate) fn serves_alone(&self) -> bool {

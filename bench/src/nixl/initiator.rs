@@ -8,13 +8,13 @@ use super::fault;
 use super::layout::NixlLayout;
 use super::load;
 use super::replay;
-use super::side::Parent;
 use super::stamp::Stamped;
 use super::wire::{Iterations, Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::cpu::Usage;
 use crate::measure::{histogram, points_of};
+use crate::parent::Parent;
 use crate::units::from_hex;
 
 /// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
@@ -47,7 +47,7 @@ impl Meter {
 /// Obeys orders until they end.
 pub(crate) fn run(
     agent: &mut impl Driver,
-    parent: &Parent,
+    parent: &Parent<Order>,
     seed: u64,
     mut meter: Meter,
 ) -> Result<()> {

@@ -15,6 +15,7 @@
 mod agent;
 mod backend;
 mod case;
+mod choice;
 #[cfg(feature = "nixl")]
 mod driver;
 mod fault;
@@ -44,7 +45,13 @@ mod target;
 mod trace;
 mod wire;
 
+#[cfg(feature = "nixl")]
+pub(crate) use agent::{NixlAgent, Prepared, nixl_version};
+pub(crate) use backend::BackendSpec;
 pub(crate) use case::load_id;
+pub(crate) use choice::{BackendArgs, ensure_distinct, ensure_driver};
+#[cfg(feature = "nixl")]
+pub(crate) use driver::Driver;
 pub(crate) use fault::{Fault, FaultKind};
 pub(crate) use options::NixlArgs;
 pub(crate) use report::{NixlResults, SCHEMA, SCHEMA_VERSION};
@@ -52,3 +59,4 @@ pub(crate) use rounds::compare;
 #[cfg(feature = "nixl")]
 pub(crate) use side::serve as serve_side;
 pub(crate) use tally::Part;
+pub(crate) use wire::NixlSystem;

@@ -16,6 +16,13 @@ pub(crate) enum Format {
     Nixlbench,
 }
 
+/// Kinds of memory that can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SegmentType {
+    #[value(name = "DRAM")]
+    Dram,
+}
+
 /// Named as nixlbench names them.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct NixlbenchArgs {
@@ -51,24 +58,28 @@ pub(crate) struct NixlbenchArgs {
         help_heading = "As nixlbench"
     )]
     pub(crate) num_threads: u32,
-    /// Only DRAM
+    /// Memory of the initiator
     #[arg(
         long = "initiator_seg_type",
         alias = "initiator-seg-type",
-        value_name = "TYPE",
+        value_enum,
+        ignore_case = true,
         default_value = "DRAM",
+        value_name = "TYPE",
         help_heading = "As nixlbench"
     )]
-    pub(crate) initiator_seg_type: String,
-    /// Only DRAM
+    pub(crate) initiator_seg_type: SegmentType,
+    /// Memory of the target
     #[arg(
         long = "target_seg_type",
         alias = "target-seg-type",
-        value_name = "TYPE",
+        value_enum,
+        ignore_case = true,
         default_value = "DRAM",
+        value_name = "TYPE",
         help_heading = "As nixlbench"
     )]
-    pub(crate) target_seg_type: String,
+    pub(crate) target_seg_type: SegmentType,
     /// Accepted; every run is verified, with it or without
     #[arg(long = "check_consistency", alias = "check-consistency", help_heading = "As nixlbench")]
     pub(crate) check_consistency: bool,
@@ -85,14 +96,6 @@ impl NixlbenchArgs {
                 "--num_threads {}: only 1, latencies are those of one caller",
                 self.num_threads
             ));
-        }
-        for (option, kind) in [
-            ("--initiator_seg_type", &self.initiator_seg_type),
-            ("--target_seg_type", &self.target_seg_type),
-        ] {
-            if !kind.eq_ignore_ascii_case("DRAM") {
-                return Err(format!("{option} {kind}: only DRAM is measured"));
-            }
         }
         Ok(())
     }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use super::backend::{BackendSpec, Contender, parse_parameter};
+use super::backend::Contender;
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
+use super::choice::{BackendArgs, ensure_distinct};
 use super::fault::{self, FaultKind};
 use super::nixlbench::NixlbenchArgs;
 use super::trace::{self, TraceArgs};
@@ -131,34 +132,17 @@ pub(crate) struct NixlArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "5s", help_heading = "Cases")]
     pub(crate) fault_timeout: Duration,
 
-    /// The backend that ratios are about: NAME[@KEY=VALUE[,KEY=VALUE]...]; a KEY in
-    /// capitals is an environment variable, another a parameter of the backend
-    #[arg(long, value_name = "BACKEND", default_value = "CORELANE", help_heading = "System")]
-    pub(crate) backend: BackendSpec,
-    /// A backend to compare it with; may be given several times
-    #[arg(long, value_name = "BACKEND", help_heading = "System")]
-    pub(crate) vs: Vec<BackendSpec>,
+    #[command(flatten)]
+    pub(crate) choice: BackendArgs,
     /// Also run these in the same rounds: bare copies between two processes, without NIXL
     #[arg(long, value_enum, value_delimiter = ',', help_heading = "System")]
     pub(crate) baseline: Vec<RawKind>,
-    /// A parameter of --backend, KEY=VALUE; may be given several times
-    #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_parameter, help_heading = "System")]
-    pub(crate) parameters: Vec<(String, String)>,
-    /// Agents with a progress thread of their own, as Python's are by default
-    #[arg(long, help_heading = "System")]
-    pub(crate) prog_thread: bool,
     /// What the target's application does while no notification has to be answered
     #[arg(long, value_enum, default_value_t = NixlTargetApp::Poll, help_heading = "System")]
     pub(crate) target_app: NixlTargetApp,
     /// Cores of the two application threads: initiator=CORE,target=CORE, or `none`
     #[arg(long, value_name = "CORES", default_value = "none", help_heading = "System")]
     pub(crate) pin: Pin,
-    /// Folder of libnixl_capi.so [default: as the loader finds it]
-    #[arg(long, value_name = "DIR", help_heading = "System")]
-    pub(crate) nixl_libs: Option<PathBuf>,
-    /// Folder of the plugins [default: NIXL_PLUGIN_DIR, else NIXL's own]
-    #[arg(long, value_name = "DIR", help_heading = "System")]
-    pub(crate) plugin_dir: Option<PathBuf>,
 
     /// Times that every case is run, each in new processes, in turn with the other backends
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000), help_heading = "Method")]
@@ -256,23 +240,11 @@ impl NixlArgs {
             }
         }
         self.load.phase_duration()?;
-        let others = self.vs.iter().cloned().map(Contender::Nixl);
-        let baselines = self.baseline.iter().copied().map(Contender::Raw);
-        let mut backends = vec![Contender::Nixl(self.backend.clone())];
-        for backend in others.chain(baselines) {
-            let label = backend.to_string();
-            if backends.iter().any(|known| known.to_string() == label) {
-                return Err(format!("{label} is named twice: there is nothing to compare"));
-            }
-            backends.push(backend);
-        }
-        for (option, folder) in
-            [("--nixl-libs", &self.nixl_libs), ("--plugin-dir", &self.plugin_dir)]
-        {
-            if let Some(folder) = folder.as_ref().filter(|folder| !folder.is_dir()) {
-                return Err(format!("{option}: {} is no folder", folder.display()));
-            }
-        }
+        let mut backends: Vec<Contender> =
+            self.choice.backends().into_iter().map(Contender::Nixl).collect();
+        backends.extend(self.baseline.iter().copied().map(Contender::Raw));
+        ensure_distinct(&backends)?;
+        self.choice.check_folders()?;
         Ok(NixlPlan { cases, faults, backends, arena_bytes: arena })
     }
 
@@ -314,29 +286,10 @@ impl NixlArgs {
 
     /// Environment of a backend's processes, on top of ours.
     pub(crate) fn environment(&self, backend: &Contender) -> Vec<(String, String)> {
-        let mut environment = Vec::new();
-        let Contender::Nixl(backend) = backend else { return environment };
-        let text = |path: &PathBuf| path.to_string_lossy().into_owned();
-        if let Some(folder) = &self.nixl_libs {
-            let before = std::env::var("LD_LIBRARY_PATH").ok().filter(|path| !path.is_empty());
-            let path =
-                before.map_or_else(|| text(folder), |before| format!("{}:{before}", text(folder)));
-            environment.push(("LD_LIBRARY_PATH".to_owned(), path));
+        match backend {
+            Contender::Nixl(spec) => self.choice.environment(spec),
+            Contender::Raw(_) => Vec::new(),
         }
-        if let Some(folder) = &self.plugin_dir {
-            environment.push(("NIXL_PLUGIN_DIR".to_owned(), text(folder)));
-        }
-        environment.extend(backend.environment.iter().cloned());
-        environment
-    }
-
-    /// What a backend is created with.
-    pub(crate) fn parameters(&self, backend: &BackendSpec) -> Vec<(String, String)> {
-        let mut parameters = backend.parameters.clone();
-        if *backend == self.backend {
-            parameters.extend(self.parameters.iter().cloned());
-        }
-        parameters
     }
 }
 
@@ -407,13 +360,10 @@ mod tests {
     }
 
     #[test]
-    fn variables_of_a_backend_come_last_and_win() {
-        let options = parse("--plugin-dir /a --vs UCX@NIXL_PLUGIN_DIR=/b").expect("parses");
-        let environment = options.environment(&Contender::Nixl(options.vs[0].clone()));
-        let value = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-        assert_eq!(environment, [value("NIXL_PLUGIN_DIR", "/a"), value("NIXL_PLUGIN_DIR", "/b")]);
-        let ours = Contender::Nixl(options.backend.clone());
-        assert_eq!(options.environment(&ours), environment[..1]);
+    fn bare_copies_have_no_environment_of_their_own() {
+        let options = parse("--plugin-dir /a").expect("parses");
+        let ours = Contender::Nixl(options.choice.backends()[0].clone());
+        assert!(!options.environment(&ours).is_empty());
         assert_eq!(options.environment(&Contender::Raw(RawKind::RawCma)), []);
     }
 
@@ -451,8 +401,6 @@ mod tests {
             ("--scenario trace", "--trace FILE"),
             ("--trace /nowhere.csv", "--scenario trace"),
             ("--scenario trace --trace /nowhere.csv", "/nowhere.csv"),
-            ("--initiator_seg_type VRAM", "--initiator_seg_type"),
-            ("--target_seg_type BLK", "--target_seg_type"),
             ("--start_block_size 8192 --max_block_size 4096", "--max_block_size"),
         ] {
             let message = plan(options).expect_err(options);
@@ -473,6 +421,8 @@ mod tests {
             "--num_iter 0",
             "--trace-speed 0",
             "--format xml",
+            "--initiator_seg_type VRAM",
+            "--target_seg_type BLK",
         ] {
             assert!(parse(options).is_err(), "{options}");
         }

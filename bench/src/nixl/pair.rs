@@ -9,7 +9,7 @@ use super::backend::Contender;
 use super::case::NixlCase;
 use super::fault::Watched;
 use super::options::{NixlArgs, NixlPlan};
-use super::wire::{Iterations, NixlSystem, Order, Outcome, Reply, Role, Setup, System};
+use super::wire::{Iterations, Order, Outcome, Reply, Role, Setup, System};
 use crate::process::Helper;
 use crate::session::Failure;
 
@@ -156,11 +156,7 @@ fn start_side(
 ) -> Result<Helper<Reply>, Failure> {
     let system = match backend {
         Contender::Raw(kind) => System::Raw(*kind),
-        Contender::Nixl(spec) => System::Nixl(NixlSystem {
-            backend: spec.name.clone(),
-            parameters: options.parameters(spec),
-            prog_thread: options.prog_thread,
-        }),
+        Contender::Nixl(spec) => System::Nixl(options.choice.system(spec)),
     };
     let setup = Setup {
         role,

@@ -2,12 +2,12 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::agent::Refusal;
 use super::driver::{Driver, Transferred};
 use super::wire::{Role, Setup};
 use crate::arena::Arena;
 use crate::case::Operation;
 use crate::clock::now_ns;
+use crate::parent::Refusal;
 use crate::pinning;
 use crate::raw_local::{Copies, Direction, Mailbox, Offer, RawAddress, RawKind, Reached};
 

@@ -7,12 +7,14 @@ use serde::{Deserialize, Serialize};
 use super::fault::{self, Fault};
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
 use super::summary::summary;
-use super::tally::{NixlTally, Part, Ratios, p50_difference};
+use super::tally::{NixlTally, Part};
 use crate::case::Operation;
 use crate::manifest::Host;
 use crate::measure::{Points, points_of};
 use crate::raw_local::RawKind;
-use crate::report::{Costs, Load, Output, Percentiles, Spread, align, difference, load_table};
+use crate::report::{
+    Costs, Load, Output, Percentiles, RunInfo, Versus, align, hgrm_name, load_table,
+};
 use crate::units::microseconds;
 
 /// Version of the layout below: grows when a field changes its meaning or goes away, not when one is added.
@@ -23,18 +25,12 @@ pub(crate) const SCHEMA: &str = "corelane-bench-nixl";
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct NixlResults {
-    /// Always `corelane-bench-nixl`.
-    pub(crate) schema: String,
-    pub(crate) schema_version: u32,
-    /// False when a run failed: the series hold what was measured by then.
-    pub(crate) complete: bool,
-    pub(crate) failure: Option<String>,
-    pub(crate) started_unix_s: u64,
-    pub(crate) elapsed_s: f64,
+    #[serde(flatten)]
+    pub(crate) run: RunInfo,
     pub(crate) options: NixlOptions,
     pub(crate) environment: Host,
     pub(crate) series: Vec<NixlSeries>,
-    pub(crate) comparisons: Vec<NixlComparison>,
+    pub(crate) comparisons: Vec<Versus>,
     /// Of scenario `decode-under-prefill`, one for each backend.
     #[serde(default)]
     pub(crate) loads: Vec<Load>,
@@ -99,33 +95,13 @@ impl NixlSeries {
     }
 }
 
-/// The first backend against another.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct NixlComparison {
-    pub(crate) id: String,
-    pub(crate) backend: String,
-    pub(crate) vs: String,
-    pub(crate) ratios: Ratios,
-    pub(crate) p50_difference_us: Spread,
-}
-
-/// Name of a series' file: a backend's label may hold whatever its variables do.
-pub(crate) fn hgrm_name(id: &str, backend: &str) -> String {
-    let plain = |text: &str| -> String {
-        let known = |c: char| c.is_ascii_alphanumeric() || "+-_.=@,".contains(c);
-        text.chars().map(|c| if known(c) { c } else { '-' }).take(100).collect()
-    };
-    format!("{}.{}.hgrm", plain(id), plain(backend))
-}
-
 impl NixlResults {
     /// Assembles the file.
     pub(crate) fn new(
         options: &NixlArgs,
         plan: &NixlPlan,
         tallies: &[NixlTally],
-        nixl: String,
-        environment: Host,
+        (run, nixl, environment): (RunInfo, String, Host),
     ) -> Self {
         let label = |backend: usize| plan.backends[backend].to_string();
         let mut series = Vec::new();
@@ -162,35 +138,21 @@ impl NixlResults {
                     .filter(|ours| ours.backend == 0 && tally.backend != 0)
                     .find(|ours| ours.case == *case)
                     .and_then(|ours| ours.parts.iter().find(|ours| ours.part == part.part));
-                let compared = ours.and_then(|ours| {
-                    let (ours, theirs) = (&ours.rounds, &part.rounds);
-                    Some((Ratios::of(ours, theirs)?, p50_difference(ours, theirs)?))
-                });
-                if let Some((ratios, p50_difference_us)) = compared {
-                    comparisons.push(NixlComparison {
-                        id,
-                        backend: label(0),
-                        vs: label(tally.backend),
-                        ratios,
-                        p50_difference_us,
-                    });
-                }
+                comparisons.extend(ours.and_then(|ours| {
+                    let ours = (label(0), &ours.rounds[..]);
+                    Versus::of(&id, (&ours.0, ours.1), (&backend.to_string(), &part.rounds))
+                }));
             }
         }
         Self {
-            schema: SCHEMA.to_owned(),
-            schema_version: SCHEMA_VERSION,
-            complete: true,
-            failure: None,
-            started_unix_s: 0,
-            elapsed_s: 0.0,
+            run,
             options: NixlOptions {
                 nixl,
                 backend: label(0),
-                vs: options.vs.iter().map(ToString::to_string).collect(),
+                vs: options.choice.vs.iter().map(ToString::to_string).collect(),
                 baselines: options.baseline.clone(),
-                parameters: options.parameters.clone(),
-                prog_thread: options.prog_thread,
+                parameters: options.choice.parameters.clone(),
+                prog_thread: options.choice.prog_thread,
                 target_app: options.target_app,
                 pin: options.pin,
                 rounds: options.rounds,
@@ -219,17 +181,14 @@ impl NixlResults {
             NixlTargetApp::SleepAll => "sleeps",
         };
         format!(
-            "{}, {} cores ({} allowed), {}; NIXL {}; corelane {}; clock read {} ns, {:.0} interruptions over 20 us per second\n\
+            "{} ({} allowed); NIXL {}; corelane {}; {}\n\
              initiator polls without yielding, {}; target {sleeper} (polls to answer notifications), {}; progress threads {}; \
              {} rounds of {:.0} ms per case\n",
-            host.cpu_model,
-            host.cores_online,
+            host.machine(),
             host.cores_allowed,
-            host.kernel,
             options.nixl,
             host.corelane_version,
-            host.noise.timer_overhead_ns,
-            host.noise.gaps_over_20us_per_second,
+            host.quiet(),
             core(options.pin.initiator),
             core(options.pin.target),
             if options.prog_thread { "on" } else { "off" },
@@ -243,17 +202,11 @@ impl NixlResults {
         if self.series.is_empty() {
             return String::new();
         }
-        let backend = &self.options.backend;
         let mut rows = vec![
             ["case", "backend", "samples", "p50 us", "p99", "p99.9"].map(str::to_owned).to_vec(),
         ];
         if !self.comparisons.is_empty() {
-            for percentile in ["p50", "p99", "p99.9"] {
-                rows[0].push(format!("{percentile} ratio"));
-                rows[0].push("min..max".to_owned());
-            }
-            rows[0].push("p50 diff us".to_owned());
-            rows[0].push("min..max".to_owned());
+            rows[0].extend(Versus::titles(&self.comparisons));
         }
         for row in self.series.iter().filter(|row| row.is_shown()) {
             let Percentiles { p50, p99, p999, .. } = row.latency_us;
@@ -261,23 +214,13 @@ impl NixlResults {
             cells.extend([p50, p99, p999].map(|us| microseconds((us * 1e3).round() as u64)));
             let comparison =
                 self.comparisons.iter().find(|other| other.id == row.id && other.vs == row.backend);
-            if let Some(NixlComparison { ratios, p50_difference_us: us, .. }) = comparison {
-                for spread in [ratios.p50, ratios.p99, ratios.p999] {
-                    cells.push(format!("{:.2}", spread.median));
-                    cells.push(format!("{:.2}..{:.2}", spread.min, spread.max));
-                }
-                cells.push(difference(us.median));
-                cells.push(format!("{}..{}", difference(us.min), difference(us.max)));
-            }
+            cells.extend(comparison.into_iter().flat_map(Versus::cells));
             rows.push(cells);
         }
         let explanation = if self.comparisons.is_empty() {
             String::new()
         } else {
-            format!(
-                "\nA ratio is {backend} / that row's backend, the median of the per-round ratios; below 1 {backend} is faster. The \
-                 difference is {backend} - that row's, likewise.\n"
-            )
+            Versus::explanation(&self.options.backend, &self.comparisons)
         };
         align(&rows, 2) + &explanation + &self.load_table()
     }
@@ -335,7 +278,8 @@ pub(crate) mod tests {
     fn results(words: &[&str], tallies: &[NixlTally]) -> NixlResults {
         let options = Line::try_parse_from([&["nixl"], words].concat()).expect("parses").nixl;
         let plan = options.plan().expect("a plan");
-        NixlResults::new(&options, &plan, tallies, "1.5.1".to_owned(), Host::default())
+        let run = RunInfo::complete(SCHEMA, SCHEMA_VERSION);
+        NixlResults::new(&options, &plan, tallies, (run, "1.5.1".to_owned(), Host::default()))
     }
 
     pub(crate) fn compared() -> NixlResults {

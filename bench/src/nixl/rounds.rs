@@ -1,21 +1,21 @@
 //! `corelane-bench nixl` from beginning to end: rounds, tallies, output.
 
 use std::io::Write as _;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 
 use super::backend::Contender;
+use super::choice::ensure_driver;
 use super::fault::{self, Fault};
 use super::nixlbench::{self, Format};
 use super::options::{NixlArgs, NixlPlan};
 use super::pair::NixlPair;
-use super::report::{NixlResults, hgrm_name};
+use super::report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 use super::tally::NixlTally;
 use crate::manifest::Host;
 use crate::pinning::{allowed_cores, ensure_allowed};
 use crate::plot;
-use crate::report::{Output, write_atomically};
+use crate::report::{Output, RunInfo, Started, hgrm_name, write_atomically};
 use crate::session::Failure;
 
 /// Measures all cases on all backends, round after round.
@@ -24,17 +24,10 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
     let pinned: Vec<usize> =
         [options.pin.initiator, options.pin.target].into_iter().flatten().collect();
     ensure_allowed(&pinned, &allowed_cores()?, "--pin").map_err(Failure::Options)?;
-    if !cfg!(feature = "nixl") {
-        return Err(Failure::Options(
-            "this build cannot drive NIXL: build it with `cargo build --release --package corelane-bench --features nixl`, \
-             which needs libclang"
-                .to_owned(),
-        ));
-    }
+    ensure_driver()?;
     let output = Output::prepare(&options.out_dir, options.json.as_deref())
         .map_err(|error| Failure::Options(format!("{error:#}")))?;
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let begin = Instant::now();
+    let started = Started::now();
     let environment = Host::describe();
     let mut tallies: Vec<NixlTally> = Vec::new();
     for case in &plan.cases {
@@ -43,18 +36,12 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
     }
     let mut nixl = String::new();
     let mut faults = Vec::new();
-    let measured = run(options, &plan, (&mut tallies, &mut faults), &mut nixl, begin);
+    let measured = run(options, &plan, (&mut tallies, &mut faults), &mut nixl, &started);
 
-    let mut results = NixlResults::new(options, &plan, &tallies, nixl, environment);
+    let failure = measured.as_ref().err().map(ToString::to_string);
+    let run = RunInfo::new((SCHEMA, SCHEMA_VERSION), &started, failure);
+    let mut results = NixlResults::new(options, &plan, &tallies, (run, nixl, environment));
     results.faults = faults;
-    results.started_unix_s = started;
-    results.elapsed_s = begin.elapsed().as_secs_f64();
-    results.complete = measured.is_ok();
-    results.failure = match &measured {
-        Ok(()) => None,
-        Err(Failure::Options(message)) => Some(message.clone()),
-        Err(Failure::Run(error)) => Some(format!("{error:#}")),
-    };
     if results.series.is_empty() && results.faults.is_empty() {
         output.forsake();
         return measured;
@@ -86,7 +73,7 @@ fn write(
         let backend = plan.backends[tally.backend].to_string();
         for part in tally.parts.iter().filter(|part| !part.all.is_empty()) {
             let name = hgrm_name(&tally.series_id(part.part), &backend);
-            let (started, round) = (results.started_unix_s, options.duration_of(&tally.case));
+            let (started, round) = (results.run.started_unix_s, options.duration_of(&tally.case));
             output.histograms(&name, &part.all, started, round, &part.round_points)?;
         }
     }
@@ -100,7 +87,7 @@ fn run(
     plan: &NixlPlan,
     (tallies, faults): (&mut [NixlTally], &mut Vec<Fault>),
     nixl: &mut String,
-    begin: Instant,
+    started: &Started,
 ) -> Result<(), Failure> {
     let backends = plan.backends.len();
     if backends > 1 {
@@ -112,7 +99,7 @@ fn run(
         for (index, backend) in plan.backends.iter().enumerate() {
             crate::say!(
                 "[{:5.1} s] round {round}/{}: {backend}",
-                begin.elapsed().as_secs_f64(),
+                started.elapsed().as_secs_f64(),
                 options.rounds
             );
             if matches!(backend, Contender::Nixl(_)) {

@@ -8,7 +8,7 @@ use super::case::{NixlCase, NixlScenario};
 use super::wire::Outcome;
 use crate::cpu::Usage;
 use crate::measure::{LoadOutcome, Points, histogram, points_of, restore};
-use crate::report::{Costs, LoadTally, Percentiles, Spread};
+use crate::report::{Costs, LoadTally, Percentiles};
 
 /// What of an operation a series is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,39 +135,6 @@ impl NixlTally {
     }
 }
 
-/// Median and range of the per-round ratios of three percentiles; below 1 the first is faster.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Ratios {
-    pub(crate) rounds: usize,
-    pub(crate) p50: Spread,
-    pub(crate) p99: Spread,
-    #[serde(rename = "p99.9")]
-    pub(crate) p999: Spread,
-}
-
-impl Ratios {
-    /// Ratios are taken within a round, where both ran in turn under the same conditions, and only then summarised.
-    /// `None` without a round that both have.
-    pub(crate) fn of(ours: &[Percentiles], theirs: &[Percentiles]) -> Option<Self> {
-        let ratios = |at: fn(&Percentiles) -> f64| {
-            Spread::of(
-                ours.iter().zip(theirs).map(|(ours, theirs)| at(ours) / at(theirs)).collect(),
-            )
-        };
-        Some(Self {
-            rounds: ours.len().min(theirs.len()),
-            p50: ratios(|round| round.p50)?,
-            p99: ratios(|round| round.p99)?,
-            p999: ratios(|round| round.p999)?,
-        })
-    }
-}
-
-/// Median and range of the per-round differences of p50, in microseconds; above 0 the first takes longer.
-pub(crate) fn p50_difference(ours: &[Percentiles], theirs: &[Percentiles]) -> Option<Spread> {
-    Spread::of(ours.iter().zip(theirs).map(|(ours, theirs)| ours.p50 - theirs.p50).collect())
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -218,28 +185,5 @@ pub(crate) mod tests {
         let found: Vec<(String, f64)> = tally.parts.iter().map(p50).collect();
         let expected = [("notify/16B/one-way", 4.0), ("notify/16B/round-trip", 8.0)];
         assert_eq!(found, expected.map(|(id, us)| (id.to_owned(), us)));
-    }
-
-    #[test]
-    fn ratios_are_taken_per_round_and_then_their_median() {
-        // The third round was disturbed for both, the second for ours only.
-        let ours = tally("read/64B", 0, &[6_000, 40_000, 60_000]);
-        let theirs = tally("read/64B", 1, &[10_000, 10_000, 100_000]);
-        let ratios =
-            Ratios::of(&ours.parts[0].rounds, &theirs.parts[0].rounds).expect("both have rounds");
-        assert_eq!(ratios.rounds, 3);
-        assert!((ratios.p50.median - 0.6).abs() < 0.01, "{ratios:?}");
-        assert!((ratios.p50.min - 0.6).abs() < 0.01 && (ratios.p50.max - 4.0).abs() < 0.02);
-        assert!((ratios.p999.median - 0.6).abs() < 0.01);
-        let difference = p50_difference(&ours.parts[0].rounds, &theirs.parts[0].rounds);
-        let difference = difference.expect("both have rounds");
-        // -4, 30 and -40 us.
-        assert!((difference.median + 4.0).abs() < 0.1, "{difference:?}");
-    }
-
-    #[test]
-    fn nothing_measured_has_no_ratio() {
-        let ours = tally("read/64B", 0, &[6_000]);
-        assert_eq!(Ratios::of(&ours.parts[0].rounds, &[]), None);
     }
 }

@@ -8,10 +8,10 @@ use super::case::NixlCase;
 use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::load;
-use super::side::Parent;
 use super::stamp::Arrivals;
 use super::wire::{Order, Reply};
 use crate::case::Operation;
+use crate::parent::Parent;
 
 /// Polls between two looks for an order, which would be a cost of their own otherwise.
 const POLLS_PER_LOOK: u32 = 256;
@@ -19,7 +19,12 @@ const POLLS_PER_LOOK: u32 = 256;
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Polls and obeys until the orders end.
-pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, sleeps: bool) -> Result<()> {
+pub(crate) fn run(
+    agent: &mut impl Driver,
+    parent: &Parent<Order>,
+    seed: u64,
+    sleeps: bool,
+) -> Result<()> {
     let mut asleep = sleeps;
     let mut arrivals = Arrivals::new();
     loop {
@@ -48,7 +53,7 @@ pub(crate) fn run(agent: &mut impl Driver, parent: &Parent, seed: u64, sleeps: b
 
 fn obey(
     agent: &impl Driver,
-    parent: &Parent,
+    parent: &Parent<Order>,
     order: Order,
     seed: u64,
     arrivals: &mut Arrivals,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::wire::SLOTS;
 use crate::case::Operation;
 use crate::engine_side::parse_transport;
+use crate::nixl::{BackendArgs, BackendSpec, ensure_distinct};
 use crate::pinning;
 use crate::units::{Bytes, parse_bytes, parse_duration};
 
@@ -69,17 +70,19 @@ pub(crate) struct PeersArgs {
     #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, default_value = "4KiB", help_heading = "Cases")]
     pub(crate) sizes: Vec<usize>,
 
-    /// Transports that the engines may use, e.g. tcp
-    #[arg(long, value_name = "TRANSPORTS", value_delimiter = ',', value_parser = parse_transport, default_value = "tcp", help_heading = "System")]
+    #[command(flatten)]
+    pub(crate) choice: BackendArgs,
+    /// Transports that bare engines may use, e.g. tcp,local [default: tcp]
+    #[arg(long, value_name = "TRANSPORTS", value_delimiter = ',', value_parser = parse_transport, help_heading = "System")]
     pub(crate) transport: Vec<String>,
-    /// Processes that the peers' engines are spread over, each with one application thread [default: one for each core
-    /// but one]
+    /// Processes that the peers are spread over, each with one application thread [default: one for each core but one]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = "System")]
     pub(crate) processes: Option<u16>,
-    /// Core of the hub's lane [default: chosen from the affinity mask]
+    /// Core of the hub: of a bare engine's lane [default: chosen from the affinity mask], or of the application's thread
+    /// beside a backend [default: not pinned]
     #[arg(long, value_name = "CORE", help_heading = "System")]
     pub(crate) hub_core: Option<usize>,
-    /// Core of the peers' lanes [default: chosen from the affinity mask]
+    /// Core of all peers, likewise
     #[arg(long, value_name = "CORE", help_heading = "System")]
     pub(crate) peer_core: Option<usize>,
 
@@ -109,23 +112,60 @@ pub(crate) struct PeersArgs {
     pub(crate) json: Option<PathBuf>,
 }
 
+/// What is measured, with a column and lines of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Contender {
+    /// Engines without NIXL.
+    Engines,
+    /// Agents of NIXL with one backend.
+    Agents(BackendSpec),
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Engines => f.write_str("corelane"),
+            Self::Agents(spec) => spec.fmt(f),
+        }
+    }
+}
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub(crate) struct PeersPlan {
     pub(crate) cases: Vec<PeersCase>,
-    pub(crate) hub_core: usize,
-    pub(crate) peer_core: usize,
+    /// The one that ratios are about comes first.
+    pub(crate) contenders: Vec<Contender>,
+    /// Of bare engines.
+    pub(crate) transports: Vec<String>,
+    pub(crate) hub_core: Option<usize>,
+    pub(crate) peer_core: Option<usize>,
     pub(crate) processes: usize,
+}
+
+impl PeersPlan {
+    /// Whether agents of NIXL are measured.
+    pub(crate) fn is_nixl(&self) -> bool {
+        self.contenders != [Contender::Engines]
+    }
 }
 
 impl PeersArgs {
     /// The plan that these options ask for on a machine with these cores, or what is wrong with them.
     pub(crate) fn plan(&self, allowed: &[usize]) -> Result<PeersPlan, String> {
-        let (hub, peers) = pinning::default_cores(allowed);
-        let hub_core = self.hub_core.unwrap_or(hub);
-        let peer_core = self.peer_core.unwrap_or(peers);
-        pinning::ensure_allowed(&[hub_core], allowed, "--hub-core")?;
-        pinning::ensure_allowed(&[peer_core], allowed, "--peer-core")?;
+        let contenders = self.contenders()?;
+        let (mut hub_core, mut peer_core) = (self.hub_core, self.peer_core);
+        let mut transports = self.transport.clone();
+        if contenders == [Contender::Engines] {
+            let (hub, peers) = pinning::default_cores(allowed);
+            hub_core = hub_core.or(Some(hub));
+            peer_core = peer_core.or(Some(peers));
+            if transports.is_empty() {
+                transports.push("tcp".to_owned());
+            }
+        }
+        pinning::ensure_allowed(hub_core.as_slice(), allowed, "--hub-core")?;
+        pinning::ensure_allowed(peer_core.as_slice(), allowed, "--peer-core")?;
         let mut counts: Vec<usize> = self.peers.iter().map(|&count| usize::from(count)).collect();
         counts.sort_unstable();
         let mut cases: Vec<PeersCase> = Vec::new();
@@ -154,7 +194,29 @@ impl PeersArgs {
         }
         let spare = allowed.len().saturating_sub(1).max(1);
         let processes = self.processes.map_or(spare, usize::from);
-        Ok(PeersPlan { cases, hub_core, peer_core, processes })
+        Ok(PeersPlan { cases, contenders, transports, hub_core, peer_core, processes })
+    }
+
+    fn contenders(&self) -> Result<Vec<Contender>, String> {
+        if !self.choice.names_one() {
+            return match self.choice.detail() {
+                None => Ok(vec![Contender::Engines]),
+                Some(option) => Err(format!(
+                    "{option} is for backends of NIXL: name one with --backend or --vs"
+                )),
+            };
+        }
+        if !self.transport.is_empty() {
+            return Err(
+                "--transport is for bare engines: give it to the backend, --backend CORELANE@transports=tcp"
+                    .to_owned(),
+            );
+        }
+        let contenders: Vec<Contender> =
+            self.choice.backends().into_iter().map(Contender::Agents).collect();
+        ensure_distinct(&contenders)?;
+        self.choice.check_folders()?;
+        Ok(contenders)
     }
 }
 
@@ -197,11 +259,29 @@ mod tests {
             ("--peer-core 9", "--peer-core"),
             ("--sizes 1GiB --peers 16", "--max-memory"),
             ("--transport pigeon", "pigeon"),
+            ("--transport tcp --vs UCX", "--transport is for bare engines"),
+            ("--prog-thread", "--prog-thread is for backends"),
+            ("--param lanes=1", "--param is for backends"),
+            ("--plugin-dir /", "--plugin-dir is for backends"),
+            ("--vs CORELANE", "named twice"),
+            ("--backend UCX --nixl-libs /nowhere/at/all", "--nixl-libs"),
             ("--processes 0", "--processes"),
         ] {
             let refused = plan(given).expect_err(given);
             assert!(refused.contains(expected), "{given}: {refused}");
         }
+    }
+
+    #[test]
+    fn engines_are_measured_unless_a_backend_is_named() {
+        let engines = plan("").expect("a plan");
+        assert_eq!((engines.contenders, engines.hub_core), (vec![Contender::Engines], Some(1)));
+        assert_eq!(engines.transports, ["tcp"]);
+        let agents = plan("--vs UCX --vs UCX@UCX_TLS=tcp --peer-core 2").expect("a plan");
+        let labels: Vec<String> = agents.contenders.iter().map(ToString::to_string).collect();
+        assert_eq!(labels, ["CORELANE", "UCX", "UCX@UCX_TLS=tcp"]);
+        assert_eq!((agents.hub_core, agents.peer_core), (None, Some(2)));
+        assert!(agents.transports.is_empty());
     }
 
     #[test]

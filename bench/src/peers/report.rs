@@ -1,57 +1,59 @@
 //! What `many-peers` found: a row for each number of peers, with what each peer got and what it costs the hub.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use anyhow::Result;
-use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::options::{Direction, PeersArgs, PeersCase, PeersPlan};
-use super::run::PeersOutcome;
+use super::options::{Direction, PeersArgs, PeersPlan};
+use super::tally::PeersTally;
 use crate::case::Operation;
 use crate::manifest::Host;
-use crate::measure::{Points, histogram, points_of, restore};
-use crate::report::{Output, Percentiles, Spread, align};
+use crate::measure::Points;
+use crate::report::{Output, Percentiles, RunInfo, Spread, Versus, align};
 use crate::units::microseconds;
 
 /// Name of the schema of `results.json`.
 pub(crate) const SCHEMA: &str = "corelane-bench-many-peers";
-pub(crate) const SCHEMA_VERSION: u32 = 1;
+pub(crate) const SCHEMA_VERSION: u32 = 2;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PeersResults {
-    /// Always [`SCHEMA`].
-    pub(crate) schema: String,
-    pub(crate) schema_version: u32,
-    /// False when a run failed: the series are those that had been measured by then.
-    pub(crate) complete: bool,
-    pub(crate) failure: Option<String>,
-    /// Seconds since 1970 at the start.
-    pub(crate) started_unix_s: u64,
-    pub(crate) elapsed_s: f64,
+    #[serde(flatten)]
+    pub(crate) run: RunInfo,
     pub(crate) options: PeersOptions,
     pub(crate) environment: Host,
     pub(crate) series: Vec<PeersSeries>,
+    /// The first backend of NIXL against each other one.
+    pub(crate) comparisons: Vec<Versus>,
 }
 
 /// The options in effect, defaults filled in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PeersOptions {
-    /// Names with commas between them.
+    /// The backend of NIXL that ratios are about; null where engines without NIXL were measured.
+    pub(crate) backend: Option<String>,
+    pub(crate) vs: Vec<String>,
+    pub(crate) parameters: Vec<(String, String)>,
+    pub(crate) prog_thread: bool,
+    /// Version of NIXL; empty without.
+    pub(crate) nixl: String,
+    /// Of engines without NIXL: names with commas between them.
     pub(crate) transport: String,
-    /// Processes that the peers' engines are spread over, where there are as many peers.
+    /// Processes that the peers are spread over, where there are as many peers.
     pub(crate) processes: usize,
-    pub(crate) hub_core: usize,
-    pub(crate) peer_core: usize,
+    /// Of engines without NIXL, the core of their lanes; of agents, that of the application's thread, null where it was
+    /// not pinned.
+    pub(crate) hub_core: Option<usize>,
+    pub(crate) peer_core: Option<usize>,
     pub(crate) rounds: usize,
     pub(crate) duration_ms: f64,
 }
 
-/// One case.
+/// One case on one backend.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PeersSeries {
     pub(crate) id: String,
+    /// `corelane` where engines without NIXL were measured.
+    pub(crate) backend: String,
     /// The id without the number of peers.
     pub(crate) group: String,
     pub(crate) direction: Direction,
@@ -64,6 +66,9 @@ pub(crate) struct PeersSeries {
     pub(crate) operations_per_s: Spread,
     /// All peers' transfers together.
     pub(crate) latency_us: Percentiles,
+    /// The same, per round.
+    pub(crate) rounds: Vec<Percentiles>,
+    pub(crate) rounds_operations_per_s: Vec<f64>,
     /// Jain's index of the peers' operations, per round: 1 where all get as much, 1/N where one gets all.
     pub(crate) fairness: Spread,
     /// Operations of the peer that got the least, as a share of the mean; per round.
@@ -107,132 +112,18 @@ impl PeersSeries {
     }
 }
 
-/// Adds up the rounds of a case.
-pub(crate) struct PeersTally {
-    case: PeersCase,
-    all: Histogram<u64>,
-    round_points: Vec<Points>,
-    peers: Vec<(u64, Histogram<u64>)>,
-    rates: Vec<f64>,
-    fairness: Vec<f64>,
-    least_share: Vec<f64>,
-    kib: Vec<f64>,
-    descriptors: Vec<f64>,
-    resident_mib: Vec<f64>,
-    cpu_us: Vec<f64>,
-    hub_descriptors: u64,
-    hub_threads: u64,
-}
-
-impl PeersTally {
-    pub(crate) fn new(case: PeersCase) -> Self {
-        Self {
-            case,
-            all: histogram(),
-            round_points: Vec::new(),
-            peers: (0..case.peers).map(|_| (0, histogram())).collect(),
-            rates: Vec::new(),
-            fairness: Vec::new(),
-            least_share: Vec::new(),
-            kib: Vec::new(),
-            descriptors: Vec::new(),
-            resident_mib: Vec::new(),
-            cpu_us: Vec::new(),
-            hub_descriptors: 0,
-            hub_threads: 0,
-        }
-    }
-
-    pub(crate) fn has_rounds(&self) -> bool {
-        !self.rates.is_empty()
-    }
-
-    /// Latencies of all rounds and peers.
-    pub(crate) fn histogram(&self) -> &Histogram<u64> {
-        &self.all
-    }
-
-    pub(crate) fn round_points(&self) -> &[Points] {
-        &self.round_points
-    }
-
-    /// Adds a round.
-    pub(crate) fn add(&mut self, outcome: &PeersOutcome, duration: Duration) -> Result<()> {
-        let numbers: Vec<usize> = outcome.peers.iter().map(|peer| peer.peer).collect();
-        anyhow::ensure!(
-            numbers.iter().copied().eq(0..self.case.peers),
-            "outcomes of the peers {numbers:?} instead of {}",
-            self.case.peers
-        );
-        let mut round = histogram();
-        for (peer, (operations, latency)) in outcome.peers.iter().zip(&mut self.peers) {
-            *operations += peer.operations;
-            restore(latency, &peer.latency)?;
-            restore(&mut round, &peer.latency)?;
-        }
-        let points = points_of(&round);
-        restore(&mut self.all, &points)?;
-        self.round_points.push(points);
-        let counts: Vec<u64> = outcome.peers.iter().map(|peer| peer.operations).collect();
-        let total: u64 = counts.iter().sum();
-        self.rates.push(total as f64 / duration.as_secs_f64());
-        let (index, least) = fairness(&counts);
-        self.fairness.push(index);
-        self.least_share.push(least);
-        let (before, after) = (outcome.before, outcome.after);
-        let each =
-            |after: u64, before: u64| (after as f64 - before as f64) / self.case.peers as f64;
-        self.kib.push(each(after.resident_bytes, before.resident_bytes) / 1024.0);
-        self.descriptors.push(each(after.descriptors, before.descriptors));
-        self.resident_mib.push(after.resident_bytes as f64 / (1u64 << 20) as f64);
-        self.cpu_us.push(outcome.used.cpu_ns as f64 / 1e3 / total.max(1) as f64);
-        (self.hub_descriptors, self.hub_threads) = (after.descriptors, after.threads);
-        Ok(())
-    }
-
-    fn series(&self) -> Option<PeersSeries> {
-        let spread = |values: &[f64]| Spread::of(values.to_vec());
-        let id = self.case.id();
-        let figures = |(operations, latency): &(u64, Histogram<u64>)| PeerFigures {
-            operations: *operations,
-            latency_us: Percentiles::of(latency),
-            histogram_ns: points_of(latency),
-        };
-        let PeersCase { direction, operation, block_bytes, peers } = self.case;
-        Some(PeersSeries {
-            hgrm: format!("{}.hgrm", id.replace('/', "-")),
-            id,
-            group: self.case.group(),
-            direction,
-            operation,
-            block_bytes,
-            peers,
-            operations: self.peers.iter().map(|peer| peer.0).sum(),
-            operations_per_s: spread(&self.rates)?,
-            latency_us: Percentiles::of(&self.all),
-            fairness: spread(&self.fairness)?,
-            least_share: spread(&self.least_share)?,
-            per_peer: self.peers.iter().map(figures).collect(),
-            hub_kib_per_peer: spread(&self.kib)?,
-            hub_descriptors_per_peer: spread(&self.descriptors)?,
-            hub_resident_mib: spread(&self.resident_mib)?,
-            hub_descriptors: self.hub_descriptors,
-            hub_threads: self.hub_threads,
-            hub_cpu_us_per_operation: spread(&self.cpu_us)?,
-            histogram_ns: points_of(&self.all),
-        })
-    }
-}
-
-/// Jain's index of what each got, and the least of it as a share of the mean. Nobody getting anything is fair.
-fn fairness(counts: &[u64]) -> (f64, f64) {
-    let sum: f64 = counts.iter().map(|&count| count as f64).sum();
-    let squares: f64 = counts.iter().map(|&count| (count as f64).powi(2)).sum();
-    if squares == 0.0 {
-        return (1.0, 1.0);
-    }
-    let (number, least) = (counts.len() as f64, counts.iter().min().copied().unwrap_or(0));
-    (sum * sum / (number * squares), least as f64 * number / sum)
+/// Every other backend of a case beside the first.
+fn comparisons(series: &[PeersSeries], backend: Option<&str>) -> Vec<Versus> {
+    let others = series.iter().filter(|row| Some(row.backend.as_str()) != backend);
+    let compared = others.filter_map(|row| {
+        let ours =
+            |other: &&PeersSeries| other.id == row.id && Some(other.backend.as_str()) == backend;
+        let ours = series.iter().find(ours)?;
+        let versus =
+            Versus::of(&row.id, (&ours.backend, &ours.rounds), (&row.backend, &row.rounds))?;
+        Some(versus.with_rates(&ours.rounds_operations_per_s, &row.rounds_operations_per_s))
+    });
+    compared.collect()
 }
 
 impl PeersResults {
@@ -240,19 +131,20 @@ impl PeersResults {
         options: &PeersArgs,
         plan: &PeersPlan,
         tallies: &[PeersTally],
-        elapsed: Duration,
-        failure: Option<&anyhow::Error>,
+        run: RunInfo,
     ) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let series: Vec<PeersSeries> = tallies.iter().filter_map(PeersTally::series).collect();
+        let backend = plan.is_nixl().then(|| plan.contenders[0].to_string());
+        let nixl = tallies.iter().map(PeersTally::nixl).find(|nixl| !nixl.is_empty());
         Self {
-            schema: SCHEMA.to_owned(),
-            schema_version: SCHEMA_VERSION,
-            complete: failure.is_none(),
-            failure: failure.map(|error| format!("{error:#}")),
-            started_unix_s: now.saturating_sub(elapsed).as_secs(),
-            elapsed_s: elapsed.as_secs_f64(),
+            run,
             options: PeersOptions {
-                transport: options.transport.join(","),
+                backend: backend.clone(),
+                vs: options.choice.vs.iter().map(ToString::to_string).collect(),
+                parameters: options.choice.parameters.clone(),
+                prog_thread: options.choice.prog_thread,
+                nixl: nixl.unwrap_or_default().to_owned(),
+                transport: plan.transports.join(","),
                 processes: plan.processes,
                 hub_core: plan.hub_core,
                 peer_core: plan.peer_core,
@@ -260,38 +152,84 @@ impl PeersResults {
                 duration_ms: options.duration.as_secs_f64() * 1e3,
             },
             environment: Host::describe(),
-            series: tallies.iter().filter_map(PeersTally::series).collect(),
+            comparisons: comparisons(&series, backend.as_deref()),
+            series,
         }
     }
 
     /// Where and how it ran.
     pub(crate) fn header(&self) -> String {
-        let Host { cpu_model, cores_online, kernel, corelane_version, noise, .. } =
-            &self.environment;
+        let Host { corelane_version, .. } = &self.environment;
+        let nixl = match &self.options.backend {
+            Some(_) => format!("NIXL {}; ", self.options.nixl),
+            None => String::new(),
+        };
         format!(
-            "{cpu_model}, {cores_online} cores, {kernel}; corelane {corelane_version}\n{}\nclosed loop, one transfer outstanding for \
-             each peer, {} rounds of {:.0} ms; clock read {} ns, {:.0} interruptions over 20 us per second\n\n",
+            "{}; {nixl}corelane {corelane_version}\n{}\nclosed loop, one transfer outstanding for each peer, {} rounds of {:.0} ms; \
+             {}\n\n",
+            self.environment.machine(),
             self.placement(),
             self.options.rounds,
             self.options.duration_ms,
-            noise.timer_overhead_ns,
-            noise.gaps_over_20us_per_second,
+            self.environment.quiet(),
         )
     }
 
     /// Who runs where.
     pub(crate) fn placement(&self) -> String {
-        let PeersOptions { transport, processes, hub_core, peer_core, .. } = &self.options;
+        let PeersOptions { transport, processes, hub_core, peer_core, prog_thread, .. } =
+            &self.options;
+        let on = |core: &Option<usize>| {
+            core.map_or_else(|| "not pinned".to_owned(), |core| format!("on core {core}"))
+        };
+        if self.options.backend.is_none() {
+            return format!(
+                "hub: one engine with {transport}, lane {}; peers: an engine each, all lanes {}, in at most {processes} process(es); who \
+                 posts does it from one unpinned thread a process, polling",
+                on(hub_core),
+                on(peer_core)
+            );
+        }
+        let passive = match prog_thread {
+            true => "who posts nothing sleeps; progress threads on",
+            false => {
+                "who posts nothing sleeps where the backend serves alone (CORELANE), else polls for notifications; progress threads off"
+            }
+        };
         format!(
-            "hub: one engine with {transport}, lane on core {hub_core}; peers: an engine each, all lanes on core {peer_core}, in at \
-             most {processes} process(es); who posts does it from one unpinned thread a process, polling"
+            "hub: one agent, its application's thread {}; peers: an agent each, in at most {processes} process(es) with one thread \
+             {}; who posts polls without yielding, {passive}",
+            on(hub_core),
+            on(peer_core)
         )
     }
 
-    /// One row per case.
-    pub(crate) fn table(&self) -> String {
+    /// The rows of all cases, and below them the ratios.
+    pub(crate) fn tables(&self) -> String {
+        self.table() + &self.ratio_table()
+    }
+
+    /// One row per case and backend that has another to be compared with.
+    fn ratio_table(&self) -> String {
+        let (Some(backend), false) = (&self.options.backend, self.comparisons.is_empty()) else {
+            return String::new();
+        };
+        let mut rows = vec![vec!["case".to_owned(), "backend".to_owned()]];
+        rows[0].extend(Versus::titles(&self.comparisons));
+        for row in &self.comparisons {
+            let mut cells = vec![row.id.clone(), row.vs.clone()];
+            cells.extend(row.cells());
+            rows.push(cells);
+        }
+        format!("\n{}{}", align(&rows, 2), Versus::explanation(backend, &self.comparisons))
+    }
+
+    /// One row per case and backend.
+    fn table(&self) -> String {
+        let named = self.options.backend.is_some();
         let header = [
             "case",
+            "backend",
             "ops/s",
             "p50 us",
             "p99",
@@ -317,6 +255,7 @@ impl PeersResults {
             let at = &row.latency_us;
             rows.push(vec![
                 row.id.clone(),
+                row.backend.clone(),
                 format!("{:.0}", row.operations_per_s.median),
                 us(at.p50),
                 us(at.p99),
@@ -333,7 +272,11 @@ impl PeersResults {
                 format!("{:.2}", row.hub_cpu_us_per_operation.median),
             ]);
         }
-        align(&rows, 1)
+        if !named {
+            // All rows would say the same.
+            rows.iter_mut().for_each(|row| drop(row.remove(1)));
+        }
+        align(&rows, if named { 2 } else { 1 })
     }
 
     /// Where everything is.
@@ -350,101 +293,56 @@ impl PeersResults {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::cpu::Usage;
-    use crate::peers::wire::{PeerOutcome, Resources};
+    use crate::peers::tally::tests::{case, round};
+    use clap::Parser;
+    use std::time::Duration;
 
-    fn round(counts: &[u64]) -> PeersOutcome {
-        let before = Resources { resident_bytes: 10 << 20, descriptors: 20, threads: 4 };
-        let peers = counts.len() as u64;
-        let outcome = |(peer, &operations): (usize, &u64)| PeerOutcome {
-            peer,
-            operations,
-            latency: vec![(10_000 * (peer as u64 + 1), operations.max(1))],
-        };
-        PeersOutcome {
-            peers: counts.iter().enumerate().map(outcome).collect(),
-            before,
-            after: Resources {
-                resident_bytes: before.resident_bytes + peers * (100 << 10),
-                descriptors: before.descriptors + 3 * peers,
-                threads: 4,
-            },
-            used: Usage { cpu_ns: 1_000_000, ..Usage::default() },
-        }
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        peers: PeersArgs,
     }
 
+    fn results_of(words: &str, tallies: &[PeersTally]) -> PeersResults {
+        let words = std::iter::once("many-peers").chain(words.split_whitespace());
+        let options = Line::try_parse_from(words).expect("parses").peers;
+        let plan = options.plan(&[0, 1]).expect("a plan");
+        let mut results =
+            PeersResults::new(&options, &plan, tallies, RunInfo::complete(SCHEMA, SCHEMA_VERSION));
+        results.environment = Host::default();
+        results
+    }
+
+    fn tally(backend: &str, peers: usize, rounds: &[&[u64]]) -> PeersTally {
+        let mut tally = PeersTally::new(case(peers), backend.to_owned());
+        for counts in rounds {
+            tally.add(&round(counts), Duration::from_secs(1)).expect("in range");
+        }
+        tally
+    }
+
+    /// Of engines: 16 peers were never measured.
     pub(crate) fn results() -> PeersResults {
-        let case = |peers| PeersCase {
-            direction: Direction::ToOne,
-            operation: Operation::Read,
-            block_bytes: 4096,
-            peers,
-        };
-        let mut tallies =
-            [PeersTally::new(case(1)), PeersTally::new(case(4)), PeersTally::new(case(16))];
-        for _ in 0..2 {
-            tallies[0].add(&round(&[100]), Duration::from_secs(1)).expect("in range");
-            tallies[1].add(&round(&[40, 40, 40, 0]), Duration::from_secs(1)).expect("in range");
-        }
-        PeersResults {
-            schema: SCHEMA.to_owned(),
-            schema_version: SCHEMA_VERSION,
-            complete: true,
-            failure: None,
-            started_unix_s: 0,
-            elapsed_s: 1.0,
-            options: PeersOptions {
-                transport: "tcp".to_owned(),
-                processes: 1,
-                hub_core: 0,
-                peer_core: 1,
-                rounds: 2,
-                duration_ms: 1000.0,
-            },
-            environment: Host::default(),
-            series: tallies.iter().filter_map(PeersTally::series).collect(),
-        }
+        let four: &[u64] = &[40, 40, 40, 0];
+        let tallies = [
+            tally("corelane", 1, &[&[100], &[100]]),
+            tally("corelane", 4, &[four, four]),
+            tally("corelane", 16, &[]),
+        ];
+        results_of("", &tallies)
     }
 
-    #[test]
-    fn a_peer_that_gets_nothing_shows() {
-        let results = results();
-        assert_eq!(results.series.len(), 2, "16 peers were never measured");
-        let (one, four) = (&results.series[0], &results.series[1]);
-        assert_eq!((one.fairness.median, one.least_share.median), (1.0, 1.0));
-        assert!((four.fairness.median - 0.75).abs() < 1e-9 && four.least_share.median == 0.0);
-        assert_eq!((four.operations, four.operations_per_s.median), (240, 120.0));
-        assert_eq!(four.per_peer[3].operations, 0);
-        // What the peer had to wait is there all the same.
-        let (least, most) = four.range(|at| at.p50);
-        assert!((least - 10.0).abs() < 0.1 && (most - 40.0).abs() < 0.1, "{least} {most}");
-        assert!(four.slowest().is_some_and(|peer| (peer.latency_us.p50 - 40.0).abs() < 0.1));
-    }
-
-    #[test]
-    fn resources_are_those_that_a_peer_adds() {
-        let four = &results().series[1];
-        assert_eq!(four.hub_kib_per_peer.median, 100.0);
-        assert_eq!((four.hub_descriptors_per_peer.median, four.hub_descriptors), (3.0, 32));
-        assert!((four.hub_cpu_us_per_operation.median - 1000.0 / 120.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn outcomes_of_other_peers_are_refused() {
-        let case = PeersCase {
-            direction: Direction::FromOne,
-            operation: Operation::Read,
-            block_bytes: 64,
-            peers: 2,
-        };
-        assert!(PeersTally::new(case).add(&round(&[1]), Duration::from_secs(1)).is_err());
-    }
-
-    #[test]
-    fn fairness_is_one_for_equals_and_the_share_for_a_single_winner() {
-        assert_eq!(fairness(&[7, 7, 7]), (1.0, 1.0));
-        assert_eq!(fairness(&[9, 0, 0]), (1.0 / 3.0, 0.0));
-        assert_eq!(fairness(&[0, 0]), (1.0, 1.0));
+    /// Of two backends of NIXL, with one peer and with four.
+    pub(crate) fn compared() -> PeersResults {
+        let (one, four): (&[u64], &[u64]) = (&[100], &[40, 40, 40, 0]);
+        let of = |backend, peers, counts| tally(backend, peers, &[counts, counts]);
+        let tallies = [
+            of("CORELANE", 1, one),
+            of("UCX@UCX_TLS=tcp", 1, one),
+            of("CORELANE", 4, four),
+            of("UCX@UCX_TLS=tcp", 4, four),
+        ];
+        results_of("--vs UCX@UCX_TLS=tcp --peer-core 1", &tallies)
     }
 
     #[test]
@@ -452,10 +350,36 @@ pub(crate) mod tests {
         let results = results();
         let json = serde_json::to_string(&results).expect("encodes");
         assert_eq!(serde_json::from_str::<PeersResults>(&json).expect("decodes"), results);
-        let table = results.table();
+        let table = results.tables();
         let row = table.lines().nth(2).expect("a row");
         for part in ["many-peers/to-one/read/4KiB/x4", "120", "0.750", "0%", "100", "3.0"] {
             assert!(row.contains(part), "{part}: {table}");
+        }
+        assert_eq!(table.lines().count(), 3, "16 peers were never measured: {table}");
+        assert!(!table.contains("backend") && !table.contains("ratio"), "{table}");
+        assert!(results.header().contains("one engine with tcp"), "{}", results.header());
+    }
+
+    #[test]
+    fn backends_have_rows_each_and_ratios_below() {
+        let results = compared();
+        let value: serde_json::Value = serde_json::to_value(&results).expect("encodes");
+        assert_eq!(value["schema_version"], 2);
+        assert_eq!(value["options"]["backend"], "CORELANE");
+        assert_eq!(value["comparisons"][1]["vs"], "UCX@UCX_TLS=tcp");
+        assert_eq!(value["comparisons"][1]["ratios"]["p99"]["median"], 1.0);
+        assert_eq!(serde_json::from_value::<PeersResults>(value).expect("decodes"), results);
+        let table = results.tables();
+        let of = |backend: &str| table.lines().filter(|line| line.contains(backend)).count();
+        // Two cases; the ratios are on the rows of the other, and explained with ours.
+        assert_eq!((of("x4  UCX@"), of("x4  CORELANE")), (2, 1), "{table}");
+        assert!(table.contains("ops/s ratio") && table.contains("does more above 1"), "{table}");
+        assert!(table.contains("p50 ratio") && table.contains("1.00..1.00"), "{table}");
+        let names: Vec<&str> = results.series.iter().map(|row| row.hgrm.as_str()).collect();
+        assert_eq!(names[1], "many-peers-to-one-read-4KiB-x1.UCX@UCX_TLS=tcp.hgrm");
+        let header = results.header();
+        for part in ["one agent", "not pinned", "on core 1", "NIXL 1.5.1", "progress threads off"] {
+            assert!(header.contains(part), "{part}: {header}");
         }
     }
 }

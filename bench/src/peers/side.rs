@@ -1,131 +1,160 @@
-//! A process of `many-peers`: its engines, and the one thread that posts for all of them.
-
-use std::net::Ipv4Addr;
-use std::time::Duration;
+//! A process of `many-peers`: its nodes, and the one thread that posts for all of them.
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use corelane::{
-    Access, Engine, EngineConfig, LaneSpec, Listen, Operation as Direction, Region,
-    RegionDescriptor, Status, Transfer,
-};
 use hdrhistogram::Histogram;
 
-use super::wire::{Address, EngineSetup, Link, Order, PeerOutcome, Reply, Resources, SLOTS, Setup};
-use crate::arena::Arena;
+use super::node::{EngineNode, Node};
+use super::wire::{Kind, Link, NodeSetup, Order, PeerOutcome, Reply, Resources, SLOTS, Setup};
 use crate::case::Operation;
 use crate::clock::now_ns;
-use crate::control::{read_line, write_line};
 use crate::cpu::Usage;
 use crate::measure::{OPERATION_TIMEOUT_NS, histogram, points_of};
+use crate::parent::{Parent, Refusal};
 use crate::pinning::sleep_then_spin_until;
-use crate::units::{from_hex, to_hex};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Rounds over all peers between two looks whether anything still ends.
 const ROUNDS_PER_LOOK: u32 = 4096;
+/// Polls of nodes between two looks for an order, which would be a cost of their own otherwise.
+const POLLS_PER_LOOK: usize = 256;
 
 /// Obeys the parent until its orders end.
 pub(crate) fn serve() -> Result<()> {
-    let mut stdout = std::io::stdout();
-    let mut stdin = std::io::stdin().lock();
-    let mut side: Option<Side> = None;
-    while let Some(order) = read_line::<Order>(&mut stdin).context("the parent's orders")? {
-        let reply = obey(&mut side, order);
-        write_line(
-            &mut stdout,
-            &reply.unwrap_or_else(|error| Reply::Failed(format!("{error:#}"))),
-        )?;
-    }
-    side.map_or(Ok(()), Side::close)
-}
-
-fn obey(side: &mut Option<Side>, order: Order) -> Result<Reply> {
-    if let Order::Setup(setup) = order {
-        let (made, addresses) = Side::new(&setup)?;
-        *side = Some(made);
-        return Ok(Reply::Ready { addresses, resources: Resources::own()? });
-    }
-    let side = side.as_mut().context("expected to be set up first")?;
-    match order {
-        Order::Setup(_) => bail!("set up twice"),
-        Order::Meet { links, operation } => side.meet(&links, operation).map(|()| Reply::Met),
-        Order::Begin { sequence, source } => {
-            side.begin(sequence, source);
-            Ok(Reply::Begun)
+    let parent = Parent::connect(std::io::stdin())?;
+    let Some(order) = parent.wait()? else { return Ok(()) };
+    let Order::Setup(setup) = order else { bail!("expected to be set up first, not {order:?}") };
+    match &setup.kind {
+        Kind::Engines { transports } => {
+            let core = setup.core;
+            let start = |node: &NodeSetup, bytes| EngineNode::start(node, core, transports, bytes);
+            tell(&parent, Side::start(&setup, false, start).and_then(|side| side.obey(&parent, "")))
         }
-        Order::Run { start_ns, duration_ns } => side.run(start_ns, duration_ns).map(Reply::Ran),
-        Order::End { sequence, source } => {
-            let used = Usage::own().since(side.used_at_begin);
-            side.end(sequence, source)?;
-            Ok(Reply::Ended { resources: Resources::own()?, used })
+        #[cfg(feature = "nixl")]
+        Kind::Agents { system, polls } => {
+            use crate::nixl::{NixlAgent, nixl_version};
+            let start = |node: &NodeSetup, bytes| NixlAgent::new(&node.name, system, bytes);
+            let work = || {
+                let side = Side::start(&setup, *polls, start)?;
+                // After the backends have started their threads: only the application's own thread is placed.
+                setup.core.map_or(Ok(()), crate::pinning::pin_current_thread)?;
+                side.obey(&parent, &nixl_version())
+            };
+            crate::parent::leave(&tell(&parent, work()))
+        }
+        #[cfg(not(feature = "nixl"))]
+        Kind::Agents { system, .. } => {
+            let why = format!("this build cannot drive {} through NIXL", system.backend);
+            tell(&parent, Err(Refusal(why).into()))
         }
     }
 }
 
-/// An engine and its memory.
-struct Node {
-    engine: Engine,
-    region: Region,
-    arena: Arena,
-    blocks: usize,
-    first_index: u64,
+/// Tells the parent what went wrong, if anything did.
+fn tell(parent: &Parent<Order>, ended: Result<()>) -> Result<()> {
+    let Err(error) = ended else { return Ok(()) };
+    let message = format!("{error:#}");
+    parent.reply(&if error.is::<Refusal>() {
+        Reply::Refused(message)
+    } else {
+        Reply::Failed(message)
+    })
 }
 
-struct Side {
-    /// First, so that nothing refers to an engine that is gone.
-    links: Vec<Posting>,
-    nodes: Vec<Node>,
-    block_bytes: usize,
-    sabotage: bool,
+struct Side<N: Node> {
+    /// First, so that nothing refers to a node that is gone.
+    links: Vec<Posting<N::Transfer>>,
+    nodes: Vec<N>,
+    setup: Setup,
+    /// Whether peers are served only while somebody polls.
+    polls: bool,
     used_at_begin: Usage,
 }
 
-impl Side {
-    fn new(setup: &Setup) -> Result<(Self, Vec<Address>)> {
-        let nodes: Vec<Node> =
-            setup.engines.iter().map(|engine| Node::start(engine, setup)).collect::<Result<_>>()?;
-        let addresses = nodes.iter().map(Node::address).collect();
-        let side = Self {
+impl<N: Node> Side<N> {
+    fn start(
+        setup: &Setup,
+        polls: bool,
+        start: impl Fn(&NodeSetup, usize) -> Result<N>,
+    ) -> Result<Self> {
+        let bytes = |node: &NodeSetup| node.peers * SLOTS * stride(setup.block_bytes);
+        let nodes: Vec<N> =
+            setup.nodes.iter().map(|node| start(node, bytes(node))).collect::<Result<_>>()?;
+        Ok(Self {
             links: Vec::new(),
             nodes,
-            block_bytes: setup.block_bytes,
-            sabotage: setup.sabotage,
+            setup: setup.clone(),
+            polls,
             used_at_begin: Usage::default(),
-        };
-        Ok((side, addresses))
+        })
+    }
+
+    /// Obeys orders until they end, and then takes the memory back and stops the nodes; both must work.
+    fn obey(mut self, parent: &Parent<Order>, nixl: &str) -> Result<()> {
+        let addresses = self.nodes.iter().map(Node::address).collect::<Result<_>>()?;
+        let (resources, nixl) = (Resources::own()?, nixl.to_owned());
+        parent.reply(&Reply::Ready { addresses, resources, nixl })?;
+        while let Some(order) = self.next(parent)? {
+            parent.reply(&self.answer(order)?)?;
+        }
+        self.links.clear();
+        self.nodes.iter_mut().try_for_each(Node::close)
+    }
+
+    /// The next order, while peers are served.
+    fn next(&mut self, parent: &Parent<Order>) -> Result<Option<Order>> {
+        if !self.polls {
+            return parent.wait();
+        }
+        loop {
+            for _ in 0..POLLS_PER_LOOK.div_ceil(self.nodes.len().max(1)) {
+                self.nodes.iter_mut().try_for_each(Node::progress)?;
+            }
+            if let Some(order) = parent.poll()? {
+                return Ok(order);
+            }
+        }
+    }
+
+    fn answer(&mut self, order: Order) -> Result<Reply> {
+        match order {
+            Order::Setup(_) => bail!("set up twice"),
+            Order::Meet { links, operation } => self.meet(&links, operation).map(|()| Reply::Met),
+            Order::Begin { sequence, source } => {
+                self.begin(sequence, source);
+                Ok(Reply::Begun)
+            }
+            Order::Run { start_ns, duration_ns } => self.run(start_ns, duration_ns).map(Reply::Ran),
+            Order::End { sequence, source } => {
+                let used = Usage::own().since(self.used_at_begin);
+                self.end(sequence, source)?;
+                Ok(Reply::Ended { resources: Resources::own()?, used })
+            }
+        }
     }
 
     fn meet(&mut self, links: &[Link], operation: Operation) -> Result<()> {
-        let direction = match operation {
-            Operation::Read => Direction::Read,
-            _ => Direction::Write,
-        };
-        let (stride, len) = (stride(self.block_bytes), self.block_bytes as u64);
+        let stride = stride(self.setup.block_bytes);
         for link in links {
-            let node = self.nodes.get(link.engine).context("no such engine")?;
-            let bytes = |hex: &str| from_hex(hex).context("an address that is no hexadecimal");
-            let remote = RegionDescriptor::from_bytes(&bytes(&link.address.descriptor)?)?;
-            let peer = node.engine.load_peer(&bytes(&link.address.metadata)?)?;
-            peer.connect(CONNECT_TIMEOUT)
-                .with_context(|| format!("connecting peer {}", link.peer))?;
-            let prepare = |slot: usize| -> Result<Transfer> {
-                let local = [node.region.segment(((link.local + slot) * stride) as u64, len)];
-                let there = [remote.segment(((link.remote + slot) * stride) as u64, len)];
-                Ok(node.engine.prepare(direction, &peer, &local, &there)?.transfer())
-            };
-            let transfers = (0..SLOTS).map(prepare).collect::<Result<_>>()?;
-            self.links.push(Posting { peer: link.peer, transfers, posted: 0, posted_ns: 0 });
+            let node = self.nodes.get_mut(link.node).context("no such node")?;
+            let place = |block: usize| (block * stride) as u64;
+            let places: Vec<(u64, u64)> = (0..SLOTS)
+                .map(|slot| (place(link.local + slot), place(link.remote + slot)))
+                .collect();
+            let transfers = node
+                .meet(link, operation, &places, self.setup.block_bytes)
+                .with_context(|| format!("meeting peer {}", link.peer))?;
+            let Link { peer, node, .. } = *link;
+            self.links.push(Posting { peer, node, transfers, posted: 0, posted_ns: 0, over: None });
         }
         Ok(())
     }
 
     fn begin(&mut self, sequence: u64, source: bool) {
-        let len = self.block_bytes;
+        let len = self.setup.block_bytes;
         for (node, offset, index) in self.blocks() {
             if source {
-                node.arena.fill(offset, len, sequence, index);
+                node.arena().fill(offset, len, sequence, index);
             } else {
-                node.arena.poison(offset, len);
+                node.arena().poison(offset, len);
             }
         }
         self.used_at_begin = Usage::own();
@@ -135,8 +164,9 @@ impl Side {
         if source {
             return Ok(());
         }
+        let len = self.setup.block_bytes;
         for (node, offset, index) in self.blocks() {
-            node.arena.check(offset, self.block_bytes, sequence, index).map_err(|mismatch| {
+            node.arena().check(offset, len, sequence, index).map_err(|mismatch| {
                 let peer = index as usize / SLOTS;
                 anyhow!("verification failed: block {index}, of peer {peer}: {mismatch}")
             })?;
@@ -145,11 +175,11 @@ impl Side {
     }
 
     /// All blocks: whose, where, and what their pattern is made of.
-    fn blocks(&self) -> impl Iterator<Item = (&Node, u64, u64)> {
-        let stride = stride(self.block_bytes) as u64;
-        self.nodes.iter().flat_map(move |node| {
-            let of_block = move |block| (node, block * stride, node.first_index + block);
-            (0..node.blocks as u64).map(of_block)
+    fn blocks(&self) -> impl Iterator<Item = (&N, u64, u64)> {
+        let stride = stride(self.setup.block_bytes) as u64;
+        self.nodes.iter().zip(&self.setup.nodes).flat_map(move |(node, setup)| {
+            let of_block = move |block| (node, block * stride, setup.first_index + block);
+            (0..(setup.peers * SLOTS) as u64).map(of_block)
         })
     }
 
@@ -162,28 +192,29 @@ impl Side {
         }
         let end_ns = start_ns + duration_ns;
         sleep_then_spin_until(start_ns);
-        let sabotage = self.sabotage;
+        let (nodes, sabotage) = (&self.nodes, self.setup.sabotage);
         for link in &mut self.links {
             link.posted = 0;
-            link.post(sabotage)?;
+            link.post(&nodes[link.node], sabotage)?;
         }
         let (mut live, mut rounds, mut progress_ns) = (self.links.len(), 0u32, now_ns());
-        let mut ended = vec![false; live];
+        let mut done = vec![false; live];
         while live > 0 {
             for (at, link) in self.links.iter_mut().enumerate() {
-                if ended[at] || !link.is_over(sabotage)? {
+                if done[at] {
                     continue;
                 }
-                let now = now_ns();
-                progress_ns = now;
+                let node = &nodes[link.node];
+                let Some(ended_ns) = link.ended_ns(node)? else { continue };
+                progress_ns = ended_ns;
                 if let Some((latency, in_time)) = outcomes.get_mut(at) {
-                    latency.saturating_record(now - link.posted_ns);
-                    *in_time += u64::from(now <= end_ns);
+                    latency.saturating_record(ended_ns - link.posted_ns);
+                    *in_time += u64::from(ended_ns <= end_ns);
                 }
-                if now < end_ns || link.posted < SLOTS {
-                    link.post(sabotage)?;
+                if ended_ns < end_ns || link.posted < SLOTS {
+                    link.post(node, sabotage)?;
                 } else {
-                    ended[at] = true;
+                    done[at] = true;
                     live -= 1;
                 }
             }
@@ -193,88 +224,49 @@ impl Side {
                 ensure!(waited < OPERATION_TIMEOUT_NS, "no transfer has ended within 30 s");
             }
         }
-        let outcome = |(link, (latency, operations)): (&Posting, (Histogram<u64>, u64))| {
+        let of_link = |link: &Posting<N::Transfer>,
+                       (latency, operations): (Histogram<u64>, u64)| {
             PeerOutcome { peer: link.peer, operations, latency: points_of(&latency) }
         };
-        Ok(self.links.iter().zip(outcomes).map(outcome).collect())
-    }
-
-    /// Takes the memory back and stops the engines; both must work.
-    fn close(mut self) -> Result<()> {
-        self.links.clear();
-        self.nodes.iter().try_for_each(Node::close)
-    }
-}
-
-impl Node {
-    fn start(setup: &EngineSetup, all: &Setup) -> Result<Self> {
-        let mut config = EngineConfig::default();
-        config.lanes = LaneSpec::Cores(vec![all.core]);
-        config.transports = all
-            .transports
-            .iter()
-            .map(|name| name.parse())
-            .collect::<Result<_, corelane::Error>>()?;
-        config.listen = Listen { addresses: vec![Ipv4Addr::LOCALHOST.into()], ..Listen::default() };
-        let engine = Engine::new(&setup.name, config)
-            .with_context(|| format!("starting the engine {}", setup.name))?;
-        let blocks = setup.peers * SLOTS;
-        let arena = Arena::new(blocks * stride(all.block_bytes))?;
-        // SAFETY: the arena stays mapped as long as this value's handle to it, and `close` deregisters it before that
-        // is dropped. Blocks are touched only between passes, when no transfer is in flight.
-        let region = unsafe { engine.register(arena.as_ptr(), arena.len(), Access::READ_WRITE) }?;
-        Ok(Self { engine, region, arena, blocks, first_index: setup.first_index })
-    }
-
-    fn address(&self) -> Address {
-        Address {
-            metadata: to_hex(&self.engine.metadata()),
-            descriptor: to_hex(&self.region.descriptor().to_bytes()),
-        }
-    }
-
-    fn close(&self) -> Result<()> {
-        let released = self.engine.deregister(&self.region);
-        self.engine.shutdown().context("stopping an engine")?;
-        released.context("deregistering the memory")
+        let outcomes = self.links.iter().zip(outcomes);
+        Ok(outcomes.map(|(link, outcome)| of_link(link, outcome)).collect())
     }
 }
 
 /// The transfers of one peer, of which one is outstanding.
-struct Posting {
+struct Posting<T> {
     peer: usize,
-    transfers: Vec<Transfer>,
+    /// Which of the process's nodes posts.
+    node: usize,
+    transfers: Vec<T>,
     /// Since the pass began.
     posted: usize,
     posted_ns: u64,
+    /// When the one posted last was over, where posting it told.
+    over: Option<u64>,
 }
 
-impl Posting {
+impl<T> Posting<T> {
     #[inline]
-    fn post(&mut self, sabotage: bool) -> Result<()> {
+    fn post(&mut self, node: &impl Node<Transfer = T>, sabotage: bool) -> Result<()> {
         let transfer = &self.transfers[self.posted % SLOTS];
         self.posted += 1;
         self.posted_ns = now_ns();
-        if !sabotage {
-            transfer.post().with_context(|| format!("posting to peer {}", self.peer))?;
-        }
+        let over = sabotage
+            || node.post(transfer).with_context(|| format!("posting to peer {}", self.peer))?;
+        self.over = over.then(now_ns);
         Ok(())
     }
 
-    /// Whether the transfer that was posted last has ended.
+    /// When the transfer that was posted last was seen to be over, if it is.
     #[inline]
-    fn is_over(&self, sabotage: bool) -> Result<bool> {
-        if sabotage {
-            return Ok(true);
+    fn ended_ns(&self, node: &impl Node<Transfer = T>) -> Result<Option<u64>> {
+        if self.over.is_some() {
+            return Ok(self.over);
         }
-        match self.transfers[(self.posted - 1) % SLOTS].status() {
-            Status::InProgress => Ok(false),
-            Status::Done => Ok(true),
-            Status::Failed(error) => {
-                Err(error).with_context(|| format!("the transfer of peer {} failed", self.peer))
-            }
-            Status::Idle => bail!("the engine forgot the transfer of peer {}", self.peer),
-        }
+        let finished = node.is_finished(&self.transfers[(self.posted - 1) % SLOTS]);
+        let finished = finished.with_context(|| format!("the transfer of peer {}", self.peer))?;
+        Ok(finished.then(now_ns))
     }
 }
 

@@ -8,13 +8,15 @@ use serde::{Deserialize, Serialize};
 use crate::case::Operation;
 use crate::cpu::Usage;
 use crate::measure::Points;
+use crate::nixl::NixlSystem;
+use crate::parent::Parent;
 
 /// Places of a peer that its transfers rotate through, so that every one of them can be verified.
 pub(crate) const SLOTS: usize = 16;
 
-/// An engine of a process.
+/// A node of a process: an engine, or an agent of NIXL.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct EngineSetup {
+pub(crate) struct NodeSetup {
     pub(crate) name: String,
     /// Peers that it has, with [`SLOTS`] blocks for each.
     pub(crate) peers: usize,
@@ -22,29 +24,54 @@ pub(crate) struct EngineSetup {
     pub(crate) first_index: u64,
 }
 
+/// What the nodes are, all of one kind.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Kind {
+    Engines {
+        transports: Vec<String>,
+    },
+    Agents {
+        system: NixlSystem,
+        /// Whether this thread has to poll while it posts nothing, because the backend moves nothing otherwise.
+        polls: bool,
+    },
+}
+
 /// All that a process needs to know to begin.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Setup {
-    pub(crate) engines: Vec<EngineSetup>,
-    /// Of all lanes.
-    pub(crate) core: usize,
-    pub(crate) transports: Vec<String>,
+    pub(crate) kind: Kind,
+    /// Of engines, the core of all lanes; of agents, that of the application's thread.
+    pub(crate) core: Option<usize>,
+    pub(crate) nodes: Vec<NodeSetup>,
     pub(crate) block_bytes: usize,
     pub(crate) sabotage: bool,
 }
 
-/// Where an engine is; both in hexadecimal.
+/// Where a node is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Address {
+    /// In hexadecimal.
     pub(crate) metadata: String,
-    pub(crate) descriptor: String,
+    pub(crate) memory: Memory,
+}
+
+/// A node's memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Memory {
+    /// Descriptor of an engine's region, in hexadecimal.
+    Region(String),
+    /// Where an agent's arena begins there.
+    At(u64),
 }
 
 /// A peer that a process posts to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Link {
-    /// Which of the process's engines posts.
-    pub(crate) engine: usize,
+    /// Which of the process's nodes posts.
+    pub(crate) node: usize,
     /// Number of the peer (not of the hub) that this is about.
     pub(crate) peer: usize,
     pub(crate) address: Address,
@@ -76,6 +103,8 @@ pub(crate) enum Reply {
     Ready {
         addresses: Vec<Address>,
         resources: Resources,
+        /// Version of NIXL; empty where there is none.
+        nixl: String,
     },
     Met,
     Begun,
@@ -85,6 +114,8 @@ pub(crate) enum Reply {
         /// Of the processors, since the pass began.
         used: Usage,
     },
+    /// The user asked for something that cannot be.
+    Refused(String),
     /// It went wrong.
     Failed(String),
 }
@@ -99,7 +130,7 @@ pub(crate) struct PeerOutcome {
     pub(crate) latency: Points,
 }
 
-/// What a process holds.
+/// What a process holds, but for what it has for its parent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Resources {
     /// Resident memory, what it maps of others included.
@@ -121,10 +152,11 @@ impl Resources {
         // One is the directory that is being listed.
         let descriptors =
             fs::read_dir("/proc/self/fd").context("/proc/self/fd")?.count() as u64 - 1;
+        let own = |number: u64, of_harness: u64| number.saturating_sub(of_harness);
         Ok(Self {
             resident_bytes: number("VmRSS:")? * 1024,
-            descriptors,
-            threads: number("Threads:")?,
+            descriptors: own(descriptors, Parent::<Order>::DESCRIPTORS),
+            threads: own(number("Threads:")?, Parent::<Order>::THREADS),
         })
     }
 }

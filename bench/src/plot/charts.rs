@@ -2,10 +2,9 @@
 
 use super::axis::{LogAxis, TailAxis, number, rate_label, time_label};
 use super::svg::{Anchor, Svg, line_style, width_of};
-use super::view::{ALONE, CaseView, LineView, RatioView, View, backend_of};
+use super::view::{ALONE, Along, CaseView, LineView, RatioView, SLOWEST, View, backend_of};
 use crate::measure::Points;
 use crate::report::Spread;
-use crate::units::Bytes;
 
 const WIDTH: f64 = 640.0;
 const LEFT: f64 = 66.0;
@@ -30,14 +29,15 @@ pub(crate) struct Chart {
 pub(crate) fn charts(view: &View) -> (Vec<Chart>, Vec<Chart>) {
     let labels = view.labels();
     let mut overviews = Vec::new();
-    let mut kinds: Vec<&String> = Vec::new();
-    for (kind, _) in view.cases.iter().filter_map(|case| case.size.as_ref()) {
+    let mut kinds: Vec<(&String, Along)> = Vec::new();
+    for step in view.cases.iter().filter_map(|case| case.step.as_ref()) {
+        let kind = (&step.kind, step.along);
         if !kinds.contains(&kind) {
             kinds.push(kind);
         }
     }
     for kind in kinds {
-        overviews.extend(by_size(view, kind, &labels));
+        overviews.extend(by_step(view, kind, &labels));
     }
     let mut ofs: Vec<&String> = Vec::new();
     for ratio in &view.ratios {
@@ -196,21 +196,25 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 fn style_of(label: &str, labels: &[String]) -> (String, &'static str) {
     let backend = backend_of(label);
     let style = line_style(labels.iter().position(|known| known == backend).unwrap_or(0));
-    if label.ends_with(ALONE) { (style.0, "6 3") } else { style }
+    let dashed = label.ends_with(ALONE) || label.ends_with(SLOWEST);
+    if dashed { (style.0, "6 3") } else { style }
 }
 
-/// Latency and bandwidth against size, for one direction.
-fn by_size(view: &View, kind: &str, labels: &[String]) -> Vec<Chart> {
-    let of_kind = |case: &&CaseView| case.size.as_ref().is_some_and(|size| size.0 == kind);
+/// Latency and bandwidth against the number in which the cases of a kind differ.
+fn by_step(view: &View, (kind, along): (&String, Along), labels: &[String]) -> Vec<Chart> {
+    let of_kind = |case: &&CaseView| {
+        case.step.as_ref().is_some_and(|step| &step.kind == kind && step.along == along)
+    };
     let cases: Vec<&CaseView> = view.cases.iter().filter(of_kind).collect();
-    let sizes: Vec<usize> = cases.iter().filter_map(|case| Some(case.size.as_ref()?.1)).collect();
+    let steps: Vec<usize> =
+        cases.iter().filter_map(|case| Some(case.step.as_ref()?.value)).collect();
     let series = |figure: &dyn Fn(&LineView) -> Option<f64>| -> Vec<(String, Vec<(usize, f64)>)> {
         let of_label = |label: &String| {
             let mut points: Vec<(usize, f64)> = Vec::new();
             for case in &cases {
                 let line = case.lines.iter().find(|line| &line.label == label);
                 let value = line.and_then(figure).filter(|value| *value > 0.0);
-                points.extend(value.and_then(|value| Some((case.size.as_ref()?.1, value))));
+                points.extend(value.and_then(|value| Some((case.step.as_ref()?.value, value))));
             }
             points.sort_unstable_by_key(|point| point.0);
             (label.clone(), points)
@@ -221,22 +225,27 @@ fn by_size(view: &View, kind: &str, labels: &[String]) -> Vec<Chart> {
     let p99 = series(&|line| Some(line.latency_us.p99));
     let rate = series(&|line| line.gigabytes_per_s);
     let mut charts = Vec::new();
-    for (name, lines, unit) in [
-        (format!("{kind}: median latency by size"), p50, true),
-        (format!("{kind}: p99 latency by size"), p99, true),
-        (format!("{kind}: bandwidth by size, one transfer at a time"), rate, false),
+    let by = along.names().0;
+    let bandwidth = match along {
+        Along::Bytes => format!("{kind}: bandwidth by {by}, one transfer at a time"),
+        Along::Peers => format!("{kind}: bandwidth by {by}"),
+    };
+    for (name, lines, times) in [
+        (format!("{kind}: median latency by {by}"), p50, true),
+        (format!("{kind}: p99 latency by {by}"), p99, true),
+        (bandwidth, rate, false),
     ] {
-        if lines.is_empty() || sizes.len() < 2 {
+        if lines.is_empty() || steps.len() < 2 {
             continue;
         }
-        charts.push(size_chart(&name, &sizes, &lines, labels, unit));
+        charts.push(step_chart(&name, (along, &steps), &lines, labels, times));
     }
     charts
 }
 
-fn size_chart(
+fn step_chart(
     name: &str,
-    sizes: &[usize],
+    (along, steps): (Along, &[usize]),
     lines: &[(String, Vec<(usize, f64)>)],
     labels: &[String],
     times: bool,
@@ -257,27 +266,28 @@ fn size_chart(
     head(&mut svg, name, &legend);
     let values = lines.iter().flat_map(|(_, points)| points).map(|point| point.1);
     let axis = LogAxis::around(values, bottom, top + 8.0);
-    let across = LogAxis::around(sizes.iter().map(|&size| size as f64), LEFT, RIGHT);
+    let across = LogAxis::around(steps.iter().map(|&step| step as f64), LEFT, RIGHT);
     vertical(&mut svg, &axis, label);
-    let mut sizes = sizes.to_vec();
-    sizes.sort_unstable();
-    sizes.dedup();
+    let mut steps = steps.to_vec();
+    steps.sort_unstable();
+    steps.dedup();
     let mut end = f64::MIN;
-    for size in sizes {
-        let (x, text) = (across.at(size as f64), Bytes(size).to_string());
+    for step in steps {
+        let (x, text) = (across.at(step as f64), along.label(step));
         svg.line((x, top), (x, bottom), "--grid", 1.0);
         if x - width_of(&text) / 2.0 > end {
             svg.text((x, bottom + 18.0), Anchor::Middle, "--muted", &text);
             end = x + width_of(&text) / 2.0 + 4.0;
         }
     }
-    frame(&mut svg, top, bottom, "size of a transfer");
+    frame(&mut svg, top, bottom, along.names().1);
     for ((name, points), (_, colour, dashes)) in lines.iter().zip(&legend) {
         let places: Vec<(f64, f64)> =
-            points.iter().map(|&(size, value)| (across.at(size as f64), axis.at(value))).collect();
+            points.iter().map(|&(step, value)| (across.at(step as f64), axis.at(value))).collect();
         svg.path(&places, colour, dashes, name);
-        for (&place, &(size, value)) in places.iter().zip(points) {
-            svg.dot(place, 3.5, colour, &format!("{name}, {}: {}", Bytes(size), label(value)));
+        for (&place, &(step, value)) in places.iter().zip(points) {
+            let title = format!("{name}, {}: {}", along.label(step), label(value));
+            svg.dot(place, 3.5, colour, &title);
         }
     }
     Chart { name: name.to_owned(), svg: svg.finish(name) }

@@ -102,7 +102,7 @@ fn read(path: &Path) -> Result<Read, String> {
     let schema = value["schema"].as_str().unwrap_or("none");
     let version = value["schema_version"].as_u64().unwrap_or(0);
     let known = match schema {
-        "corelane-bench" => report::SCHEMA_VERSION,
+        report::SCHEMA => report::SCHEMA_VERSION,
         nixl::SCHEMA => nixl::SCHEMA_VERSION,
         peers::SCHEMA => peers::SCHEMA_VERSION,
         _ => {

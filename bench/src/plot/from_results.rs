@@ -1,18 +1,18 @@
 //! Views of the result files: of `loopback` and `client`, and of `nixl`.
 
-use super::view::{ALONE, BESIDE, LineView, PeersView, RatioView, View};
+use super::view::{ALONE, Along, BESIDE, LineView, PeersView, RatioView, SLOWEST, Step, View};
 use crate::case::Scenario;
 use crate::manifest::Host;
 use crate::nixl::{NixlResults, Part};
 use crate::peers::{PeerFigures, PeersResults};
-use crate::report::{Costs, Results};
+use crate::report::{Costs, Results, Versus};
 
 /// Of `loopback` and `client`.
 pub(crate) fn of_engine(results: &Results) -> View {
     let Results { options, environment, .. } = results;
     let mut view = View {
         title: format!("corelane-bench: {}", options.backend),
-        notes: failure(results.failure.as_deref()),
+        notes: failure(results.run.failure.as_deref()),
         loads: results.loads.clone(),
         ..View::default()
     };
@@ -36,9 +36,9 @@ pub(crate) fn of_engine(results: &Results) -> View {
     }
     for row in &results.series {
         let sized = row.scenario == Scenario::Sizes;
-        let size = sized.then(|| (row.operation.to_string(), row.block_bytes));
+        let step = sized.then(|| Step::bytes(row.operation.to_string(), row.block_bytes));
         let (id, label) = load_line(&row.id, &row.backend.to_string());
-        view.case(&id, size).lines.push(LineView {
+        view.case(&id, step).lines.push(LineView {
             label,
             points: row.histogram_ns.clone(),
             latency_us: row.latency_us,
@@ -60,7 +60,7 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     let mut view = View {
         title: format!("corelane-bench nixl: {}", results.options.backend),
         faults: results.faults.clone(),
-        notes: failure(results.failure.as_deref()),
+        notes: failure(results.run.failure.as_deref()),
         loads: results.loads.clone(),
         ..View::default()
     };
@@ -71,10 +71,10 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     for row in results.series.iter().filter(|row| row.is_shown()) {
         let bytes = row.blocks * row.block_bytes;
         let sized = row.part == Part::Completion && row.blocks == 1;
-        let size = sized.then(|| (row.operation.to_string(), row.block_bytes));
+        let step = sized.then(|| Step::bytes(row.operation.to_string(), row.block_bytes));
         let (id, label) = load_line(&row.id, &row.backend);
         let moved = row.part == Part::Completion && row.latency_us.mean > 0.0;
-        view.case(&id, size).lines.push(LineView {
+        view.case(&id, step).lines.push(LineView {
             label,
             points: row.histogram_ns.clone(),
             latency_us: row.latency_us,
@@ -84,55 +84,74 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     }
     let shown = |id: &str| results.series.iter().any(|row| row.id == id && row.is_shown());
     let ratios = results.comparisons.iter().filter(|row| shown(&row.id));
-    view.ratios.extend(ratios.map(|row| RatioView {
-        id: row.id.clone(),
-        of: format!("{} / {}", row.backend, row.vs),
-        p50: row.ratios.p50,
-        p99: row.ratios.p99,
-    }));
+    view.ratios.extend(ratios.map(ratio_of));
     view
 }
 
-/// Of `many-peers`: a case for each direction, operation and size, in it a line for each number of peers, and one for
-/// the peer that fared worst among the most.
+/// Of `many-peers`. Of engines a case for each direction, operation and size, in it a line for each number of peers; of
+/// backends of NIXL a case for each number of peers too, in it a line for each backend. Where there are several peers,
+/// the one that fared worst has a line of its own.
 pub(crate) fn of_peers(results: &PeersResults) -> View {
     let mut view = View {
         title: "corelane-bench many-peers".to_owned(),
-        notes: failure(results.failure.as_deref()),
+        notes: failure(results.run.failure.as_deref()),
         ..View::default()
     };
     view.notes.extend(results.header().lines().skip(1).map(|line| format!("{line}.")));
     view.notes.retain(|note| note.len() > 1);
-    view.environments.push(("All processes".to_owned(), described(&results.environment)));
+    let backends = results.options.backend.is_some();
+    let mut environment = described(&results.environment);
+    if backends {
+        environment.insert(0, ("NIXL".to_owned(), results.options.nixl.clone()));
+    }
+    view.environments.push(("All processes".to_owned(), environment));
     for row in &results.series {
         let count =
             if row.peers == 1 { "1 peer".to_owned() } else { format!("{} peers", row.peers) };
-        let rate = |operations_per_s: f64| operations_per_s * row.block_bytes as f64 / 1e9;
-        let case = view.case(&row.group, None);
-        case.lines.push(LineView {
-            label: count.clone(),
-            points: row.histogram_ns.clone(),
-            latency_us: row.latency_us,
-            gigabytes_per_s: Some(rate(row.operations_per_s.median)),
-            cpu_us_per_operation: None,
-        });
         let most = results.series.iter().filter(|other| other.group == row.group);
         let is_most = most.map(|other| other.peers).max() == Some(row.peers);
-        if let Some(PeerFigures { latency_us, histogram_ns, .. }) = row.slowest()
-            && is_most
+        let (case, label, slowest) = if backends {
+            let step = Step { kind: row.group.clone(), along: Along::Peers, value: row.peers };
+            let slowest = format!("{}{SLOWEST}", row.backend);
+            (view.case(&row.id, Some(step)), row.backend.clone(), Some(slowest))
+        } else {
+            let slowest = is_most.then(|| format!("{count}, the slowest of them"));
+            (view.case(&row.group, None), count, slowest)
+        };
+        let moved = row.operations_per_s.median * row.block_bytes as f64 / 1e9;
+        case.lines.push(LineView {
+            label,
+            points: row.histogram_ns.clone(),
+            latency_us: row.latency_us,
+            gigabytes_per_s: Some(moved),
+            cpu_us_per_operation: None,
+        });
+        if let (Some(PeerFigures { latency_us, histogram_ns, .. }), Some(label)) =
+            (row.slowest(), slowest)
             && row.peers > 1
         {
             case.lines.push(LineView {
-                label: format!("{count}, the slowest of them"),
+                label,
                 points: histogram_ns.clone(),
                 latency_us: *latency_us,
                 gigabytes_per_s: None,
                 cpu_us_per_operation: None,
             });
         }
-        view.peers.push(PeersView { label: row.id.clone(), series: row.clone() });
+        let label = if backends { format!("{}, {}", row.id, row.backend) } else { row.id.clone() };
+        view.peers.push(PeersView { label, series: row.clone() });
     }
+    view.ratios.extend(results.comparisons.iter().map(ratio_of));
     view
+}
+
+fn ratio_of(row: &Versus) -> RatioView {
+    RatioView {
+        id: row.id.clone(),
+        of: format!("{} / {}", row.backend, row.vs),
+        p50: row.ratios.p50,
+        p99: row.ratios.p99,
+    }
 }
 
 /// Reads alone and beside writes belong into one chart: their case, and what the line is called there.

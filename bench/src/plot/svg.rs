@@ -118,7 +118,8 @@ impl Svg {
 
 /// How wide a text of ordinary size is, roughly: enough to keep labels apart.
 pub(crate) fn width_of(text: &str) -> f64 {
-    text.chars().count() as f64 * 7.0
+    let wide = |c: &char| c.is_ascii_uppercase() || matches!(c, '@' | '=' | '_');
+    text.chars().count() as f64 * 7.0 + text.chars().filter(wide).count() as f64 * 1.5
 }
 
 /// Text for HTML and SVG.

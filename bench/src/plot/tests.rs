@@ -1,7 +1,7 @@
-use super::charts::charts;
+use super::charts::{Chart, charts};
 use super::page;
 use super::svg::with_fixed_colours;
-use super::view::{LineView, RatioView, View};
+use super::view::{LineView, RatioView, Step, View};
 use crate::measure::{Points, histogram, points_of};
 use crate::nixl::{Fault, FaultKind};
 use crate::report::{Percentiles, Spread, load_of_backend};
@@ -27,7 +27,7 @@ fn view() -> View {
         .push(("Host".to_owned(), vec![("Kernel".to_owned(), "Linux\u{1}".to_owned())]));
     let wide: Points = (0..60).map(|n| (100 << (n / 2), 1 << (30 - n / 2))).collect();
     for size in [64, 4096, 1 << 20] {
-        let case = view.case(&format!("read/{size}B"), Some(("read".to_owned(), size)));
+        let case = view.case(&format!("read/{size}B"), Some(Step::bytes("read".to_owned(), size)));
         case.lines.push(line("CORELANE", &vec![(9_000 + size as u64, 100)]));
         case.lines.push(line("UCX@UCX_TLS=tcp,<x>", &wide));
     }
@@ -129,31 +129,36 @@ fn charts_of_sizes_ratios_and_cases_are_drawn() {
 /// Labels of one axis must not run into each other.
 #[test]
 fn labels_do_not_overlap() {
-    let (overviews, cases) = charts(&view());
-    for chart in overviews.iter().chain(&cases) {
-        let document = roxmltree::Document::parse(&chart.svg).expect("well-formed");
-        let text = document.descendants().filter(|node| node.tag_name().name() == "text");
-        let boxes: Vec<(f64, f64, f64, String)> = text
-            .map(|node| {
-                let at = |name| {
-                    node.attribute(name).and_then(|text| text.parse::<f64>().ok()).expect("a place")
-                };
-                let label = node.text().unwrap_or_default().to_owned();
-                let width = label.chars().count() as f64 * 6.0;
-                let left = match node.attribute("text-anchor") {
-                    Some("start") => at("x"),
-                    Some("middle") => at("x") - width / 2.0,
-                    _ => at("x") - width,
-                };
-                (left, left + width, at("y"), label)
-            })
-            .collect();
-        for (number, one) in boxes.iter().enumerate() {
-            assert!(one.0 >= 0.0 && one.1 <= 640.0, "{}: '{}' is cut off", chart.name, one.3);
-            for other in &boxes[number + 1..] {
-                let apart = one.1 <= other.0 || other.1 <= one.0 || (one.2 - other.2).abs() >= 12.0;
-                assert!(apart, "{}: '{}' runs into '{}'", chart.name, one.3, other.3);
-            }
+    let peers = super::of_peers(&crate::peers::compared());
+    for view in [view(), peers] {
+        let (overviews, cases) = charts(&view);
+        overviews.iter().chain(&cases).for_each(assert_apart);
+    }
+}
+
+fn assert_apart(chart: &Chart) {
+    let document = roxmltree::Document::parse(&chart.svg).expect("well-formed");
+    let text = document.descendants().filter(|node| node.tag_name().name() == "text");
+    let boxes: Vec<(f64, f64, f64, String)> = text
+        .map(|node| {
+            let at = |name| {
+                node.attribute(name).and_then(|text| text.parse::<f64>().ok()).expect("a place")
+            };
+            let label = node.text().unwrap_or_default().to_owned();
+            let width = label.chars().count() as f64 * 6.0;
+            let left = match node.attribute("text-anchor") {
+                Some("start") => at("x"),
+                Some("middle") => at("x") - width / 2.0,
+                _ => at("x") - width,
+            };
+            (left, left + width, at("y"), label)
+        })
+        .collect();
+    for (number, one) in boxes.iter().enumerate() {
+        assert!(one.0 >= 0.0 && one.1 <= 640.0, "{}: '{}' is cut off", chart.name, one.3);
+        for other in &boxes[number + 1..] {
+            let apart = one.1 <= other.0 || other.1 <= one.0 || (one.2 - other.2).abs() >= 12.0;
+            assert!(apart, "{}: '{}' runs into '{}'", chart.name, one.3, other.3);
         }
     }
 }
@@ -168,6 +173,40 @@ fn several_results_are_told_apart_by_name() {
     assert!(labels.contains(&"before: CORELANE".to_owned()), "{labels:?}");
     assert!(labels.contains(&"after: CORELANE".to_owned()), "{labels:?}");
     assert!(page(&both).contains("after: UCX@UCX_TLS=tcp"));
+}
+
+#[test]
+fn many_peers_of_backends_have_a_line_each_in_every_chart() {
+    let view = super::of_peers(&crate::peers::compared());
+    let labels: Vec<Vec<&str>> = view
+        .cases
+        .iter()
+        .map(|case| case.lines.iter().map(|line| line.label.as_str()).collect())
+        .collect();
+    let (ours, theirs) = ("CORELANE", "UCX@UCX_TLS=tcp");
+    assert_eq!(
+        labels,
+        [
+            vec![ours, theirs],
+            vec![ours, "CORELANE, slowest peer", theirs, "UCX@UCX_TLS=tcp, slowest peer"]
+        ]
+    );
+    assert_eq!(view.labels(), [ours, theirs], "a backend has one colour");
+    let names: Vec<String> = charts(&view).0.into_iter().map(|chart| chart.name).collect();
+    let group = "many-peers/to-one/read/4KiB";
+    assert_eq!(
+        names,
+        [
+            format!("{group}: median latency by number of peers"),
+            format!("{group}: p99 latency by number of peers"),
+            format!("{group}: bandwidth by number of peers"),
+            format!("{ours} / {theirs}: ratio of latencies")
+        ]
+    );
+    assert!(page(&view).contains("many-peers/to-one/read/4KiB/x4, UCX@UCX_TLS=tcp"));
+    let engines = super::of_peers(&crate::peers::engines());
+    let lines: Vec<&str> = engines.cases[0].lines.iter().map(|line| line.label.as_str()).collect();
+    assert_eq!(lines, ["1 peer", "4 peers", "4 peers, the slowest of them"]);
 }
 
 #[cfg(feature = "png")]

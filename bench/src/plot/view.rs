@@ -4,14 +4,18 @@ use crate::measure::Points;
 use crate::nixl::Fault;
 use crate::peers::PeersSeries;
 use crate::report::{Load, Percentiles, Spread};
+use crate::units::Bytes;
 
 /// What is behind a backend's name in the label of a load's reads.
 pub(crate) const ALONE: &str = ", reads alone";
 pub(crate) const BESIDE: &str = ", beside writes";
 
+/// What is behind it in the label of the peer that fared worst.
+pub(crate) const SLOWEST: &str = ", slowest peer";
+
 /// The backend that a line is of.
 pub(crate) fn backend_of(label: &str) -> &str {
-    label.strip_suffix(ALONE).or_else(|| label.strip_suffix(BESIDE)).unwrap_or(label)
+    [ALONE, BESIDE, SLOWEST].iter().find_map(|what| label.strip_suffix(what)).unwrap_or(label)
 }
 
 /// One or several results, ready to be drawn.
@@ -41,8 +45,49 @@ pub(crate) struct PeersView {
 pub(crate) struct CaseView {
     pub(crate) id: String,
     pub(crate) lines: Vec<LineView>,
-    /// Direction and bytes, where the case is one size of several.
-    pub(crate) size: Option<(String, usize)>,
+    /// Where the case is one of several that differ in one number.
+    pub(crate) step: Option<Step>,
+}
+
+/// One of several cases.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Step {
+    /// What all have in common.
+    pub(crate) kind: String,
+    pub(crate) along: Along,
+    pub(crate) value: usize,
+}
+
+/// What they differ in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Along {
+    Bytes,
+    Peers,
+}
+
+impl Along {
+    /// How its axis is called, in a title and below it.
+    pub(crate) fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Bytes => ("size", "size of a transfer"),
+            Self::Peers => ("number of peers", "number of peers"),
+        }
+    }
+
+    /// What stands at a place of the axis.
+    pub(crate) fn label(self, value: usize) -> String {
+        match self {
+            Self::Bytes => Bytes(value).to_string(),
+            Self::Peers => value.to_string(),
+        }
+    }
+}
+
+impl Step {
+    /// One size of several.
+    pub(crate) fn bytes(kind: String, value: usize) -> Self {
+        Self { kind, along: Along::Bytes, value }
+    }
 }
 
 /// One backend's latencies.
@@ -68,9 +113,9 @@ pub(crate) struct RatioView {
 
 impl View {
     /// The lines of a case, which is begun where there is none of that name.
-    pub(crate) fn case(&mut self, id: &str, size: Option<(String, usize)>) -> &mut CaseView {
+    pub(crate) fn case(&mut self, id: &str, step: Option<Step>) -> &mut CaseView {
         let at = self.cases.iter().position(|case| case.id == id).unwrap_or_else(|| {
-            self.cases.push(CaseView { id: id.to_owned(), lines: Vec::new(), size });
+            self.cases.push(CaseView { id: id.to_owned(), lines: Vec::new(), step });
             self.cases.len() - 1
         });
         &mut self.cases[at]
@@ -97,7 +142,7 @@ impl View {
         for case in other.cases {
             let lines = case.lines.into_iter();
             let lines = lines.map(|line| LineView { label: named(&line.label), ..line });
-            self.case(&case.id, case.size).lines.extend(lines);
+            self.case(&case.id, case.step).lines.extend(lines);
         }
         let ratios = other.ratios.into_iter();
         self.ratios.extend(ratios.map(|ratio| RatioView { of: named(&ratio.of), ..ratio }));

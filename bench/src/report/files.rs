@@ -75,6 +75,15 @@ impl Output {
     }
 }
 
+/// Name of a series' file: a backend's label may hold whatever its variables do.
+pub(crate) fn hgrm_name(id: &str, backend: &str) -> String {
+    let plain = |text: &str| -> String {
+        let known = |c: char| c.is_ascii_alphanumeric() || "+-_.=@,".contains(c);
+        text.chars().map(|c| if known(c) { c } else { '-' }).take(100).collect()
+    };
+    format!("{}.{}.hgrm", plain(id), plain(backend))
+}
+
 /// Fails when a file of that name cannot be written; creates the directories above it.
 pub(crate) fn ensure_writable(json: &Path) -> Result<()> {
     prove_writable(parent(json))?;

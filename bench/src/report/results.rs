@@ -7,25 +7,21 @@ use serde::{Deserialize, Serialize};
 
 use super::costs::Costs;
 use super::load::Load;
+use super::run_info::RunInfo;
 use crate::case::{App, Backend, Memory, Operation, Scenario, TargetApp};
 use crate::manifest::Host;
 use crate::measure::Points;
 
+/// Name of the schema.
+pub(crate) const SCHEMA: &str = "corelane-bench";
 /// Version of the layout below.
 pub(crate) const SCHEMA_VERSION: u32 = 2;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Results {
-    /// Always `corelane-bench`.
-    pub(crate) schema: String,
-    pub(crate) schema_version: u32,
-    /// False when a run failed: the series are those that had been measured by then.
-    pub(crate) complete: bool,
-    pub(crate) failure: Option<String>,
-    /// Seconds since 1970 at the start.
-    pub(crate) started_unix_s: u64,
-    pub(crate) elapsed_s: f64,
+    #[serde(flatten)]
+    pub(crate) run: RunInfo,
     pub(crate) options: Options,
     pub(crate) environment: Environment,
     pub(crate) series: Vec<Series>,
@@ -276,12 +272,7 @@ pub(crate) mod tests {
     pub(crate) fn results() -> Results {
         let ratio = Spread::of(vec![1.0, 1.05, 1.2]).expect("values");
         Results {
-            schema: "corelane-bench".to_owned(),
-            schema_version: SCHEMA_VERSION,
-            complete: true,
-            failure: None,
-            started_unix_s: 1_700_000_000,
-            elapsed_s: 12.5,
+            run: RunInfo::complete(SCHEMA, SCHEMA_VERSION),
             options: Options {
                 transport: "tcp".to_owned(),
                 memory: Memory::Registered,
