@@ -222,6 +222,8 @@ fn a_stream_that_takes_nothing_more_holds_memory_no_longer_than_a_silent_peer() 
     let mut config = tcp_config();
     config.liveness = Duration::from_millis(500);
     config.operation_timeout = BOUND * 10;
+    // More than sockets hold.
+    (config.streams, config.chunk_bytes) = (1, 8 << 20);
     let near = corelane_tests::Near::new(config, LEN);
     let peer = near.connect(&owner.metadata());
     // Streams come after the session.
