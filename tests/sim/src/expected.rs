@@ -56,7 +56,16 @@ pub(crate) fn session(state: SessionState, event: Event) -> bool {
             | (S::Connecting, E::SessionDown)
             | (S::LeavingConnecting, E::AcceptBulk | E::BulkUp | E::BulkDown | E::Retire)
             | (S::Leaving | S::Unconfirmed, E::Retire)
-    );
+    ) || (state != S::Up
+        && matches!(
+            event,
+            E::Copied
+                | E::RdmaResolved
+                | E::RdmaDown
+                | E::WiredEnded
+                | E::WiredBack
+                | E::WireMessage
+        ));
     !impossible && !rare
 }
 

@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::rng::Rng;
+use crate::wire::WireEnd;
 
 /// What travels in one direction of a connection.
 #[derive(Debug)]
@@ -35,6 +36,10 @@ pub(crate) struct End {
     pub(crate) ring: VecDeque<Vec<u8>>,
     /// It reads a little at a time, with this pause between.
     pub(crate) slow: Option<Duration>,
+    /// What the other end has handed over to be mapped.
+    pub(crate) shared: Option<corelane::sim::Shared>,
+    /// Its queue pairs.
+    pub(crate) wire: WireEnd,
 }
 
 impl End {
@@ -50,6 +55,8 @@ impl End {
             last: Duration::ZERO,
             ring: VecDeque::new(),
             slow: None,
+            shared: None,
+            wire: WireEnd::default(),
         }
     }
 }

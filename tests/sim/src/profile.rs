@@ -37,6 +37,7 @@ pub(crate) enum Fault {
     Crash,
     HostDown,
     Flood,
+    Rail,
 }
 
 #[derive(Debug, Clone)]
@@ -77,7 +78,12 @@ impl Profile {
         let delay = rng.pick(&[40, 300, 2000]);
         let capacity = rng.pick(&[700, 4000, 64 << 10]);
         let quick = capacity > 700 && delay < 2000;
-        let way = if rng.chance(30) { Way::Ring } else { Way::Sockets };
+        let way = match rng.below(100) {
+            0..30 => Way::Ring,
+            30..42 => Way::Copies,
+            42..54 => Way::Wired,
+            _ => Way::Sockets,
+        };
         let few = |rng: &mut Rng, percent| rng.chance(percent);
         let mut weights = |all: &[(Action, u64)]| -> Vec<(Action, u64)> {
             all.iter()
@@ -111,6 +117,7 @@ impl Profile {
             (Fault::Crash, 4),
             (Fault::HostDown, 1),
             (Fault::Flood, 2),
+            (Fault::Rail, if way == Way::Wired { 20 } else { 0 }),
         ];
         let fault_weights = faults
             .iter()
