@@ -23,9 +23,9 @@ use crate::session::{ConnectTicket, Core, CoreConfig, Env, Event, LinkId};
 use crate::stats::Counters;
 use crate::sync::Ticket;
 use crate::transfer::TransferShared;
-use crate::transport::local::Accessor;
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
+use crate::transport::local::Accessor;
 use crate::transport::local::{Held, Pid};
 use crate::transport::rdma::{AsyncEvent, LaneRdma, Link as RdmaLink};
 

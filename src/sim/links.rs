@@ -479,6 +479,13 @@ impl Node {
                 self.with_core(slot, Input::AcceptBulk, |core, _| core.accept_bulk(hello))
             }
         };
+        if hello.kind == LinkKind::Session && welcome.is_ok() {
+            // A link that this one replaces is closed before there is anything new that its end could be taken for that of.
+            self.handle_events(slot, out);
+            if self.peers.get(slot).is_none() {
+                return Err(Refusal::NoSession);
+            }
+        }
         welcome.map(|welcome| (slot, welcome))
     }
 

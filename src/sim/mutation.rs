@@ -78,7 +78,7 @@ mutations! {
     DeadCopiersCount, "the copies of a process that died are waited for", "ends in time";
     TableStaysOpen, "deregistration leaves the key in the region table", "admitted";
     WiredEndsAtOnce, "a transfer that a device has is told to have ended while the device goes on", "quiet after end";
-    RedoneUnconfirmed, "what a queue pair has lost is done again before the peer's is destroyed", "quiet after end";
+    RedoneUnconfirmed, "what a queue pair has lost is done again at once, and the peer is not asked to destroy its own", "quiet after end";
     PairKept, "a queue pair that is down is kept by the side that did not offer it", "quiet after end";
     NotifiedRedone, "a WRITE whose notification the peer may have seen is done again by RDMA", "notified once";
     ResyncForgets, "what queue pairs have lost of the notifications is not sent again", "nothing lost";
@@ -91,6 +91,8 @@ mutations! {
     HearsNothing, "bytes of the peer do not count as a sign of life", "alive";
     NeverDead, "a silent peer is never given up", "dead";
     OwnPingsCount, "a ping that is sent counts as a sign of life", "dead";
+    LostStaysConnected, "a peer whose session is lost is said to be connected", "dead";
+    SilentLinkKept, "the link of a peer that was given up is kept", "dead";
     BothRefuse, "both sides refuse when both connect at once", "meet";
     AcceptsNoSecondAttempt, "a peer that has been here is refused", "meet";
     TargetNotProven, "the initiator does not look at the target's proof", "trusted";

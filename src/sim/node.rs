@@ -140,8 +140,14 @@ pub trait Outside: Memory {
     /// What the other end has handed over.
     fn shared(&mut self, link: u64) -> Option<Shared>;
     /// Copies between this engine's memory and that of another.
-    fn copy(&mut self, peer: u128, operation: Operation, local: u64, remote: u64, len: usize)
-    -> Copied;
+    fn copy(
+        &mut self,
+        peer: u128,
+        operation: Operation,
+        local: u64,
+        remote: u64,
+        len: usize,
+    ) -> Copied;
     /// Makes this end's queue pair of a session's link, or destroys it: then nothing of it moves any more at this end.
     fn pair(&mut self, link: u64, generation: Option<u32>);
     /// Posts to it.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::copies::Attachment;
 use super::coverage::{self, Event as Input};
 use super::node::{
     Node, Outside, Peer, PlanHandle, TicketHandle, TicketKind, TransferHandle, instant,
 };
-use super::copies::Attachment;
-use super::{Levels, Way};
 use super::wired::Wire;
+use super::{Levels, Way};
 use crate::error::{Error, Result};
 use crate::peer::{NO_SLOT, PeerShared};
 use crate::session::{Core, CoreConfig, Env, Event};

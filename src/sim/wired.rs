@@ -389,13 +389,7 @@ impl Node {
     }
 
     /// A transfer is to end early.
-    pub(super) fn stop_wired(
-        &mut self,
-        slot: usize,
-        key: u64,
-        stuck: bool,
-        out: &mut dyn Outside,
-    ) {
+    pub(super) fn stop_wired(&mut self, slot: usize, key: u64, stuck: bool, out: &mut dyn Outside) {
         let Some(wire) = self.wire(slot) else { return };
         wire.parked.retain(|parked| *parked != key);
         let Some(job) = wire.jobs.get_mut(&key) else { return };
@@ -489,15 +483,16 @@ impl Node {
         wire.failures += u32::from(culprit.is_none());
         let generation = wire.generation;
         self.wire_take_down(slot, culprit, out);
-        let Some(peer) = self.peers.get(slot) else { return };
-        let expects = peer.core.expects();
-        self.wire_tell(slot, RdmaFrame::Down { generation, expects }.encode());
         if mutated!(RedoneUnconfirmed) {
+            // Over the socket, and the peer is told nothing.
             self.wire_give_back(slot);
-            self.with_core(slot, Input::RdmaResolved, |core, env| {
+            return self.with_core(slot, Input::RdmaResolved, |core, env| {
                 core.rdma_resolved(Err("it failed".into()), env);
             });
         }
+        let Some(peer) = self.peers.get(slot) else { return };
+        let expects = peer.core.expects();
+        self.wire_tell(slot, RdmaFrame::Down { generation, expects }.encode());
     }
 
     fn wire_take_down(&mut self, slot: usize, culprit: Option<u64>, out: &mut dyn Outside) {

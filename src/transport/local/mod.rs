@@ -29,8 +29,6 @@ mod shm;
 mod table;
 
 pub(crate) use accessors::{Accessor, Accessors};
-#[cfg(feature = "sim")]
-pub(crate) use {accessors::InProgress, channel::Uses};
 pub(crate) use channel::{
     Consumer, MAX_RING_PAYLOAD, Message, OwnedUse, Producer, Pushed, RING_MESSAGES,
     create as create_channel, open as open_channel,
@@ -42,6 +40,8 @@ pub(crate) use memory::{OwnMemory, node_of};
 pub(crate) use path::{CopyError, LocalPath, PathParts, PeerMemory, reach};
 pub(crate) use shm::{Mapping, SharedFd};
 pub(crate) use table::{RemoteRange, Table, TableView};
+#[cfg(feature = "sim")]
+pub(crate) use {accessors::InProgress, channel::Uses};
 
 /// Layout of the shared memory; both sides must agree.
 pub(crate) const LAYOUT: u16 = 2;

@@ -6,7 +6,7 @@ use crate::memory::Space;
 use crate::net::Item;
 use crate::ports::{Event, watch};
 use crate::profile::{Fault, draw};
-use crate::world::{World, address, ms};
+use crate::world::{Engine, World, address, ms};
 use corelane::sim::{Node, Way};
 
 /// When the kernel gives up a connection on which nothing gets through; later than all timeouts of the engines.
@@ -54,6 +54,10 @@ impl World {
             Some(Fault::Crash) => self.crash_any(false),
             Some(Fault::HostDown) => self.crash_any(true),
             Some(Fault::Rail) => {
+                self.net.rail_fails = self.rng.chance(60);
+                if self.net.rail_fails {
+                    return;
+                }
                 if let Some(conn) = self.any_conn() {
                     self.say(&|| format!("connection {conn}: its rail fails"));
                     self.rail_fails(conn);
@@ -123,9 +127,19 @@ impl World {
     }
 
     fn crash_any(&mut self, host: bool) {
-        let engine = self.rng.index(self.engines.len());
+        let mut engine = self.rng.index(self.engines.len());
+        // One that is amid a copy, if there is any.
+        let copies = |engine: &Engine| engine.node.as_ref().is_some_and(|node| node.copies() > 0);
+        let copying = self.engines.iter().position(copies);
+        if let Some(copying) = copying.filter(|_| self.rng.chance(60)) {
+            engine = copying;
+        }
         if self.engines[engine].alive {
             self.crash(engine, host);
+            if copying == Some(engine) {
+                let others = self.awake();
+                others.into_iter().for_each(|other| self.deregister(other));
+            }
             if self.rng.chance(60) {
                 let pause = ms(self.rng.pick(&[1, 30, 1000]));
                 self.schedule.at(self.now + pause, Event::Restart(engine));

@@ -271,7 +271,8 @@ impl Model {
                     Some((Promise::Data, "of somebody else's transfer"))
                 }
                 Touch::Served(_) | Touch::Device(_)
-                    if write.is_some() && transfer.ended && transfer.done => {
+                    if write.is_some() && transfer.ended && transfer.done =>
+                {
                     Some((Promise::QuietAfterEnd, "after the transfer was done"))
                 }
                 Touch::Served(_) if closing.is_some_and(|since| since < transfer.posted) => {

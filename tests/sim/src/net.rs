@@ -88,6 +88,8 @@ pub(crate) struct Net {
     /// Pairs of engines that cannot reach each other now.
     pub(crate) partitions: Vec<(usize, usize)>,
     pub(crate) rng: Rng,
+    /// The rail of the next queue pair that sends something of a WRITE fails.
+    pub(crate) rail_fails: bool,
     /// The connection and side that an engine calls so.
     names: HashMap<(usize, u32, u64), (usize, usize)>,
 }
@@ -97,7 +99,14 @@ pub(crate) const RING_SLOTS: usize = 64;
 
 impl Net {
     pub(crate) fn new(manner: Manner, rng: Rng) -> Self {
-        Self { manner, conns: Vec::new(), partitions: Vec::new(), rng, names: HashMap::new() }
+        Self {
+            manner,
+            conns: Vec::new(),
+            partitions: Vec::new(),
+            rng,
+            rail_fails: false,
+            names: HashMap::new(),
+        }
     }
 
     pub(crate) fn delay(&mut self) -> Duration {

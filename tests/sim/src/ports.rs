@@ -225,10 +225,15 @@ impl Outside for Ports<'_> {
         let (here, there) = ((self.engine, own, local), (target, served, remote));
         let (from, to) = if read { (there, here) } else { (here, there) };
         let fault = |engine: usize| {
-            if engine == target && engine != self.engine { Copied::PeerFault } else { Copied::OwnFault }
+            if engine == target && engine != self.engine {
+                Copied::PeerFault
+            } else {
+                Copied::OwnFault
+            }
         };
         let (engine, touch, addr) = from;
-        let Some((base, offset)) = self.model.touch(engine, self.now, touch, addr, len, None) else {
+        let Some((base, offset)) = self.model.touch(engine, self.now, touch, addr, len, None)
+        else {
             return fault(engine);
         };
         let bytes = self.model.spaces[engine].regions[&base].bytes[offset..offset + len].to_vec();

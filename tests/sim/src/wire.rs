@@ -154,7 +154,12 @@ impl World {
         }
         let end = self.wire_end(conn, side);
         let at = end.network.back().map_or(lands, |(last, _)| lands.max(*last));
+        let write = matches!(sent.packet, Packet::Write(..));
         end.network.push_back((at, sent));
+        if write && std::mem::take(&mut self.net.rail_fails) {
+            self.say(&|| format!("connection {conn}: its rail fails amid a WRITE"));
+            self.rail_fails(conn);
+        }
     }
 
     /// A packet arrives at the other device.
