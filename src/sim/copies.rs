@@ -8,7 +8,6 @@ use std::sync::Arc;
 use super::coverage::Event as Input;
 use super::node::{Node, Outside};
 use crate::error::Error;
-use crate::plan::Operation;
 use crate::sys::IoSegment;
 use crate::transfer::TransferShared;
 use crate::transport::local::{

@@ -13,7 +13,6 @@ use super::ring;
 use crate::error::Error;
 use crate::plan::{Operation, PlanInner};
 use crate::session::{RailPairs, RingState, Wired, WiredEnd};
-use crate::transport::local::Message;
 use crate::wire::Access;
 use crate::wire::frame::{FrameKind, Header};
 use crate::wire::hello::LinkKind;
@@ -80,6 +79,23 @@ struct Job {
     stopped: bool,
     refused: bool,
     tries: u8,
+}
+
+impl Job {
+    fn new(plan: Arc<PlanInner>, notification: Option<Arc<[u8]>>) -> Self {
+        let notification = notification.filter(|payload| {
+            payload.len() <= MAX_MESSAGE_PAYLOAD && plan.operation == Operation::Write
+        });
+        Self {
+            plan,
+            notification,
+            notified: false,
+            outstanding: 0,
+            stopped: false,
+            refused: false,
+            tries: 0,
+        }
+    }
 }
 
 /// The queue pair of a session.
@@ -308,27 +324,14 @@ impl Node {
             let Some(wire) = peer.wire.as_mut().filter(|wire| wire.phase == Phase::Up) else {
                 return;
             };
-            let key = match wire.parked.pop() {
-                Some(key) => key,
-                None => {
-                    let Some(Wired { key, plan, notification }) = peer.core.next_wired() else {
-                        break;
-                    };
-                    let notification = notification.filter(|payload| {
-                        payload.len() <= MAX_MESSAGE_PAYLOAD && plan.operation == Operation::Write
-                    });
-                    let job = Job {
-                        plan,
-                        notification,
-                        notified: false,
-                        outstanding: 0,
-                        stopped: false,
-                        refused: false,
-                        tries: 0,
-                    };
-                    wire.jobs.insert(key, job);
-                    key
-                }
+            let key = if let Some(key) = wire.parked.pop() {
+                key
+            } else {
+                let Some(Wired { key, plan, notification }) = peer.core.next_wired() else {
+                    break;
+                };
+                wire.jobs.insert(key, Job::new(plan, notification));
+                key
             };
             self.wire_issue(slot, key, out);
         }

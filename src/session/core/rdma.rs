@@ -187,6 +187,10 @@ impl Core {
         env: &mut Env<'_>,
     ) -> Result<(), ProtocolError> {
         self.ring = None;
+        if self.session == 0 {
+            // The session has ended here, and the peer does not know yet.
+            return Ok(());
+        }
         if mutated!(ResyncForgets) {
             return Ok(());
         }

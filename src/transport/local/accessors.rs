@@ -88,7 +88,10 @@ impl Accessors {
 
 /// Copies that were in progress at some moment, and that have not been seen to end.
 #[derive(Debug, Default)]
-pub(crate) struct InProgress(Vec<(Arc<Accessor>, Vec<(usize, u64)>)>);
+pub(crate) struct InProgress(Vec<(Arc<Accessor>, Copies)>);
+
+/// Places of copies, and what stood there.
+type Copies = Vec<(usize, u64)>;
 
 impl InProgress {
     /// Whether all of them have ended; `ask`: those of a process that is gone have, too.

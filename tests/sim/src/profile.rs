@@ -117,15 +117,20 @@ impl Profile {
             (Fault::Crash, 4),
             (Fault::HostDown, 1),
             (Fault::Flood, 2),
-            (Fault::Rail, if way == Way::Wired { 20 } else { 0 }),
         ];
-        let fault_weights = faults
+        let mut fault_weights: Vec<(Fault, u64)> = faults
             .iter()
             .map(|(fault, weight)| {
                 let weight = if calm { 0 } else { weight * rng.pick(&[0, 0, 1, 2, 4]) };
                 (*fault, weight)
             })
             .collect();
+        let mut more_faults = 0;
+        if way == Way::Wired && rng.chance(75) {
+            // What can happen to queue pairs takes some of them at work.
+            fault_weights.push((Fault::Rail, 60));
+            more_faults = 10;
+        }
         Self {
             engines,
             friends: if engines <= 6 { engines + 1 } else { 4 },
@@ -145,7 +150,7 @@ impl Profile {
             dead_address: rng.chance(15),
             long_note: if quick { rng.pick(&[100, 5000, 70_000]) } else { 100 },
             actions: if engines > 6 { 4 * engines } else { rng.pick(&[80, 160, 320]) },
-            faults: if rng.chance(25) { 0 } else { 2 + rng.index(8) },
+            faults: more_faults + if rng.chance(25) { 0 } else { 2 + rng.index(8) },
             pause_us: rng.pick(&[50, 500, 4000]),
             action_weights,
             fault_weights,
