@@ -268,7 +268,11 @@ impl Model {
                 Touch::Served(peer) | Touch::Device(peer)
                     if own || peer != transfer.incarnation =>
                 {
-                    Some((Promise::Data, "of somebody else's transfer"))
+                    // Where the peer asks for what it must not have, it has got it.
+                    let asks = |t: &Transfer| t.forged && (t.incarnation, t.to) == (peer, engine);
+                    let forged = self.transfers.iter().any(|t| asks(t) && !t.ended);
+                    let promise = if forged { Promise::Admitted } else { Promise::Data };
+                    Some((promise, "of somebody else's transfer"))
                 }
                 Touch::Served(_) | Touch::Device(_)
                     if write.is_some() && transfer.ended && transfer.done =>
