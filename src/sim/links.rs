@@ -466,9 +466,7 @@ impl Node {
         if let (LinkKind::Session, Some(old)) = (hello.kind, self.peers[slot].core.session_link()) {
             // What it has put into its ring before it lost the link counts, or it is told too little.
             self.take_rest_of_ring(old, out);
-            if !mutated!(LateMessages) {
-                self.look_at_wire(old, out);
-            }
+            self.look_at_wire(old, out);
         }
         let (liveness, number) = (self.identity.liveness_ms, out.random());
         let welcome = match hello.kind {

@@ -29,6 +29,7 @@ impl World {
                 engine.stalled_until = self.now;
             }
         }
+        self.look_at_wires();
         self.schedule.at(self.now + ms(20), Event::Tick);
     }
 

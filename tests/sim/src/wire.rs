@@ -306,6 +306,17 @@ impl World {
         }
     }
 
+    /// Engines that stood still look at what their devices have told them.
+    pub(crate) fn look_at_wires(&mut self) {
+        for conn in 0..self.net.conns.len() {
+            for side in 0..2 {
+                if !self.wire_end(conn, side).completions.is_empty() {
+                    self.schedule.at(self.now, Event::WireTold(conn, side));
+                }
+            }
+        }
+    }
+
     /// The devices of a process that has died belong to nobody: what is in the network lands where it is taken.
     pub(crate) fn wire_dies(&mut self, conn: usize, side: usize) {
         let end = self.wire_end(conn, side);
