@@ -8,6 +8,7 @@ use anyhow::{Result, bail, ensure};
 use hdrhistogram::Histogram;
 
 use crate::arena::Arena;
+use crate::engine_side::PATIENCE;
 use crate::measure::{Points, Stamp, histogram, points_of};
 
 /// Shared by the target's application, which writes it, and the control connection, which reads it between passes.
@@ -87,7 +88,7 @@ impl Ledger {
 
     /// Waits until `notifications` have been booked since the case was opened, and hands out the latencies so far.
     pub(crate) fn settle(&self, notifications: u64) -> Result<Points> {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             {
                 let mut account = self.account();

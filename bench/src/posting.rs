@@ -15,6 +15,7 @@ use corelane::{
 use hdrhistogram::Histogram;
 
 use crate::arena::Arena;
+use crate::engine_side::PATIENCE;
 
 const VARIABLE: &str = "CORELANE_LIBIBVERBS";
 const PROVIDER: &str = "libcorelane_noop_verbs.so";
@@ -82,9 +83,9 @@ impl Pair {
         };
         let (own, there) = (register(&near)?, register(&far)?);
         let peer = near.load_peer(&far.metadata())?;
-        peer.connect(Duration::from_secs(5))?;
+        peer.connect(PATIENCE)?;
         let pair = Self { near, peer, own, _far: far, there };
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         while pair.transport() != Some(TransportKind::Rdma) {
             ensure!(Instant::now() < deadline, "no RDMA: {:?}", pair.near.stats().peers);
             std::thread::sleep(Duration::from_millis(1));

@@ -11,6 +11,7 @@ use crate::session::handshake::{HandshakeError, Proven, Target, TargetStep};
 use crate::session::{Core, LinkId};
 use crate::sys;
 use crate::transport::addresses::{self, Remote};
+use crate::transport::local::RING_MESSAGES;
 use crate::wire::hello::{Hello, LinkKind, Message as HelloMessage, Refusal, Welcome};
 
 /// Connections accepted in one turn.
@@ -177,8 +178,11 @@ impl LaneDriver {
         let liveness = self.engine.identity.liveness_ms;
         let number = u64::from_le_bytes(sys::random().map_err(|_| Refusal::Limit)?);
         if hello.kind == LinkKind::Session {
-            // What the peer has put into the ring before it connected again belongs to the session so far.
-            self.drain_ring(slot, usize::MAX, cx);
+            // What the peer has put into the ring before it connected again belongs to the session so far; it may go on to
+            // fill it for as long as it likes.
+            self.drain_ring(slot, RING_MESSAGES, cx);
+            // And what queue pairs have brought: in the next session its numbers would name other notifications.
+            self.poll_rdma(cx);
         }
         let welcome = self.with_core(slot, cx, |core, env| match hello.kind {
             LinkKind::Session => core.accept_session(hello, liveness, number, env),

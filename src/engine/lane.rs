@@ -15,7 +15,7 @@ use super::accept::Adopted;
 use super::connect::Connector;
 use super::gpu::GpuCopies;
 use super::links::Link;
-use super::local::{Accessor, Attachment};
+use super::local::Attachment;
 use crate::error::Error;
 use crate::memory::{LaneRegions, RegionInner};
 use crate::peer::{NO_SLOT, PeerShared};
@@ -25,6 +25,7 @@ use crate::sync::Ticket;
 use crate::transfer::TransferShared;
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
+use crate::transport::local::Accessor;
 use crate::transport::local::{Held, Pid};
 use crate::transport::rdma::{AsyncEvent, LaneRdma, Link as RdmaLink};
 

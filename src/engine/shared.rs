@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use corelane_runtime::{Assist, Lane, SubmitError};
 
-use super::local::Accessors;
 use super::{LaneDriver, Message};
 use crate::config::{EngineConfig, TransportKind};
 use crate::error::{Error, Result};
@@ -16,7 +15,7 @@ use crate::notification::NotificationQueue;
 use crate::peer::{Arrivals, PeerShared, PeerTable};
 use crate::session::handshake::Identity;
 use crate::stats::{Counters, InlineCounters};
-use crate::transport::local::Table;
+use crate::transport::local::{Accessors, Table};
 use crate::transport::rdma::Rails;
 
 /// Counts forks: an engine of another generation belongs to a parent process.

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use corelane_runtime::{Lane, LaneConfig, placement};
 
-use super::local::Accessors;
 use super::shared::{FORKS, RUNNING};
 use super::{EngineShared, LaneDriver};
 use crate::config::{EngineConfig, LaneSpec, TransportKind};
@@ -18,7 +17,7 @@ use crate::session::handshake::Identity;
 use crate::stats::{Counters, InlineCounters};
 use crate::sys;
 use crate::transport::addresses;
-use crate::transport::local::Table;
+use crate::transport::local::{Accessors, Table};
 use crate::transport::rdma::Rails;
 use crate::wire::Metadata;
 

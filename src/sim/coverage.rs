@@ -48,7 +48,9 @@ named! {
         Read => "READ", Data => "DATA", Write => "WRITE", Status => "STATUS", NotifyFrame => "NOTIFY",
         Ack => "ACK", Ping => "PING", Pong => "PONG", Goodbye => "GOODBYE", Abandon => "ABANDON",
         Payload => "end of payload", SendFault => "unmapped, sending",
-        RingMessage => "ring message", LocalResolved => "ring attached",
+        RingMessage => "ring message", LocalResolved => "ring attached", Copied => "copied",
+        RdmaResolved => "queue pairs decided", RdmaDown => "queue pairs down", WiredEnded => "work ended",
+        WiredBack => "work given back", WireMessage => "queue pair message",
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::coverage::Event as Input;
-use super::node::{Node, Outside, Trust};
+use super::node::{Node, Outside, Trust, Way};
 use super::peers::Connector;
 use super::stream::Stream;
 use crate::session::handshake::{
@@ -394,8 +394,11 @@ impl Node {
             self.abort_connect(slot, out);
         }
         self.peers[slot].links.push(link);
+        if kind == LinkKind::Session && self.config.way == Way::Wired {
+            self.wire_attach(slot, link, ours);
+        }
         if kind == LinkKind::Session && self.has_ring() {
-            self.attach(slot, link);
+            self.attach(slot, link, out);
         }
         self.mark(slot);
     }
@@ -460,9 +463,10 @@ impl Node {
             return Err(Refusal::ShuttingDown);
         }
         let slot = self.peer_slot(hello)?;
-        if let (LinkKind::Session, Some(old)) = (hello.kind, self.peers[slot].ring) {
+        if let (LinkKind::Session, Some(old)) = (hello.kind, self.peers[slot].core.session_link()) {
             // What it has put into its ring before it lost the link counts, or it is told too little.
             self.take_rest_of_ring(old, out);
+            self.look_at_wire(old, out);
         }
         let (liveness, number) = (self.identity.liveness_ms, out.random());
         let welcome = match hello.kind {
@@ -473,6 +477,13 @@ impl Node {
                 self.with_core(slot, Input::AcceptBulk, |core, _| core.accept_bulk(hello))
             }
         };
+        if hello.kind == LinkKind::Session && welcome.is_ok() {
+            // A link that this one replaces is closed before there is anything new that its end could be taken for that of.
+            self.handle_events(slot, out);
+            if self.peers.get(slot).is_none() {
+                return Err(Refusal::NoSession);
+            }
+        }
         welcome.map(|welcome| (slot, welcome))
     }
 

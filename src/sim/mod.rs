@@ -5,6 +5,7 @@
 //! protocol cores, handshakes, frames, tables of peers and regions. Whoever drives it is its world ([`Outside`]): network,
 //! memory, chance.
 
+mod copies;
 pub mod coverage;
 mod inspect;
 mod links;
@@ -13,13 +14,16 @@ mod node;
 mod peers;
 mod ring;
 mod stream;
+mod wired;
 
+pub use copies::{Copied, Shared};
 pub use inspect::Levels;
 pub use mutation::Mutation;
 pub use node::{
     Config, Memory, Node, Outside, Peer, PlanHandle, RegionHandle, RingLook, State, TicketHandle,
     Touch, TransferHandle, Trust, Way,
 };
+pub use wired::{Completion, Range, Work};
 
 thread_local! {
     static DOUBLE_ENDS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };

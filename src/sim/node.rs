@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use slab::Slab;
 
+use super::copies::{Copied, Neighbours, Shared};
 use super::links::Link;
 use super::peers::NodePeer;
+use super::wired::{Completion, Work};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::memory::{
@@ -22,6 +24,7 @@ use crate::session::handshake::Identity;
 use crate::stats::Counters;
 use crate::sync::{SlotState, Ticket};
 use crate::transfer::TransferShared;
+use crate::transport::local::InProgress;
 use crate::transport::rdma::Registrations;
 use crate::wire::{Metadata, RegionKey};
 
@@ -39,6 +42,10 @@ pub enum Way {
     Sockets,
     /// Frames over sockets, and small notifications by a ring in shared memory.
     Ring,
+    /// As that, and transfers are copied by the engine that posts them, out of and into the memory of the other.
+    Copies,
+    /// By queue pairs of devices, and else as frames over sockets.
+    Wired,
 }
 
 /// Whether an engine keeps to the handshake.
@@ -94,6 +101,8 @@ pub enum Touch {
     Own,
     /// A request of the peer with this incarnation.
     Served(u128),
+    /// This engine's device, for the peer with this incarnation.
+    Device(u128),
 }
 
 /// Registered memory of one engine.
@@ -126,6 +135,25 @@ pub trait Outside: Memory {
     fn ring_push(&mut self, link: u64, message: Vec<u8>);
     /// Takes the next message of the peer's ring.
     fn ring_pop(&mut self, link: u64) -> Option<Vec<u8>>;
+    /// Hands the other end of the session's link what it can map.
+    fn share(&mut self, link: u64, shared: Shared);
+    /// What the other end has handed over.
+    fn shared(&mut self, link: u64) -> Option<Shared>;
+    /// Copies between this engine's memory and that of another.
+    fn copy(
+        &mut self,
+        peer: u128,
+        operation: Operation,
+        local: u64,
+        remote: u64,
+        len: usize,
+    ) -> Copied;
+    /// Makes this end's queue pair of a session's link, or destroys it: then nothing of it moves any more at this end.
+    fn pair(&mut self, link: u64, generation: Option<u32>);
+    /// Posts to it.
+    fn post(&mut self, link: u64, number: u64, work: Work);
+    /// What it has to tell.
+    fn completion(&mut self, link: u64) -> Option<Completion>;
     /// A peer has broken the protocol.
     fn broken(&mut self, peer: u128, reason: &str);
     /// For traces.
@@ -165,7 +193,7 @@ pub struct TicketHandle(pub(super) TicketKind);
 pub(super) enum TicketKind {
     Connect(Arc<Ticket<Result<()>>>),
     Left(Arc<Ticket<usize>>),
-    Closed(Arc<Ticket<()>>),
+    Closed(Arc<Ticket<()>>, Arc<Mutex<InProgress>>),
 }
 
 /// Where a transfer stands.
@@ -187,7 +215,10 @@ impl TicketHandle {
         match &self.0 {
             TicketKind::Connect(ticket) => ticket.is_complete(),
             TicketKind::Left(ticket) => ticket.is_complete(),
-            TicketKind::Closed(ticket) => ticket.is_complete(),
+            TicketKind::Closed(ticket, copies) => {
+                let mut copies = copies.lock().unwrap_or_else(PoisonError::into_inner);
+                copies.are_over(true) && ticket.is_complete()
+            }
         }
     }
 }
@@ -261,6 +292,9 @@ pub struct Node {
     pub(super) next_link: u64,
     pub(super) dirty: Vec<usize>,
     pub(super) stopping: bool,
+    pub(super) neighbours: Neighbours,
+    /// What the keys that peers' devices use are for.
+    pub(super) keys: BTreeMap<u32, (u64, u64, Access)>,
 }
 
 impl Node {
@@ -291,6 +325,8 @@ impl Node {
             next_link: 1,
             dirty: Vec::new(),
             stopping: false,
+            neighbours: Neighbours::new(limits.regions),
+            keys: BTreeMap::new(),
             config,
         }
     }
@@ -325,6 +361,12 @@ impl Node {
     ) -> Result<RegionHandle> {
         let random = u128::from(out.random()) | u128::from(out.random() as u32) << 64;
         let incarnation = self.config.incarnation;
+        let mut rail_keys = crate::wire::RailKeys::new();
+        if self.config.way == Way::Wired {
+            let key = out.random() as u32 | 1;
+            rail_keys.push(key);
+            self.keys.insert(key, (base, len, access));
+        }
         let describe = |slot| RegionDescriptor {
             incarnation,
             key: RegionKey::new(slot, random),
@@ -332,7 +374,7 @@ impl Node {
             len,
             kind: MemoryKind::Dram,
             access,
-            rail_keys: crate::wire::RailKeys::new(),
+            rail_keys: rail_keys.clone(),
             device: None,
         };
         let region = self.registry.insert(
@@ -341,6 +383,7 @@ impl Node {
             Registrations::default(),
         )?;
         self.regions.add(region.clone());
+        self.neighbours.publish(&region.descriptor);
         Ok(RegionHandle(region))
     }
 
@@ -349,14 +392,18 @@ impl Node {
         if !self.registry.close(&region.0) {
             return None;
         }
+        let copies = self.neighbours.close(&region.0.descriptor);
         let ticket = Ticket::new();
         self.regions.close(&region.0, ticket.clone());
-        Some(TicketHandle(TicketKind::Closed(ticket)))
+        Some(TicketHandle(TicketKind::Closed(ticket, Arc::new(Mutex::new(copies)))))
     }
 
     /// The region is gone: its slot may be used again.
     pub fn deregistered(&mut self, region: &RegionHandle) {
         self.registry.remove(&region.0);
+        for key in &region.0.descriptor.rail_keys {
+            self.keys.remove(key);
+        }
     }
 
     /// Whether a region is in use by requests or transfers.
@@ -392,8 +439,8 @@ impl Node {
             chunk_bytes: self.config.chunk_bytes,
             latency_bytes: self.config.latency_bytes,
             max_descriptors: self.config.limits.descriptors,
-            local: false,
-            rdma: false,
+            local: self.config.way == Way::Copies,
+            rdma: self.config.way == Way::Wired,
         };
         Ok(PlanHandle(Arc::new(builder.build(&local[..], &remote[..])?)))
     }
@@ -406,7 +453,10 @@ impl Node {
         access: Access,
     ) -> RegionDescriptor {
         let key = RegionKey(descriptor.key.0 ^ key_bits);
-        RegionDescriptor { key, len, access, ..descriptor.clone() }
+        // Another key is one for devices, too.
+        let bits = if key_bits == 0 { 0 } else { 2 << (key_bits.trailing_zeros() % 30) };
+        let rail_keys = descriptor.rail_keys.iter().map(|known| known ^ bits).collect();
+        RegionDescriptor { key, len, access, rail_keys, ..descriptor.clone() }
     }
 
     /// A posting slot of a plan.

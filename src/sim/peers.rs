@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::copies::Attachment;
 use super::coverage::{self, Event as Input};
 use super::node::{
     Node, Outside, Peer, PlanHandle, TicketHandle, TicketKind, TransferHandle, instant,
 };
+use super::wired::Wire;
 use super::{Levels, Way};
 use crate::error::{Error, Result};
 use crate::peer::{NO_SLOT, PeerShared};
@@ -39,6 +41,10 @@ pub(super) struct NodePeer {
     unload: bool,
     /// The session's link, where a ring belongs to it that both sides have.
     pub(super) ring: Option<u64>,
+    /// What the two share of their memory.
+    pub(super) local: Option<Attachment>,
+    /// The queue pair of the session.
+    pub(super) wire: Option<Wire>,
 }
 
 impl Node {
@@ -56,7 +62,8 @@ impl Node {
             stream_idle: self.config.stream_idle,
             streams: self.config.streams,
         };
-        let core = Core::new(peer.clone(), config, self.config.incarnation, !mirror);
+        let mut core = Core::new(peer.clone(), config, self.config.incarnation, !mirror);
+        core.set_rdma_expected(self.config.way == Way::Wired);
         let slot = self.peers.insert(NodePeer {
             core,
             links: Vec::new(),
@@ -65,6 +72,8 @@ impl Node {
             dirty: false,
             unload: false,
             ring: None,
+            local: None,
+            wire: None,
         });
         peer.slot.store(slot as u32, Ordering::Relaxed);
         slot
@@ -79,6 +88,7 @@ impl Node {
             self.links.remove(&link);
             out.close(link);
         }
+        self.finish_copies(out);
         self.with_core(slot, Input::Abort, |core, env| core.abort(&Error::Cancelled, env));
         let peer = self.peers.remove(slot);
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
@@ -209,6 +219,9 @@ impl Node {
 
     /// Ends all at once, as the drop of an engine does.
     pub fn abort(&mut self, out: &mut dyn Outside) {
+        self.finish_copies(out);
+        self.neighbours.shut();
+        self.destroy_wires(out);
         let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
             self.with_core(slot, Input::Abort, |core, env| core.abort(&Error::Shutdown, env));
@@ -309,8 +322,7 @@ impl Node {
                     }
                     self.close_link(link, &reason, out);
                 }
-                // Nothing is posted to a device.
-                Event::StopWired { .. } => {}
+                Event::StopWired { key, stuck } => self.stop_wired(slot, key, stuck, out),
                 Event::Left => {
                     if self.peers.get(slot).is_some_and(|peer| peer.unload) {
                         return self.remove_peer(slot, out);
@@ -333,7 +345,8 @@ impl Node {
                 .connector
                 .as_ref()
                 .and_then(|connector| connector.again.or(Some(connector.deadline)));
-            [peer.core.next_timeout(), connector].into_iter().flatten().min()
+            let wire = peer.wire.as_ref().and_then(|wire| wire.deadline);
+            [peer.core.next_timeout(), connector, wire].into_iter().flatten().min()
         });
         let links = self.links.values().filter_map(super::links::Link::deadline);
         peers.chain(links).min().map(|at| at.saturating_duration_since(instant(Duration::ZERO)))
@@ -348,6 +361,7 @@ impl Node {
                 self.with_core(slot, Input::Time, Core::on_timeout);
             }
             self.connector_time(slot, out);
+            self.wire_time(slot, out);
         }
         let late: Vec<u64> = self
             .links
@@ -371,7 +385,7 @@ impl Node {
     }
 
     pub(super) fn has_ring(&self) -> bool {
-        self.config.way == Way::Ring
+        matches!(self.config.way, Way::Ring | Way::Copies)
     }
 }
 

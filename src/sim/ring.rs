@@ -1,16 +1,16 @@
-//! The ring of notifications between engines of one host, as the core sees it. Who copies transfers there is another matter:
-//! here the peer's memory cannot be reached, and they go as frames.
+//! The ring of notifications between engines of one host, as the core sees it. Where transfers are not copied ([`super::copies`]),
+//! the peer's memory cannot be reached, and they go as frames.
 
 use super::coverage::Event as Input;
 use super::links::Phase;
-use super::node::{Node, Outside};
+use super::node::{Node, Outside, Way};
 use crate::session::RingState;
 use crate::transport::local::{MAX_RING_PAYLOAD, Message};
 use crate::wire::Reader;
 use crate::wire::frame::{FrameKind, Header};
 use crate::wire::hello::LinkKind;
 
-fn encode(message: &Message<std::sync::Arc<[u8]>>) -> Vec<u8> {
+pub(super) fn encode(message: &Message<std::sync::Arc<[u8]>>) -> Vec<u8> {
     let mut bytes = Vec::new();
     match message {
         Message::Ack(below) => {
@@ -27,7 +27,7 @@ fn encode(message: &Message<std::sync::Arc<[u8]>>) -> Vec<u8> {
     bytes
 }
 
-fn decode(bytes: &[u8]) -> Option<Message<Vec<u8>>> {
+pub(super) fn decode(bytes: &[u8]) -> Option<Message<Vec<u8>>> {
     let mut reader = Reader::new(bytes);
     match reader.u8()? {
         1 => Some(Message::Notify {
@@ -42,7 +42,10 @@ fn decode(bytes: &[u8]) -> Option<Message<Vec<u8>>> {
 
 impl Node {
     /// A session is up on this host: our side of the exchange.
-    pub(super) fn attach(&mut self, slot: usize, _link: u64) {
+    pub(super) fn attach(&mut self, slot: usize, link: u64, out: &mut dyn Outside) {
+        if self.config.way == Way::Copies {
+            self.share(slot, link, out);
+        }
         self.peers[slot].core.tell(Header::new(FrameKind::Attach));
     }
 
@@ -52,19 +55,24 @@ impl Node {
         slot: usize,
         kind: LinkKind,
         header: &Header,
+        out: &mut dyn Outside,
     ) -> Result<(), String> {
         if kind != LinkKind::Session || !self.has_ring() {
             return Err("shared memory where there can be none".into());
         }
         match header.kind {
             FrameKind::Attach => {
+                if self.config.way == Way::Copies {
+                    self.take_shared(slot, link, out)?;
+                }
                 self.peers[slot].core.tell(Header::new(FrameKind::Attached));
             }
             FrameKind::Attached => {
                 // The ring that the peer has mapped.
                 self.peers[slot].ring = Some(link);
+                let path = self.local_path(slot).ok_or_else(|| "not in this world".into());
                 self.with_core(slot, Input::LocalResolved, |core, env| {
-                    core.local_resolved(Err("not in this world".into()), env);
+                    core.local_resolved(path, env);
                 });
             }
             _ => return Err("no frame about shared memory".into()),

@@ -104,6 +104,8 @@ fn frame_bytes(
 impl Node {
     pub(super) fn flush_peer(&mut self, slot: usize, out: &mut dyn Outside) {
         self.flush_ring(slot, out);
+        self.take_copies(slot);
+        self.flush_wire(slot, out);
         let mut at = 0;
         while let Some(&link) = self.peers.get(slot).and_then(|peer| peer.links.get(at)) {
             self.flush_link(link, out);
@@ -283,9 +285,12 @@ impl Node {
         };
         stream.state = Rx::Header;
         if header.kind.is_local() {
-            return self.on_local_frame(link, slot, kind, &header);
+            return self.on_local_frame(link, slot, kind, &header, out);
         }
         let input = Input::of_frame(header.kind);
+        if header.kind.is_rdma() {
+            return self.on_wire_frame(link, slot, &header, out);
+        }
         let dest = self
             .with_core(slot, input, |core, env| core.on_frame(link, &header, &body, env))
             .map_err(|e| e.to_string())?;
@@ -347,12 +352,22 @@ impl Node {
         Ok(())
     }
 
+    fn detach_wire_of(&mut self, link: u64, out: &mut dyn Outside) {
+        if let Some(Phase::Open { peer, kind: LinkKind::Session, .. }) =
+            self.links.get(&link).map(|link| &link.phase)
+        {
+            let slot = *peer;
+            self.wire_detach(slot, link, out);
+        }
+    }
+
     /// Ends an open link.
     pub(super) fn close_link(&mut self, link: u64, reason: &str, out: &mut dyn Outside) {
         if !matches!(self.links.get(&link).map(|link| &link.phase), Some(Phase::Open { .. })) {
             return;
         }
         self.take_rest_of_ring(link, out);
+        self.detach_wire_of(link, out);
         let Some(known) = self.links.remove(&link) else { return };
         let Phase::Open { peer: slot, kind, stream } = known.phase else { return };
         out.note(&|| format!("closes link {link}: {reason}"));
@@ -362,6 +377,9 @@ impl Node {
         if peer.ring == Some(link) {
             peer.ring = None;
             peer.core.set_ring(None);
+        }
+        if peer.local.as_ref().is_some_and(|local| local.link == link) {
+            peer.local = None;
         }
         let input = if kind == LinkKind::Session { Input::SessionDown } else { Input::BulkDown };
         self.with_core(slot, input, |core, env| {

@@ -37,6 +37,16 @@ pub(crate) fn set_dumpable(dumpable: bool) -> Result<(), String> {
     told("prctl", result.into()).map(|_| ())
 }
 
+/// From now on nobody learns by its robust futexes that this thread has ended: the kernel does not know of them.
+pub(crate) fn forget_robust_futexes() -> Result<(), String> {
+    // What the kernel knows a list by is the size of its head: three words.
+    let size = 3 * size_of::<usize>();
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: without a list nothing is read when the thread ends.
+    told("set_robust_list", unsafe { libc::syscall(libc::SYS_set_robust_list, none, size) })
+        .map(|_| ())
+}
+
 /// A child with copies of this process's memory and descriptors, which sleeps until it is killed.
 pub(crate) fn fork_idle() -> Result<u32, String> {
     // SAFETY: the child only makes system calls.

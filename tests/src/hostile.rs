@@ -340,6 +340,17 @@ pub enum Verdict {
 
 /// The initiator's part of a handshake, with both secrets, whatever the hello says.
 pub fn shake(stream: &mut Stream, hello: &[u8], own: &[u8; 32], theirs: &[u8; 32]) -> Verdict {
+    shake_with(stream, hello, own, theirs, || {})
+}
+
+/// As [`shake`], and does something else before it says who it is.
+pub fn shake_with(
+    stream: &mut Stream,
+    hello: &[u8],
+    own: &[u8; 32],
+    theirs: &[u8; 32],
+    before_proof: impl FnOnce(),
+) -> Verdict {
     if !say(stream, hello) {
         return Verdict::HungUp;
     }
@@ -351,6 +362,7 @@ pub fn shake(stream: &mut Stream, hello: &[u8], own: &[u8; 32], theirs: &[u8; 32
     let mut auth = b"CLNE\x03".to_vec();
     auth.extend(proof(theirs, INITIATOR, hello, &challenge));
     auth.extend(proof(own, INITIATOR_OWN, hello, &challenge));
+    before_proof();
     if !say(stream, &auth) {
         return Verdict::HungUp;
     }

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// What becomes of bytes on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub enum Passing {
     Flipped(u64),
     /// Passed on up to this many bytes in each direction of each connection, then cut.
     CutAfter(u64),
+    /// Passed on up to this many bytes in each direction of each connection; what follows is not taken, and nobody is told.
+    HeldAfter(u64),
 }
 
 #[derive(Debug)]
@@ -161,7 +164,9 @@ fn pass(
                 bytes[(at - position) as usize] ^= 0x10;
             }
             Passing::Flipped(_) => {}
-            Passing::CutAfter(limit) => send = len.min(limit.saturating_sub(position) as usize),
+            Passing::CutAfter(limit) | Passing::HeldAfter(limit) => {
+                send = len.min(limit.saturating_sub(position) as usize);
+            }
         }
         for crumb in bytes[..send].chunks(step) {
             if to.write_all(crumb).is_err() {
@@ -171,6 +176,9 @@ fn pass(
         shared.passed.fetch_add(send as u64, Ordering::SeqCst);
         position += len as u64;
         if send < len {
+            while matches!(passing, Passing::HeldAfter(_)) && !shared.ended.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             return;
         }
     }

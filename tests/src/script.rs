@@ -258,6 +258,12 @@ impl Script {
             // A child that keeps all that it has inherited and does nothing: its process ID
             "fork" => children::fork_idle().map(|id| id.to_string()),
             "fork-heir" => children::fork_heir().map(|id| id.to_string()),
+            // NAME: that the lane of this peer ends is not told by the words of its life
+            "end-unheard" => {
+                let forget = |_| async { children::forget_robust_futexes() };
+                let task = self.engine()?.spawn_on(self.peer(words)?, forget).map_err(told)?;
+                task.wait().map_err(|error| error.to_string())?.map(|()| String::new())
+            }
             // From now on
             "keep-log" => {
                 self.log = Some(Log::keep());

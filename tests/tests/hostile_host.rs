@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use corelane::{Access, Operation, Peer};
 use corelane_tests::hostile::{
-    Frame, Header, HostilePeer, Identity, frame, knock_locally, send_with,
+    Frame, Header, Hello, HostilePeer, Identity, Verdict, frame, knock_locally, send_with,
+    shake_with,
 };
 use corelane_tests::{
     Near, Random, Target, end_of, eventually, local_config, mappings_of, open_files,
@@ -148,11 +149,16 @@ impl Victim {
     #[track_caller]
     fn connect(&mut self) -> (HostilePeer, Header, Vec<OwnedFd>) {
         self.number += 1;
-        let from = Identity::invented(&format!("hostile-{}", self.number), 1000 + self.number);
+        let from = self.invented();
         let stream = knock_locally(self.identity.incarnation);
         let mut link = HostilePeer::connect(stream, &from, &self.identity);
         let (header, fds) = link.receive_with().unwrap();
         (link, header, fds)
+    }
+
+    /// Who connects now.
+    fn invented(&self) -> Identity {
+        Identity::invented(&format!("hostile-{}", self.number), 1000 + self.number)
     }
 
     fn table(&self) -> File {
@@ -428,48 +434,91 @@ fn copies_that_never_end_are_bounded_over_many_sessions() {
     victim.assert_whole();
 }
 
+/// What a ring holds, and what the lane takes of it in some turns before it sees that the link is at its end.
+const MOST_TAKEN: u64 = 512 + 8 * 64;
+
+/// Fills a ring as fast as it is emptied while `watch` does something; that is given how much was taken so far.
+fn endlessly(ring: &Map, watch: impl FnOnce(&dyn Fn() -> u64)) {
+    let stop = AtomicBool::new(false);
+    let head = || ring.words()[HEAD].load(Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        // Several, so that one of them always runs; they write the same.
+        for _ in 0..4 {
+            scope.spawn(|| {
+                // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
+                while !stop.load(Ordering::Relaxed) {
+                    let taken = head();
+                    for position in taken..taken + 512 {
+                        ring.put(position, 2, 0, 0, 0);
+                    }
+                }
+            });
+        }
+        let watched = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| watch(&head)));
+        stop.store(true, Ordering::Relaxed);
+        watched.unwrap();
+    });
+}
+
 /// A ring that is filled as fast as it is emptied holds up nobody: not while the link is up, nor when it ends.
 #[test]
 fn a_ring_that_never_ends_keeps_the_lane_from_nothing() {
-    // What a ring holds, and what the lane takes of it in some turns before it sees that the link is at its end.
-    const MOST: u64 = 512 + 8 * 64;
     let mut victim = Victim::new("");
     for _ in 0..5 {
         let attached = victim.attach();
-        let stop = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let ring = &attached.ours;
-            let head = || ring.words()[HEAD].load(Ordering::Relaxed);
-            // Several, so that one of them always runs; they write the same.
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    // Acknowledgements of nothing, which say nothing wrong, in every slot and again.
-                    while !stop.load(Ordering::Relaxed) {
-                        let taken = ring.words()[HEAD].load(Ordering::Relaxed);
-                        for position in taken..taken + 512 {
-                            ring.put(position, 2, 0, 0, 0);
-                        }
-                    }
-                });
-            }
-            let watch = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        endlessly(&attached.ours, |head| {
+            victim.assert_serves();
+            let begun = head();
+            eventually("it takes messages", || head() > begun + 1000);
+            // The link ends while the lane stands still: it sees so in the next turn.
+            victim.far.process.freeze();
+            attached.link.stream.end();
+            let before = head();
+            victim.far.process.thaw();
+            for _ in 0..20 {
                 victim.assert_serves();
-                let begun = head();
-                eventually("it takes messages", || head() > begun + 1000);
-                // The link ends while the lane stands still: it sees so in the next turn.
-                victim.far.process.freeze();
-                attached.link.stream.end();
-                let before = head();
-                victim.far.process.thaw();
-                for _ in 0..20 {
-                    victim.assert_serves();
-                }
-                let taken = head() - before;
-                assert!(taken <= MOST, "{taken} messages were taken after the end of the link");
-            }));
-            stop.store(true, Ordering::Relaxed);
-            watch.unwrap();
+            }
+            let taken = head() - before;
+            assert!(taken <= MOST_TAKEN, "{taken} messages were taken after the end of the link");
         });
+    }
+    victim.assert_whole();
+}
+
+/// Nor when its owner connects again, and what the ring holds still belongs to the session so far.
+#[test]
+fn a_ring_that_never_ends_keeps_no_newer_link_waiting() {
+    let mut victim = Victim::new("");
+    for round in 0..5 {
+        let attached = victim.attach();
+        let from = victim.invented();
+        endlessly(&attached.ours, |head| {
+            let begun = head();
+            eventually("it takes messages", || head() > begun + 1000);
+            let mut stream = knock_locally(victim.identity.incarnation);
+            // Newer than all that were made here before.
+            let hello = Hello::honest(&from, &victim.identity, 1 << 40 | round);
+            let before = AtomicU64::new(0);
+            std::thread::scope(|scope| {
+                let (process, before) = (&victim.far.process, &before);
+                // Who it is, it says while the lane stands still: it is seen so in the next turn.
+                let stand_still = || {
+                    process.freeze();
+                    before.store(head(), Ordering::SeqCst);
+                    scope.spawn(|| {
+                        std::thread::sleep(Duration::from_millis(20));
+                        process.thaw();
+                    });
+                };
+                let secrets = (&from.secret, &victim.identity.secret);
+                let verdict =
+                    shake_with(&mut stream, &hello.encode(), secrets.0, secrets.1, stand_still);
+                assert!(matches!(verdict, Verdict::Welcome(_)), "{verdict:?}");
+            });
+            let taken = head() - before.load(Ordering::SeqCst);
+            assert!(taken <= MOST_TAKEN, "{taken} messages were taken of the session before");
+        });
+        victim.assert_serves();
     }
     victim.assert_whole();
 }

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use corelane::{Access, Engine, Operation, Peer, Region, Transfer};
+use corelane::{Access, Engine, Operation, Peer, Region, Status, Transfer};
 use corelane_tests::{
     BOUND, Buffer, Passing, Proxy, Random, Target, end_of, engine_on_a_known_port, eventually,
     listening_ports, open_files, outcome, target, tcp_config,
@@ -204,6 +204,36 @@ impl Behind {
             self.near.memory.assert_pattern(1, 4096, len, 4096);
         }
     }
+}
+
+/// The session lives, and one of its streams takes no more: what waits in its socket to be sent holds memory in use, which
+/// only the kernel's bound for the stream ends. The other side is patient.
+#[test]
+fn a_stream_that_takes_nothing_more_holds_memory_no_longer_than_a_silent_peer() {
+    const LEN: usize = 64 << 20;
+    let proxy = Proxy::new(Passing::Whole);
+    let mut config = tcp_config();
+    config.listen.advertise = vec![proxy.address()];
+    config.liveness = Duration::from_millis(500);
+    let (owner, port) = engine_on_a_known_port("owner", config);
+    proxy.aim(port);
+    let memory = Buffer::with_pattern(1, LEN);
+    let region = memory.register(&owner, Access::READ_WRITE);
+    let mut config = tcp_config();
+    config.liveness = Duration::from_millis(500);
+    config.operation_timeout = BOUND * 10;
+    // More than sockets hold.
+    (config.streams, config.chunk_bytes) = (1, 8 << 20);
+    let near = corelane_tests::Near::new(config, LEN);
+    let peer = near.connect(&owner.metadata());
+    // Streams come after the session.
+    proxy.set(Passing::HeldAfter(1 << 20));
+    let transfer = near.transfer(&peer, Operation::Read, (0, 0), region.descriptor(), LEN);
+    transfer.post().unwrap();
+    eventually("streams move bytes", || proxy.passed() > 1 << 20);
+    assert!(matches!(transfer.status(), Status::InProgress));
+    eventually("the memory is given back", || owner.deregister(&region).is_ok());
+    assert!(peer.is_connected(), "it was the session's end that gave it back");
 }
 
 #[test]

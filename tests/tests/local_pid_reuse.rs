@@ -1,5 +1,6 @@
 //! The peer's process ends, and another gets its process ID, with memory at the same addresses: that one is not touched,
-//! and what it holds is not taken for the peer's.
+//! and what it holds is not taken for the peer's. The peer's own words are kept from telling that it has died, a child keeps its
+//! sockets open, and silence is not heard for long: so the engine still takes it for alive when it looks at the process.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
@@ -57,6 +58,20 @@ fn assert_gone(ended: Result<(), Error>, transfer: &Transfer) {
     let error = ended.expect_err(&format!("{operation:?} of {bytes} bytes in the wrong process"));
     let expected = ["RemoteDisconnect", "Connect"];
     assert!(expected.contains(&kind(&error)), "{operation:?} of {bytes}: {error}");
+}
+
+/// From now on the peer's death tells nobody: a child keeps its sockets open until the answer is dropped, and the kernel does
+/// not know what it should write into the words of its life.
+fn keep_death_secret(near: &Near, far: &mut Target) -> Killed {
+    far.process.load(&near.engine.metadata());
+    far.process.ask("end-unheard near");
+    Killed(far.process.number("fork") as u32)
+}
+
+/// The moment that these tests are about: nothing but a look at the process itself can tell that the peer is gone.
+#[track_caller]
+fn assert_unnoticed(peer: &Peer) {
+    assert!(peer.is_connected(), "the engine knows that the peer has died, before it has looked");
 }
 
 /// What an impostor has to know of the peer while that lives.
@@ -117,9 +132,7 @@ impl Impostor {
     }
 }
 
-/// The peer is killed and its process ID given to another, while a child of the peer's keeps its sockets open: only the words in shared
-/// memory tell, where the kernel can watch them, and elsewhere nothing does. Then everything is posted: all at once, or
-/// one by one.
+/// The peer is killed in secret, and its process ID given to another. Then everything is posted: all at once, or one by one.
 fn reuse(config: EngineConfig, at_once: bool) {
     for round in 0..3 {
         let mut far = target!("far", LEN, "read-write", "liveness_ms=60000");
@@ -127,10 +140,11 @@ fn reuse(config: EngineConfig, at_once: bool) {
         let peer = near.connect_locally(&far.metadata);
         let transfers = transfers(&near, &peer, &far.region);
         end_of(&transfers[0]).unwrap();
-        let _holder = Killed(far.process.number("fork") as u32);
+        let _holder = keep_death_secret(&near, &mut far);
         let likeness = Likeness::of(&far);
         drop(far);
         let Some(mut other) = likeness.reborn() else { return };
+        assert_unnoticed(&peer);
         let first = round * 5 % transfers.len();
         let order = || transfers[first..].iter().chain(&transfers[..first]);
         if at_once {
@@ -183,10 +197,11 @@ fn each_kind_of_transfer_finds_out_by_itself() {
         let near = Near::new(initiator(index % 2 == 0, true), LEN);
         let peer = near.connect_locally(&far.metadata);
         let transfer = transfers(&near, &peer, &far.region).remove(index);
-        let _holder = Killed(far.process.number("fork") as u32);
+        let _holder = keep_death_secret(&near, &mut far);
         let likeness = Likeness::of(&far);
         drop(far);
         let Some(mut other) = likeness.reborn() else { return };
+        assert_unnoticed(&peer);
         assert_gone(end_of(&transfer), &transfer);
         other.assert_untouched();
     }
@@ -209,6 +224,8 @@ fn a_descendant_of_the_dead_peer_with_its_id_is_not_the_peer() {
         end_of(&transfer).unwrap();
         far.process.ask(&format!("fill r {OTHER} 0 {LEN} 0"));
         let id = far.process.id();
+        far.process.load(&near.engine.metadata());
+        far.process.ask("end-unheard near");
         // Waits until its parent is gone, and then forks until its own child has that ID.
         let heir = Killed(far.process.number("fork-heir") as u32);
         let region = far.region.clone();
@@ -218,6 +235,7 @@ fn a_descendant_of_the_dead_peer_with_its_id_is_not_the_peer() {
             return;
         }
         let _impostor = Killed(id);
+        assert_unnoticed(&peer);
         assert_gone(end_of(&transfer), &transfer);
         let memory = File::open(format!("/proc/{id}/mem")).unwrap();
         let mut bytes = vec![0; LEN];
@@ -236,10 +254,13 @@ fn a_peer_that_becomes_another_program_is_gone_and_that_program_is_not_touched()
             let transfers = transfers(&near, &peer, &far.region);
             end_of(&transfers[0]).unwrap();
             // A child keeps descriptors of the same sockets, which exec does not close there.
-            let _holder = inline.then(|| Killed(far.process.number("fork") as u32));
+            let _holder = inline.then(|| keep_death_secret(&near, &mut far));
             let likeness = Likeness::of(&far);
             far.process.ask(concat!("exec ", env!("CARGO_BIN_EXE_corelane-test-peer")));
             let mut other = Impostor::new(far.process, &likeness);
+            if inline {
+                assert_unnoticed(&peer);
+            }
             for transfer in &transfers {
                 assert_gone(end_of(transfer), transfer);
             }

@@ -9,12 +9,18 @@ pub(crate) use session::EngineSession;
 pub(crate) use target::EngineTarget;
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use corelane::{Engine, EngineConfig, LaneSpec, Listen, TransportKind};
 
 use crate::case::RunSpec;
 use crate::pinning::Cores;
+
+/// How long anything may take that is not measured. Where lanes and applications outnumber the cores, and other programs run,
+/// each step of a handshake waits for its turn; no failure of a peer is measured, so that nothing is gained by giving up early.
+/// Below what the other process waits for an answer.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The engine's version: all crates of the workspace share it.
 pub(crate) fn version() -> &'static str {
@@ -33,6 +39,9 @@ fn start_engine(role: &str, spec: &RunSpec, cores: &[usize], ip: IpAddr) -> Resu
     config.lanes = LaneSpec::Cores(cores.to_vec());
     config.transports =
         spec.transports.iter().map(|name| name.parse()).collect::<Result<_, corelane::Error>>()?;
+    config.connect_timeout = PATIENCE;
+    config.liveness = PATIENCE;
+    config.deregister_timeout = PATIENCE;
     let devices = if role == "target" { &spec.server_rdma_devices } else { &spec.rdma_devices };
     config.rdma.devices.clone_from(devices);
     config.listen = Listen { addresses: vec![ip], ..Listen::default() };

@@ -9,7 +9,7 @@ use corelane::{Access, Engine, Operation as Direction, RegionDescriptor, Transfe
 
 use super::initiator::{EngineInitiator, Handles, Place};
 use super::memory::EngineMemory;
-use super::start_engine;
+use super::{PATIENCE, start_engine};
 use crate::arena::Arena;
 use crate::case::{App, Operation, RunSpec, Sabotage};
 use crate::layout::{Layout, Slot, WARM_LEN};
@@ -18,7 +18,6 @@ use crate::polling::complete_now;
 use crate::sabotage::Sabotaged;
 use crate::units::from_hex;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longer than any pass with the waits inside of it, shorter than the coordinator's patience.
 const PASS_LIMIT: Duration = Duration::from_secs(100);
 
@@ -50,7 +49,7 @@ impl EngineSession {
         let memory = EngineMemory::provide(&engine, spec, layout.arena_bytes, Access::LOCAL, own)?;
         let region = &memory.region;
         let peer = engine.load_peer(&metadata)?;
-        peer.connect(CONNECT_TIMEOUT)?;
+        peer.connect(PATIENCE)?;
         let direction = match spec.case.operation {
             Operation::Read => Direction::Read,
             _ => Direction::Write,

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use corelane::{Access, Engine, Notification, Peer};
 
 use super::memory::EngineMemory;
-use super::{describe_lanes, start_engine};
+use super::{PATIENCE, describe_lanes, start_engine};
 use crate::answering::Ledger;
 use crate::arena::Arena;
 use crate::case::{App, RunSpec, TargetApp};
@@ -25,8 +25,6 @@ use crate::units::to_hex;
 const PAUSE: Duration = Duration::from_micros(200);
 /// How often one that waits looks whether it is to end.
 const WAIT: Duration = Duration::from_millis(200);
-/// How long it may take to end.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whether the target's application takes part.
 fn has_application(spec: &RunSpec) -> bool {
@@ -165,7 +163,7 @@ impl EngineTarget {
             // The application books its own failures; how its thread ended says nothing more.
             Runs::Thread(thread) => drop(thread.join()),
             Runs::Lane(ended) => {
-                let stuck = ended.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout);
+                let stuck = ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
                 ensure!(
                     !stuck,
                     "the target's application on the lane does not end: its lane is stuck"

@@ -6,6 +6,8 @@ use std::net::TcpStream;
 use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use crate::common::{BACKENDS, Bench, command, run};
 
 /// A server on a port of its own; killed at the end of the test.
@@ -67,6 +69,35 @@ fn a_server_serves_one_client_after_the_other() {
                 .is_some_and(|kernel| kernel.contains("Linux"))
         );
     }
+}
+
+/// As on a machine that has other things to do: for longer than engines wait for each other unless they are told to.
+#[test]
+fn a_server_that_stands_still_for_seconds_is_waited_for() {
+    let server = Server::start("");
+    let pid = server.child.id();
+    let threads =
+        move || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, std::iter::Iterator::count);
+    let signal = move |signal| {
+        let server = nix::unistd::Pid::from_raw(pid.cast_signed());
+        nix::sys::signal::kill(server, signal).expect("a signal to the server");
+    };
+    let before = threads();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Its engine is there, and the client is about to connect to it.
+            eventually("the target's engine", || threads() > before);
+            signal(Signal::SIGSTOP);
+            std::thread::sleep(Duration::from_secs(4));
+            signal(Signal::SIGCONT);
+        });
+        let bench = Bench::new();
+        let (_, results) = bench.results(&format!(
+            "client --connect {} --duration 20ms --rounds 1 --scenario sizes --sizes 64 --operation read",
+            server.address
+        ));
+        assert_eq!(results["complete"], true);
+    });
 }
 
 #[test]
@@ -164,7 +195,7 @@ fn a_killed_server_ends_the_run_with_an_error() {
         })
         .expect("a server");
     let server = nix::unistd::Pid::from_raw(*server as i32);
-    nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).expect("kill");
+    nix::sys::signal::kill(server, Signal::SIGKILL).expect("kill");
     let begin = Instant::now();
     let status = loop {
         if let Some(status) = coordinator.try_wait().expect("waits") {

@@ -12,8 +12,8 @@ mod rings;
 use self::memory::take_share;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use corelane_runtime::{Cx, Lane, WordId};
 use smallvec::SmallVec;
@@ -23,8 +23,8 @@ use crate::engine::links::Phase;
 use crate::session::LinkId;
 use crate::sys;
 use crate::transport::local::{
-    self, Consumer, LAYOUT, Life, LocalPath, PathParts, PeerProcess, Pid, Producer, RING_MESSAGES,
-    SharedFd, TableView, Uses,
+    self, Accessor, Consumer, LAYOUT, Life, LocalPath, PathParts, PeerProcess, Producer,
+    RING_MESSAGES, SharedFd, TableView,
 };
 use crate::transport::receive::LocalFrame;
 use crate::wire::RegionKey;
@@ -36,83 +36,6 @@ const REFUSED: u16 = 1;
 
 /// Mappings that one peer can make us have.
 const MAX_MAPPED_OF_PEER: usize = 4096;
-/// Sessions of one process that may have ended with copies in progress. Those of an engine end within microseconds.
-const MAX_LEFT_BEHIND: usize = 16;
-
-/// What a peer on this host does with our memory.
-#[derive(Debug)]
-pub(in crate::engine) struct Accessor {
-    pid: Option<Pid>,
-    uses: Uses,
-    process: PeerProcess,
-}
-
-impl Accessor {
-    /// Whether the process is known to be gone for good, and its engine with it.
-    pub(in crate::engine) fn has_ended(&self) -> bool {
-        self.process.has_ended()
-    }
-}
-
-/// All that have, or had, access.
-#[derive(Debug, Default)]
-pub(in crate::engine) struct Accessors(Mutex<Vec<Arc<Accessor>>>);
-
-impl Accessors {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Accessor>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Adds one. False: its process has left too many sessions with copies that never ended. Each of them is watched until the
-    /// process ends, with a mapping and descriptors, which must not become more and more.
-    fn add(&self, accessor: Arc<Accessor>) -> bool {
-        let mut all = self.lock();
-        // Those that are gone for good make room.
-        all.retain(|known| {
-            let over = || known.uses.in_progress().is_empty() || known.process.is_gone();
-            !(known.process.is_disconnected() && over())
-        });
-        let left_behind =
-            |known: &&Arc<Accessor>| known.process.is_disconnected() && known.pid == accessor.pid;
-        if all.iter().filter(left_behind).count() >= MAX_LEFT_BEHIND {
-            return false;
-        }
-        all.push(accessor);
-        true
-    }
-
-    /// Waits until every copy that is in progress now has ended, or its process has; false: not in time.
-    /// What it was that they must not touch any more has been taken out of the table before.
-    pub(in crate::engine) fn wait_until_quiet(&self, deadline: Instant) -> bool {
-        let mut waiting: Vec<_> = self
-            .lock()
-            .iter()
-            .map(|accessor| (accessor.clone(), accessor.uses.in_progress()))
-            .filter(|(_, copies)| !copies.is_empty())
-            .collect();
-        let began = Instant::now();
-        loop {
-            let now = Instant::now();
-            // Asking the kernel whether a process lives is not for the first moments.
-            let ask = now - began > Duration::from_millis(1);
-            waiting.retain_mut(|(accessor, copies)| {
-                accessor.uses.still(copies);
-                !(copies.is_empty() || ask && accessor.process.is_gone())
-            });
-            if waiting.is_empty() {
-                return true;
-            }
-            if now >= deadline {
-                return false;
-            }
-            if ask {
-                std::thread::sleep(Duration::from_micros(200));
-            } else {
-                std::thread::yield_now();
-            }
-        }
-    }
-}
 
 /// A frame about shared memory on its way, with its descriptors.
 struct Outgoing {
@@ -338,7 +261,7 @@ impl LaneDriver {
         let (reach, reason) = local::reach(pid, own, nonce);
         let life = table.life(self.engine.identity.incarnation);
         let process = PeerProcess::new(pid, reach.process_memory(), life.clone(), own);
-        let accessor = Arc::new(Accessor { pid, uses: ring.uses(), process });
+        let accessor = Arc::new(Accessor::new(pid, ring.uses(), process));
         let path = Arc::new(LocalPath::new(PathParts {
             peer: peer.core.peer.name.clone(),
             reach,

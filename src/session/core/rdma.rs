@@ -187,9 +187,22 @@ impl Core {
         env: &mut Env<'_>,
     ) -> Result<(), ProtocolError> {
         self.ring = None;
-        if self.outbox.acknowledged() < self.socket_until {
-            // Those that are under way went over the socket, which has lost nothing.
+        if self.session == 0 {
+            // The session has ended here, and the peer does not know yet.
             return Ok(());
+        }
+        if mutated!(ResyncForgets) {
+            return Ok(());
+        }
+        let expects =
+            if mutated!(ResyncFromAcknowledged) { self.outbox.acknowledged() } else { expects };
+        if self.outbox.acknowledged() < self.socket_until {
+            // Those that are under way went over the socket, which has lost nothing. But their acknowledgement may have gone
+            // by the queue pairs, and nothing else would ever repeat it.
+            if mutated!(LostAcknowledgementForgotten) {
+                return Ok(());
+            }
+            return self.on_ack(expects, env);
         }
         let freed = self
             .outbox

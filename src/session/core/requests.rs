@@ -354,7 +354,8 @@ impl Core {
             }
         }
         let active = &mut self.active[slot];
-        let quiet = (!active.copying || active.stop_copy()) && !active.wired;
+        let quiet = (!active.copying || active.stop_copy() || mutated!(CopyCutShort))
+            && (!active.wired || mutated!(WiredEndsAtOnce));
         if quiet && (active.unsent == 0 || mutated!(EndsWhileSending)) {
             self.finish(slot, env);
         } else if mutated!(EndsTwice)

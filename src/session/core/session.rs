@@ -268,7 +268,9 @@ impl Core {
 
     /// The session link is gone, and all links with it; the session itself may be resumed.
     fn session_lost(&mut self, reason: &str, env: &mut Env<'_>) {
-        self.peer.connected.store(false, std::sync::atomic::Ordering::Release);
+        if !mutated!(LostStaysConnected) {
+            self.peer.connected.store(false, std::sync::atomic::Ordering::Release);
+        }
         self.peer.set_last_error(Some(reason.to_owned()));
         self.liveness = None;
         self.control.clear();
@@ -525,7 +527,9 @@ impl Core {
                 // One that does not answer will not answer a new link either: nothing waits for that.
                 let error = self.peer.gone(&reason);
                 self.fail_all(&error, env);
-                if let Some(link) = self.session_link() {
+                if let Some(link) = self.session_link()
+                    && !mutated!(SilentLinkKept)
+                {
                     self.close(link, reason, false);
                 }
             }

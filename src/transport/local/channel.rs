@@ -293,6 +293,11 @@ impl Uses {
     /// As `begin`, for a copy that outlives the call: one that a GPU makes.
     pub(crate) fn begin_owned(&self) -> Option<OwnedUse> {
         let in_use = self.begin()?;
+        #[cfg(feature = "sim")]
+        if mutated!(CopyNotAnnounced) {
+            drop(in_use);
+            return Some(OwnedUse { uses: self.clone(), index: NO_PLACE, number: 0 });
+        }
         let (index, number) = (PLACE.get(), in_use.number);
         std::mem::forget(in_use);
         Some(OwnedUse { uses: self.clone(), index, number })
@@ -331,6 +336,10 @@ impl Drop for Use<'_> {
     }
 }
 
+/// Behind all places.
+#[cfg(feature = "sim")]
+const NO_PLACE: usize = LEN;
+
 /// A copy in progress that no thread waits for.
 #[derive(Debug)]
 #[must_use]
@@ -338,6 +347,14 @@ pub(crate) struct OwnedUse {
     uses: Uses,
     index: usize,
     number: u64,
+}
+
+#[cfg(feature = "sim")]
+impl OwnedUse {
+    /// The process has died amid the copy: its announcement stays.
+    pub(crate) fn never_ends(mut self) {
+        self.index = NO_PLACE;
+    }
 }
 
 impl Drop for OwnedUse {

@@ -17,6 +17,7 @@
 //! The session's own socket (a Unix socket) carries the descriptors of that shared memory, and whatever
 //! does not fit into the ring. `engine::local` drives all this on a lane.
 
+mod accessors;
 mod channel;
 mod cma;
 mod copy;
@@ -27,8 +28,9 @@ mod path;
 mod shm;
 mod table;
 
+pub(crate) use accessors::{Accessor, Accessors};
 pub(crate) use channel::{
-    Consumer, MAX_RING_PAYLOAD, Message, OwnedUse, Producer, Pushed, RING_MESSAGES, Uses,
+    Consumer, MAX_RING_PAYLOAD, Message, OwnedUse, Producer, Pushed, RING_MESSAGES,
     create as create_channel, open as open_channel,
 };
 pub(crate) use cma::{PeerCredentials, Pid, allow_any_tracer, has_no_address_space};
@@ -38,6 +40,8 @@ pub(crate) use memory::{OwnMemory, node_of};
 pub(crate) use path::{CopyError, LocalPath, PathParts, PeerMemory, reach};
 pub(crate) use shm::{Mapping, SharedFd};
 pub(crate) use table::{RemoteRange, Table, TableView};
+#[cfg(feature = "sim")]
+pub(crate) use {accessors::InProgress, channel::Uses};
 
 /// Layout of the shared memory; both sides must agree.
 pub(crate) const LAYOUT: u16 = 2;

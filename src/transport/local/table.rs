@@ -92,7 +92,9 @@ impl Table {
 
     /// Takes a region's key away. Look at the uses of all peers next.
     pub(crate) fn close(&self, region: &RegionDescriptor) {
-        if let Some(slot) = slot_words(self.map.words(), region.key.slot(), self.slots) {
+        if let Some(slot) = slot_words(self.map.words(), region.key.slot(), self.slots)
+            && !mutated!(TableStaysOpen)
+        {
             slot[0].store(0, Ordering::SeqCst);
             slot[1].store(0, Ordering::SeqCst);
             fence(Ordering::SeqCst);

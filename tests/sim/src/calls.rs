@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use corelane::Access;
-use corelane::sim::Node;
+use corelane::sim::{Node, Way};
 
 use crate::memory::{CELL, CELLS, CellRef, Region, Role};
 use crate::ports::Event;
@@ -75,7 +75,8 @@ impl World {
 
     pub(crate) fn unmap(&mut self, engine: usize) {
         let all: Vec<u64> = self.model.spaces[engine].regions.keys().copied().collect();
-        if all.is_empty() {
+        // A device goes on with the memory that was there when it was registered.
+        if all.is_empty() || self.profile.way == Way::Wired {
             return;
         }
         let base = self.rng.pick(&all);

@@ -56,7 +56,18 @@ pub(crate) fn session(state: SessionState, event: Event) -> bool {
             | (S::Connecting, E::SessionDown)
             | (S::LeavingConnecting, E::AcceptBulk | E::BulkUp | E::BulkDown | E::Retire)
             | (S::Leaving | S::Unconfirmed, E::Retire)
-    );
+            // A link that is replaced is closed at once: only a stream of this session can be faster than its first frame.
+            | (S::Unconfirmed, E::Data | E::Write | E::Status | E::Payload)
+    ) || (state != S::Up
+        && matches!(
+            event,
+            E::Copied
+                | E::RdmaResolved
+                | E::RdmaDown
+                | E::WiredEnded
+                | E::WiredBack
+                | E::WireMessage
+        ));
     !impossible && !rare
 }
 

@@ -6,8 +6,8 @@ use crate::memory::Space;
 use crate::net::Item;
 use crate::ports::{Event, watch};
 use crate::profile::{Fault, draw};
-use crate::world::{World, address, ms};
-use corelane::sim::Node;
+use crate::world::{Engine, World, address, ms};
+use corelane::sim::{Node, Way};
 
 /// When the kernel gives up a connection on which nothing gets through; later than all timeouts of the engines.
 const GIVEN_UP: Duration = Duration::from_secs(40);
@@ -53,6 +53,16 @@ impl World {
             }
             Some(Fault::Crash) => self.crash_any(false),
             Some(Fault::HostDown) => self.crash_any(true),
+            Some(Fault::Rail) => {
+                self.net.rail_fails = self.rng.chance(60);
+                if self.net.rail_fails {
+                    return;
+                }
+                if let Some(conn) = self.any_conn() {
+                    self.say(&|| format!("connection {conn}: its rail fails"));
+                    self.rail_fails(conn);
+                }
+            }
             Some(Fault::Flood) => self.flood(),
         }
     }
@@ -117,9 +127,19 @@ impl World {
     }
 
     fn crash_any(&mut self, host: bool) {
-        let engine = self.rng.index(self.engines.len());
+        let mut engine = self.rng.index(self.engines.len());
+        // One that is amid a copy, if there is any.
+        let copies = |engine: &Engine| engine.node.as_ref().is_some_and(|node| node.copies() > 0);
+        let copying = self.engines.iter().position(copies);
+        if let Some(copying) = copying.filter(|_| self.rng.chance(60)) {
+            engine = copying;
+        }
         if self.engines[engine].alive {
             self.crash(engine, host);
+            if copying == Some(engine) {
+                let others = self.awake();
+                others.into_iter().for_each(|other| self.deregister(other));
+            }
             if self.rng.chance(60) {
                 let pause = ms(self.rng.pick(&[1, 30, 1000]));
                 self.schedule.at(self.now + pause, Event::Restart(engine));
@@ -134,7 +154,12 @@ impl World {
         });
         self.crashes += 1;
         let now = self.now;
+        // Those that share memory are on one machine.
+        let host = host && self.profile.way != Way::Copies;
         self.disturbed |= host;
+        if let Some(node) = self.engines[engine].node.take() {
+            node.die();
+        }
         self.leave_world(engine, host);
         let (generation, incarnation) =
             (self.engines[engine].generation, self.engines[engine].incarnation);
@@ -148,13 +173,18 @@ impl World {
                     self.net.conns[conn].silent = true;
                     self.schedule.at(now + GIVEN_UP, Event::GiveUp(conn));
                     self.net.conns[conn].ends[side].closed = true;
+                    self.wire_dies(conn, side);
                     continue;
                 }
                 self.net.conns[conn].ends[side].closed = true;
+                self.wire_dies(conn, side);
                 let item = if self.rng.chance(50) { Item::Reset } else { Item::Fin };
                 self.net.put(conn, side, now, item);
             }
             self.watch_both(conn);
+        }
+        for node in self.engines.iter_mut().filter_map(|known| known.node.as_mut()) {
+            node.process_has_died(incarnation);
         }
         let limit = self.death_limit();
         for transfer in &mut self.model.transfers {

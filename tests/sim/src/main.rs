@@ -19,6 +19,7 @@ mod report;
 mod rest;
 mod rng;
 mod runs;
+mod wire;
 mod workload;
 mod world;
 

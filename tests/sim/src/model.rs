@@ -242,7 +242,7 @@ impl Model {
             // Its late frames, which were under way.
             (Role::Spoilt { transfer }, true) => (transfer, false),
             // What a peer reads is harmless as long as it may.
-            (_, false) if matches!(touch, Touch::Served(_)) => {
+            (_, false) if matches!(touch, Touch::Served(_) | Touch::Device(_)) => {
                 if !access.allows(Access::REMOTE_READ) {
                     self.fail(Promise::Admitted, what);
                 }
@@ -265,16 +265,25 @@ impl Model {
                     Some((Promise::QuietAfterEnd, "after the end of its transfer"))
                 }
                 Touch::Own => None,
-                Touch::Served(peer) if own || peer != transfer.incarnation => {
-                    Some((Promise::Data, "of somebody else's transfer"))
+                Touch::Served(peer) | Touch::Device(peer)
+                    if own || peer != transfer.incarnation =>
+                {
+                    // Where the peer asks for what it must not have, it has got it.
+                    let asks = |t: &Transfer| t.forged && (t.incarnation, t.to) == (peer, engine);
+                    let forged = self.transfers.iter().any(|t| asks(t) && !t.ended);
+                    let promise = if forged { Promise::Admitted } else { Promise::Data };
+                    Some((promise, "of somebody else's transfer"))
                 }
-                Touch::Served(_) if write.is_some() && transfer.ended && transfer.done => {
+                Touch::Served(_) | Touch::Device(_)
+                    if write.is_some() && transfer.ended && transfer.done =>
+                {
                     Some((Promise::QuietAfterEnd, "after the transfer was done"))
                 }
                 Touch::Served(_) if closing.is_some_and(|since| since < transfer.posted) => {
                     Some((Promise::Admitted, "though deregistration began before it"))
                 }
-                Touch::Served(_) => {
+                // A device takes what comes until the region is gone.
+                Touch::Served(_) | Touch::Device(_) => {
                     let needs =
                         if write.is_some() { Access::REMOTE_WRITE } else { Access::REMOTE_READ };
                     (!access.allows(needs)).then_some((Promise::Admitted, "without permission"))

@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::rng::Rng;
+use crate::wire::WireEnd;
 
 /// What travels in one direction of a connection.
 #[derive(Debug)]
@@ -35,6 +36,10 @@ pub(crate) struct End {
     pub(crate) ring: VecDeque<Vec<u8>>,
     /// It reads a little at a time, with this pause between.
     pub(crate) slow: Option<Duration>,
+    /// What the other end has handed over to be mapped.
+    pub(crate) shared: Option<corelane::sim::Shared>,
+    /// Its queue pairs.
+    pub(crate) wire: WireEnd,
 }
 
 impl End {
@@ -50,6 +55,8 @@ impl End {
             last: Duration::ZERO,
             ring: VecDeque::new(),
             slow: None,
+            shared: None,
+            wire: WireEnd::default(),
         }
     }
 }
@@ -81,6 +88,8 @@ pub(crate) struct Net {
     /// Pairs of engines that cannot reach each other now.
     pub(crate) partitions: Vec<(usize, usize)>,
     pub(crate) rng: Rng,
+    /// The rail of the next queue pair that sends something of a WRITE fails.
+    pub(crate) rail_fails: bool,
     /// The connection and side that an engine calls so.
     names: HashMap<(usize, u32, u64), (usize, usize)>,
 }
@@ -90,7 +99,14 @@ pub(crate) const RING_SLOTS: usize = 64;
 
 impl Net {
     pub(crate) fn new(manner: Manner, rng: Rng) -> Self {
-        Self { manner, conns: Vec::new(), partitions: Vec::new(), rng, names: HashMap::new() }
+        Self {
+            manner,
+            conns: Vec::new(),
+            partitions: Vec::new(),
+            rng,
+            rail_fails: false,
+            names: HashMap::new(),
+        }
     }
 
     pub(crate) fn delay(&mut self) -> Duration {

@@ -5,7 +5,8 @@ use std::collections::BinaryHeap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use corelane::sim::{Memory, Outside, RingLook, Touch};
+use corelane::Operation;
+use corelane::sim::{Completion, Copied, Memory, Outside, RingLook, Shared, Touch, Work};
 
 use crate::model::Model;
 use crate::net::{Item, Net, RING_SLOTS};
@@ -22,6 +23,13 @@ pub(crate) enum Event {
     Inbound(usize, usize),
     Writable(usize, usize),
     Ring(usize, usize),
+    /// A thread of an engine goes on with a copy.
+    Copy(usize, u32),
+    /// A device has something to do for an end of a connection, or to tell it.
+    Wire(usize, usize),
+    WireTold(usize, usize),
+    /// A side finds out that the rail of its queue pair has failed.
+    WireFailed(usize, usize, u32),
     Timer(usize, u32),
     /// The kernel gives up a connection on which nothing gets through.
     GiveUp(usize),
@@ -87,7 +95,7 @@ pub(crate) struct Ports<'w> {
 }
 
 impl Ports<'_> {
-    fn conn(&self, link: u64) -> Option<(usize, usize)> {
+    pub(crate) fn conn(&self, link: u64) -> Option<(usize, usize)> {
         self.net.find(self.engine, self.generation, link)
     }
 }
@@ -190,6 +198,64 @@ impl Outside for Ports<'_> {
         let at = self.now + Duration::from_micros(self.rng.between(1, 60));
         self.schedule.at(at, Event::Ring(conn, 1 - side));
         Some(message)
+    }
+
+    fn share(&mut self, link: u64, shared: Shared) {
+        if let Some((conn, side)) = self.conn(link) {
+            self.net.conns[conn].ends[1 - side].shared = Some(shared);
+        }
+    }
+
+    fn shared(&mut self, link: u64) -> Option<Shared> {
+        let (conn, side) = self.conn(link)?;
+        self.net.conns[conn].ends[side].shared.take()
+    }
+
+    fn copy(
+        &mut self,
+        peer: u128,
+        operation: Operation,
+        local: u64,
+        remote: u64,
+        len: usize,
+    ) -> Copied {
+        let Some(target) = self.model.engine_of(peer) else { return Copied::Gone };
+        let read = operation == Operation::Read;
+        let (own, served) = (Touch::Own, Touch::Served(self.model.incarnations[self.engine]));
+        let (here, there) = ((self.engine, own, local), (target, served, remote));
+        let (from, to) = if read { (there, here) } else { (here, there) };
+        let fault = |engine: usize| {
+            if engine == target && engine != self.engine {
+                Copied::PeerFault
+            } else {
+                Copied::OwnFault
+            }
+        };
+        let (engine, touch, addr) = from;
+        let Some((base, offset)) = self.model.touch(engine, self.now, touch, addr, len, None)
+        else {
+            return fault(engine);
+        };
+        let bytes = self.model.spaces[engine].regions[&base].bytes[offset..offset + len].to_vec();
+        let (engine, touch, addr) = to;
+        let found = self.model.touch(engine, self.now, touch, addr, len, Some(&bytes));
+        let Some((base, offset)) = found else { return fault(engine) };
+        if let Some(region) = self.model.spaces[engine].regions.get_mut(&base) {
+            region.bytes[offset..offset + len].copy_from_slice(&bytes);
+        }
+        Copied::Done
+    }
+
+    fn pair(&mut self, link: u64, generation: Option<u32>) {
+        self.set_pair(link, generation);
+    }
+
+    fn post(&mut self, link: u64, number: u64, work: Work) {
+        self.post_work(link, number, work);
+    }
+
+    fn completion(&mut self, link: u64) -> Option<Completion> {
+        self.next_completion(link)
     }
 
     fn broken(&mut self, peer: u128, reason: &str) {

@@ -37,6 +37,7 @@ pub(crate) enum Fault {
     Crash,
     HostDown,
     Flood,
+    Rail,
 }
 
 #[derive(Debug, Clone)]
@@ -77,7 +78,12 @@ impl Profile {
         let delay = rng.pick(&[40, 300, 2000]);
         let capacity = rng.pick(&[700, 4000, 64 << 10]);
         let quick = capacity > 700 && delay < 2000;
-        let way = if rng.chance(30) { Way::Ring } else { Way::Sockets };
+        let way = match rng.below(100) {
+            0..30 => Way::Ring,
+            30..42 => Way::Copies,
+            42..54 => Way::Wired,
+            _ => Way::Sockets,
+        };
         let few = |rng: &mut Rng, percent| rng.chance(percent);
         let mut weights = |all: &[(Action, u64)]| -> Vec<(Action, u64)> {
             all.iter()
@@ -112,13 +118,19 @@ impl Profile {
             (Fault::HostDown, 1),
             (Fault::Flood, 2),
         ];
-        let fault_weights = faults
+        let mut fault_weights: Vec<(Fault, u64)> = faults
             .iter()
             .map(|(fault, weight)| {
                 let weight = if calm { 0 } else { weight * rng.pick(&[0, 0, 1, 2, 4]) };
                 (*fault, weight)
             })
             .collect();
+        let mut more_faults = 0;
+        if way == Way::Wired && rng.chance(75) {
+            // What can happen to queue pairs takes some of them at work.
+            fault_weights.push((Fault::Rail, 60));
+            more_faults = 10;
+        }
         Self {
             engines,
             friends: if engines <= 6 { engines + 1 } else { 4 },
@@ -138,7 +150,7 @@ impl Profile {
             dead_address: rng.chance(15),
             long_note: if quick { rng.pick(&[100, 5000, 70_000]) } else { 100 },
             actions: if engines > 6 { 4 * engines } else { rng.pick(&[80, 160, 320]) },
-            faults: if rng.chance(25) { 0 } else { 2 + rng.index(8) },
+            faults: more_faults + if rng.chance(25) { 0 } else { 2 + rng.index(8) },
             pause_us: rng.pick(&[50, 500, 4000]),
             action_weights,
             fault_weights,

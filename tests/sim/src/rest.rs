@@ -29,6 +29,7 @@ impl World {
                 engine.stalled_until = self.now;
             }
         }
+        self.look_at_wires();
         self.schedule.at(self.now + ms(20), Event::Tick);
     }
 
@@ -49,6 +50,7 @@ impl World {
             return;
         }
         let left = self.what_is_left();
+        let waits = matches!(left, Some((Promise::NothingLeft, _)));
         if left.is_some() || !self.connected {
             self.quiet_since = None;
         }
@@ -65,7 +67,12 @@ impl World {
             };
             return self.model.fail(promise, format!("at rest: {text}"));
         }
-        let pause = if self.ticks < 20 { ms(10) } else { ms(100).max(self.profile.liveness / 2) };
+        // Where something waits for the application, it looks more often.
+        let pause = match self.ticks {
+            0..20 => ms(10),
+            20..400 if waits => ms(100),
+            _ => ms(100).max(self.profile.liveness / 2),
+        };
         self.schedule.at(self.now + pause, Event::Tick);
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use corelane::sim::{Node, Peer};
+use corelane::sim::{Node, Peer, Way};
 use corelane::{Access, Operation, RegionDescriptor};
 
 use crate::memory::{CELL, CELLS, CellRef};
@@ -243,8 +243,8 @@ impl World {
             return Some((opened, offset));
         };
         if region.closing.is_some() {
-            // Too late.
-            return Some((descriptor, offset));
+            // Too late. Devices are let in until the region is gone.
+            return (self.profile.way != Way::Wired).then_some((descriptor, offset));
         }
         if !region.access.allows(needs) {
             return Some((Node::forge(&descriptor, 0, descriptor.len(), needs), offset));
@@ -340,7 +340,10 @@ impl World {
         let now = self.now;
         let transfer = &mut self.model.transfers[number];
         transfer.cancelled.get_or_insert(now);
-        if transfer.operation == Operation::Read && transfer.is_in_flight() {
+        // What a thread is amid of is waited for.
+        let by_engine = matches!(self.profile.way, Way::Sockets | Way::Ring);
+        let at_once = by_engine && transfer.operation == Operation::Read;
+        if at_once && transfer.is_in_flight() {
             let text = format!("engine {engine}: READ {number} goes on though it was cancelled");
             self.model.fail(Promise::EndsInTime, text);
         }

@@ -41,6 +41,8 @@ pub(crate) struct Engine {
     pub(crate) stalled_until: Duration,
     pub(crate) stalls: Duration,
     timer: Option<Duration>,
+    /// A step of its copies is scheduled.
+    copying: bool,
     pub(crate) loaded: BTreeMap<usize, Known>,
     /// Transfers that it has posted and that have not been seen to end.
     pub(crate) in_flight: Vec<usize>,
@@ -52,6 +54,7 @@ impl Engine {
     /// It has been made anew: nothing is set.
     pub(crate) fn reset_timer(&mut self) {
         self.timer = None;
+        self.copying = false;
         self.peak = 0;
     }
 }
@@ -169,6 +172,7 @@ impl World {
                 stalled_until: Duration::ZERO,
                 stalls: Duration::ZERO,
                 timer: None,
+                copying: false,
                 loaded: BTreeMap::new(),
                 in_flight: Vec::new(),
                 peak: 0,
@@ -284,6 +288,7 @@ impl World {
                 let next = node.next_timeout();
                 self.engines[engine].node = Some(node);
                 self.set_timer(engine, next);
+                self.watch_copies(engine);
                 Some(answer)
             }
             Err(panic) => {
@@ -312,7 +317,7 @@ impl World {
     }
 
     /// Until when an engine does nothing, if it does nothing now.
-    fn stalled(&self, engine: usize) -> Option<Duration> {
+    pub(crate) fn stalled(&self, engine: usize) -> Option<Duration> {
         let until = self.engines[engine].stalled_until;
         (until > self.now).then_some(until)
     }
@@ -339,6 +344,10 @@ impl World {
             Event::Inbound(conn, side) => self.inbound(conn, side),
             Event::Writable(conn, side) => self.writable(conn, side),
             Event::Ring(conn, side) => self.ring(conn, side),
+            Event::Wire(conn, side) => self.wire(conn, side),
+            Event::WireTold(conn, side) => self.wire_told(conn, side),
+            Event::WireFailed(conn, side, generation) => self.wire_failed(conn, side, generation),
+            Event::Copy(engine, generation) => self.copy(engine, generation),
             Event::Timer(engine, generation) => self.timer(engine, generation),
             Event::GiveUp(conn) => {
                 let known = &mut self.net.conns[conn];
@@ -366,7 +375,7 @@ impl World {
     }
 
     /// The engine behind an end, if it is the one that the connection was made with.
-    fn owner(&self, conn: usize, side: usize) -> Option<(usize, u64)> {
+    pub(crate) fn owner(&self, conn: usize, side: usize) -> Option<(usize, u64)> {
         let end = &self.net.conns[conn].ends[side];
         let engine = self.engines.get(end.engine)?;
         let same = engine.alive && engine.generation == end.generation && !end.closed;
@@ -488,6 +497,30 @@ impl World {
         if !self.net.conns[conn].ends[side].ring.is_empty() {
             let at = self.now + Duration::from_micros(self.rng.between(1, 100));
             self.schedule.at(at, Event::Ring(conn, side));
+        }
+    }
+
+    fn copy(&mut self, engine: usize, generation: u32) {
+        if self.engines[engine].generation != generation || !self.engines[engine].alive {
+            return;
+        }
+        if let Some(until) = self.stalled(engine) {
+            return self.schedule.at(until, Event::Copy(engine, generation));
+        }
+        self.engines[engine].copying = false;
+        self.with_node(engine, |node, ports| node.copy_some(ports));
+        // Somebody may wait for its end.
+        self.look_at_pending();
+    }
+
+    /// Lets the threads of an engine that copy go on.
+    fn watch_copies(&mut self, engine: usize) {
+        let known = &mut self.engines[engine];
+        let waits = known.node.as_ref().is_some_and(|node| node.copies() > 0);
+        if waits && !std::mem::replace(&mut known.copying, true) {
+            let generation = known.generation;
+            let at = self.now + Duration::from_micros(self.rng.between(1, 200));
+            self.schedule.at(at, Event::Copy(engine, generation));
         }
     }
 
