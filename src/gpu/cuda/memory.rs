@@ -204,6 +204,8 @@ struct Opened {
     owner: u128,
     handle: [u8; 64],
     device: u32,
+    /// As the driver says, not as the peer did.
+    bytes: u64,
     mapping: Arc<Mapping>,
 }
 
@@ -228,6 +230,7 @@ pub(crate) fn open_mapping(
         known.handle == *handle && known.owner == owner && known.device == device.ordinal()
     });
     if let Some(known) = known {
+        check_length(known.bytes, len)?;
         return Ok(known.mapping.clone());
     }
     if all.len() >= MAX_MAPPINGS {
@@ -251,24 +254,33 @@ pub(crate) fn open_mapping(
     // SAFETY: room for two numbers.
     let status = unsafe { (device.api.memory_range)(&raw mut start, &raw mut bytes, base) };
     device.api.check("cuMemGetAddressRange", status)?;
-    if start != base || (bytes as u64) < len {
-        return Err(GpuError(format!("the handle opens {bytes} bytes where {len} were promised")));
-    }
-    all.push(Opened { owner, handle: *handle, device: device.ordinal(), mapping: mapping.clone() });
+    let bytes = if start == base { bytes as u64 } else { 0 };
+    check_length(bytes, len)?;
+    let device = device.ordinal();
+    all.push(Opened { owner, handle: *handle, device, bytes, mapping: mapping.clone() });
     Ok(mapping)
+}
+
+/// A kernel that goes beyond what is mapped would end the work of the whole process on that GPU: each descriptor is held to
+/// it, not only the first of an allocation.
+fn check_length(mapped: u64, promised: u64) -> std::result::Result<(), GpuError> {
+    if mapped < promised {
+        return Err(GpuError(format!(
+            "the handle opens {mapped} bytes where {promised} were promised"
+        )));
+    }
+    Ok(())
 }
 
 /// Lets go of the memory of a peer that is gone, which is not freed before. What plans still use stays until they are
 /// dropped. On a thread of its own, because the driver may take its time.
 pub(crate) fn forget_mappings(owner: u128) {
     // A lane must not wait for who maps something at this moment: that one is not this peer's, or is found the next time.
-    let Ok(all) = OPENED.try_lock() else {
-        std::thread::spawn(move || drop_mappings(owner));
-        return;
-    };
-    if all.iter().any(|known| known.owner == owner) {
-        drop(all);
-        std::thread::spawn(move || drop_mappings(owner));
+    let has_some = OPENED.try_lock().map_or(true, |all| all.iter().any(|it| it.owner == owner));
+    if has_some {
+        let name = "corelane-unmap".to_owned();
+        // Where no thread can be had, they stay until others need their places.
+        let _ = std::thread::Builder::new().name(name).spawn(move || drop_mappings(owner));
     }
 }
 
