@@ -45,6 +45,21 @@ impl Ahead {
         Ok(self.end)
     }
 
+    /// Takes all of it out, for a link that has to wait.
+    pub(super) fn set_aside(&mut self) -> Vec<u8> {
+        let rest = self.bytes[self.at..self.end].to_vec();
+        self.clear();
+        rest
+    }
+
+    /// Puts back what was set aside.
+    pub(super) fn put_back(&mut self, rest: &mut Vec<u8>) {
+        self.clear();
+        self.end = rest.len().min(self.bytes.len());
+        self.bytes[..self.end].copy_from_slice(&rest[..self.end]);
+        rest.clear();
+    }
+
     /// Moves as many bytes as there are into `out`.
     pub(super) fn take(&mut self, out: &mut [u8]) -> usize {
         let n = out.len().min(self.end - self.at);
