@@ -88,9 +88,11 @@ impl Core {
             FrameKind::Read if session || !ours => self.on_read(link, header, body, env)?,
             FrameKind::Write if session || !ours => return self.on_write(link, header, body, env),
             FrameKind::Data if session || ours => {
-                return Ok(match self.check_data(link, header)? {
-                    false => Dest::Request(header.id),
-                    true => Dest::Landing(Landing::Request(header.id)),
+                let lands = self.check_data(link, header)?;
+                return Ok(if lands {
+                    Dest::Landing(Landing::Request(header.id))
+                } else {
+                    Dest::Request(header.id)
                 });
             }
             FrameKind::Status if session || ours => self.on_status(link, header, env)?,
