@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::gpu::{Block, Bounce, Device, Flight, GpuError, LaneGpu};
 use crate::memory::{LaneRegions, RegionInner};
 use crate::plan::PlanInner;
-use crate::session::{Landing, LandingKey, LinkId, PackJob};
+use crate::session::{Landing, LandingKey, LinkId, PackJob, PackKind};
 use crate::sys::IoSegment;
 use crate::transport::link::Arrived;
 
@@ -88,8 +88,8 @@ impl What {
 
 /// What one lane has on its way between GPUs and sockets.
 pub(super) struct Staging {
-    /// For what is sent; the other direction has its own.
-    bounce: Bounce,
+    /// For answers, and for WRITEs; what is received has its own.
+    bounces: [Bounce; 2],
     multiprocessors: u32,
     moving: Vec<(Move, Flight)>,
     /// Not started: the GPU has enough to do.
@@ -103,7 +103,7 @@ pub(super) struct Staging {
 impl Staging {
     pub(super) fn new(config: &GpuConfig) -> Self {
         Self {
-            bounce: Bounce::new(config.staging_bytes / 2),
+            bounces: PackKind::ALL.map(|_| Bounce::new(config.staging_bytes / 4)),
             multiprocessors: config.multiprocessors,
             moving: Vec::new(),
             waiting: VecDeque::new(),
@@ -161,7 +161,7 @@ impl LaneDriver {
     /// GPU memory was registered: the first blocks are pinned now, and not by the first transfer.
     pub(super) fn prepare_staging(&mut self, device: &'static Device) {
         let staging = &mut self.gpu.staging;
-        for bounce in [&mut staging.bounce, &mut self.scratch.arrivals.bounce] {
+        for bounce in staging.bounces.iter_mut().chain([&mut self.scratch.arrivals.bounce]) {
             if let Err(error) = bounce.prepare(device) {
                 // Transfers over sockets say so, too.
                 tracing::warn!(%error, lane = self.index, "no pinned host memory");
@@ -171,11 +171,18 @@ impl LaneDriver {
 
     /// Starts to bring into blocks what a peer's frames are to carry.
     pub(super) fn pack(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        if self.peers.get(slot).is_some_and(|peer| peer.core.has_packs()) {
+            for kind in PackKind::ALL {
+                self.pack_kind(slot, kind, cx);
+            }
+        }
+    }
+
+    fn pack_kind(&mut self, slot: usize, kind: PackKind, cx: &mut Cx<'_>) {
         while let Some(peer) = self.peers.get_mut(slot)
-            && peer.core.has_packs()
-            && let Some(len) = peer.core.next_pack_len()
+            && let Some(len) = peer.core.next_pack_len(kind)
         {
-            let block = match self.gpu.staging.bounce.take(len) {
+            let block = match self.gpu.staging.bounces[kind as usize].take(len) {
                 Ok(Some(block)) => Ok(block),
                 Ok(None) => {
                     if !self.gpu.staging.hungry.contains(&slot) {
@@ -185,7 +192,7 @@ impl LaneDriver {
                 }
                 Err(error) => Err(error),
             };
-            let Some(job) = peer.core.next_pack() else { return };
+            let Some(job) = peer.core.next_pack(kind) else { return };
             match block {
                 Ok(block) => self.begin_move(slot, block, What::Pack(job), cx),
                 Err(error) => self.end_move(slot, What::Pack(job), Err(failed(error)), cx),

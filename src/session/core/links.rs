@@ -236,9 +236,12 @@ impl Core {
             Sent::Write(id) => self.write_sent(id, env),
             Sent::Packed(block, write) => {
                 drop(block);
-                self.packed -= 1;
-                if let Some(id) = write {
-                    self.write_sent(id, env);
+                match write {
+                    None => self.replies_to_pack.held -= 1,
+                    Some(id) => {
+                        self.writes_to_pack.held -= 1;
+                        self.write_sent(id, env);
+                    }
                 }
             }
         }
@@ -254,7 +257,7 @@ impl Core {
                 Reply::Data { uses, .. } if !mutated!(LostRepliesKeepUses) => {
                     env.regions.release(uses);
                 }
-                Reply::Packed { .. } => self.packed -= 1,
+                Reply::Packed { .. } => self.replies_to_pack.held -= 1,
                 Reply::Data { .. } | Reply::Status(_) => {}
             }
         }

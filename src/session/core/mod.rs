@@ -20,7 +20,7 @@ use self::links::CoreLink;
 use self::local::Local;
 use self::rdma::Rdma;
 use self::requests::{Active, ActiveKey, Request};
-use self::staged::ToPack;
+use self::staged::Packs;
 use super::inbox::{Inbox, InboxError};
 use super::liveness::Liveness;
 use super::outbox::Outbox;
@@ -39,7 +39,7 @@ pub(crate) use self::local::RingState;
 pub(crate) use self::rdma::{RailPairs, Wired, WiredEnd};
 pub(crate) use self::serve::{Dest, Landing};
 pub(crate) use self::session::ConnectFailure;
-pub(crate) use self::staged::{LandingKey, PackJob};
+pub(crate) use self::staged::{LandingKey, PackJob, PackKind};
 
 /// Requests that one side may have outstanding on one link. Part of the protocol: a peer that
 /// exceeds it is cut off, so that what a server remembers is bounded.
@@ -224,10 +224,9 @@ pub(crate) struct Core {
     copies: VecDeque<ActiveKey>,
     /// Transfers of GPU memory that wait for it to be known how the peer is reached.
     on_device: VecDeque<ActiveKey>,
-    /// What is to be brought from GPUs into blocks before it is sent: small payloads, and others.
-    to_pack: [VecDeque<ToPack>; 2],
-    /// Blocks that this peer's frames hold, or are about to.
-    packed: usize,
+    /// What is to be brought from GPUs into blocks before it is sent.
+    replies_to_pack: Packs,
+    writes_to_pack: Packs,
     local: Local,
     /// Why the last session on this host has no way to the peer's memory.
     local_reason: String,
@@ -284,8 +283,8 @@ impl Core {
             bulk: VecDeque::new(),
             copies: VecDeque::new(),
             on_device: VecDeque::new(),
-            to_pack: Default::default(),
-            packed: 0,
+            replies_to_pack: Packs::default(),
+            writes_to_pack: Packs::default(),
             local: Local::Off,
             local_reason: String::new(),
             wired: VecDeque::new(),

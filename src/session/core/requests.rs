@@ -396,7 +396,7 @@ impl Core {
             active.shared.copy.reset();
         }
         if let Some(packed) = active.packed {
-            self.packed -= packed.ready.len();
+            self.writes_to_pack.held -= packed.ready.len();
         }
         env.regions.release(active.uses);
         self.peer.leave();

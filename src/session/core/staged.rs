@@ -18,7 +18,19 @@ use crate::plan::{Class, Operation, PlanInner};
 use crate::sys::IoSegment;
 use crate::wire::frame::{FrameKind, Header, ServeStatus};
 
-/// Blocks that the frames of one peer hold at most: so that one which reads slowly leaves some to others.
+/// What blocks are taken for. Each has its own: a piece of a WRITE may have to wait until something is answered, so answers must
+/// not wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PackKind {
+    Reply,
+    Write,
+}
+
+impl PackKind {
+    pub(crate) const ALL: [Self; 2] = [Self::Reply, Self::Write];
+}
+
+/// Blocks that the frames of one kind hold at most for one peer: so that one which reads slowly leaves some to others.
 const MAX_PACKED: usize = 12;
 /// Small payloads take some more, and do not wait for large ones.
 const MORE_FOR_SMALL: usize = 4;
@@ -35,6 +47,15 @@ pub(super) enum ToPack {
     },
     /// The next piece of a WRITE.
     Write(ActiveKey),
+}
+
+/// What one peer has to pack of one kind.
+#[derive(Default)]
+pub(super) struct Packs {
+    /// Small payloads, and others.
+    queues: [VecDeque<ToPack>; 2],
+    /// Blocks that its frames hold, or are about to.
+    pub(super) held: usize,
 }
 
 /// How far a WRITE of GPU memory is.
@@ -58,6 +79,12 @@ pub(crate) enum PackJob {
 /// The transfer whose memory a copy touches: it does not end before.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LandingKey(ActiveKey);
+
+impl Packs {
+    fn has_some(&self) -> bool {
+        self.queues.iter().any(|queue| !queue.is_empty())
+    }
+}
 
 impl PackJob {
     /// Where the bytes are.
@@ -117,7 +144,8 @@ impl Core {
         if plan.operation == Operation::Write && plan.own_gpu().is_some() {
             if active.packed.is_none() {
                 active.packed = Some(Box::default());
-                self.to_pack[usize::from(plan.class == Class::Bulk)].push_back(ToPack::Write(key));
+                let queue = usize::from(plan.class == Class::Bulk);
+                self.writes_to_pack.queues[queue].push_back(ToPack::Write(key));
                 return;
             }
             let is_next_there = active.is_next_packed();
@@ -142,28 +170,40 @@ impl Core {
     /// An answer whose bytes are in memory of a GPU.
     pub(super) fn pack_reply(
         &mut self,
-        link: LinkId,
+        to: LinkId,
         header: Header,
         segments: Segments,
         uses: RegionUses,
     ) {
-        if let Some(link) = self.link(link) {
+        if let Some(link) = self.link(to) {
             link.packing += 1;
         }
         let queue = usize::from(header.len > SMALL_BYTES);
-        self.to_pack[queue].push_back(ToPack::Reply { link, header, segments, uses });
+        let reply = ToPack::Reply { link: to, header, segments, uses };
+        self.replies_to_pack.queues[queue].push_back(reply);
     }
 
     /// Whether something is to be packed.
     #[inline]
     pub(crate) fn has_packs(&self) -> bool {
-        !self.to_pack[0].is_empty() || !self.to_pack[1].is_empty()
+        self.replies_to_pack.has_some() || self.writes_to_pack.has_some()
+    }
+
+    fn packs(&mut self, kind: PackKind) -> &mut Packs {
+        match kind {
+            PackKind::Reply => &mut self.replies_to_pack,
+            PackKind::Write => &mut self.writes_to_pack,
+        }
     }
 
     /// The length of what is to be packed next, if its blocks are not used up. Small ones go first.
-    pub(crate) fn next_pack_len(&mut self) -> Option<usize> {
-        let queue = self.pack_queue()?;
-        Some(match self.to_pack[queue].front()? {
+    pub(crate) fn next_pack_len(&mut self, kind: PackKind) -> Option<usize> {
+        let queue = self.pack_queue(kind)?;
+        let front = match kind {
+            PackKind::Reply => self.replies_to_pack.queues[queue].front()?,
+            PackKind::Write => self.writes_to_pack.queues[queue].front()?,
+        };
+        Some(match front {
             ToPack::Reply { header, .. } => header.len as usize,
             ToPack::Write(key) => {
                 let active = self.live(*key)?;
@@ -173,15 +213,17 @@ impl Core {
         })
     }
 
-    fn pack_queue(&mut self) -> Option<usize> {
+    fn pack_queue(&mut self, kind: PackKind) -> Option<usize> {
         for (queue, room) in [MAX_PACKED + MORE_FOR_SMALL, MAX_PACKED].into_iter().enumerate() {
-            while let Some(ToPack::Write(key)) = self.to_pack[queue].front() {
-                if self.live(*key).is_some_and(Active::is_packed) {
+            while let Some(ToPack::Write(key)) = self.packs(kind).queues[queue].front() {
+                let key = *key;
+                if self.live(key).is_some_and(Active::is_packed) {
                     break;
                 }
-                self.to_pack[queue].pop_front();
+                self.packs(kind).queues[queue].pop_front();
             }
-            if !self.to_pack[queue].is_empty() && self.packed < room {
+            let packs = self.packs(kind);
+            if !packs.queues[queue].is_empty() && packs.held < room {
                 return Some(queue);
             }
         }
@@ -189,9 +231,9 @@ impl Core {
     }
 
     /// What the driver is to pack now.
-    pub(crate) fn next_pack(&mut self) -> Option<PackJob> {
-        let queue = self.pack_queue()?;
-        let job = match self.to_pack[queue].pop_front()? {
+    pub(crate) fn next_pack(&mut self, kind: PackKind) -> Option<PackJob> {
+        let queue = self.pack_queue(kind)?;
+        let job = match self.packs(kind).queues[queue].pop_front()? {
             ToPack::Reply { link, header, segments, uses } => {
                 PackJob::Reply { link, header, segments, uses }
             }
@@ -203,12 +245,12 @@ impl Core {
                 let piece = packed.next;
                 packed.next += 1;
                 if (packed.next as usize) < plan.pieces.len() {
-                    self.to_pack[queue].push_back(ToPack::Write(key));
+                    self.packs(kind).queues[queue].push_back(ToPack::Write(key));
                 }
                 PackJob::Write { key: LandingKey(key), plan, piece }
             }
         };
-        self.packed += 1;
+        self.packs(kind).held += 1;
         Some(job)
     }
 
@@ -241,15 +283,15 @@ impl Core {
                     link.packing -= 1;
                     link.replies.push_back(reply);
                 }
-                self.packed -= usize::from(!sent);
+                self.replies_to_pack.held -= usize::from(!sent);
             }
             PackJob::Write { key: LandingKey(key), piece, .. } => {
                 let live = self.live(key).is_some();
                 match outcome {
                     Ok(block) if live => self.piece_packed(key, piece, block),
-                    Ok(_) => self.packed -= 1,
+                    Ok(_) => self.writes_to_pack.held -= 1,
                     Err(error) => {
-                        self.packed -= 1;
+                        self.writes_to_pack.held -= 1;
                         if live {
                             self.fail(key.slot, error, env);
                         }
@@ -325,7 +367,7 @@ impl Core {
 
     /// A link is gone: what was to be packed for it is not.
     pub(super) fn forget_packs_of(&mut self, gone: LinkId, env: &mut Env<'_>) {
-        for queue in &mut self.to_pack {
+        for queue in &mut self.replies_to_pack.queues {
             for one in std::mem::take(queue) {
                 match one {
                     ToPack::Reply { link, uses, .. } if link == gone => env.regions.release(uses),
@@ -337,8 +379,6 @@ impl Core {
 
     /// All transfers end.
     pub(super) fn forget_writes_to_pack(&mut self) {
-        for queue in &mut self.to_pack {
-            queue.retain(|one| matches!(one, ToPack::Reply { .. }));
-        }
+        self.writes_to_pack.queues.iter_mut().for_each(VecDeque::clear);
     }
 }
