@@ -113,11 +113,16 @@ impl LaneDriver {
 
     /// Looks at what is under way; true: something has ended.
     pub(super) fn poll_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
+        // Once: the lane has the wire to look after meanwhile.
+        let moved = self.look_at_staging(cx);
+        if self.gpu.flying.is_empty() && self.gpu.waiting.is_empty() {
+            return moved;
+        }
         let mut looks = 0;
         while !self.look_at_gpu(cx) {
             looks += 1;
             if looks >= LOOKS {
-                return false;
+                return moved;
             }
             std::hint::spin_loop();
         }
@@ -142,7 +147,7 @@ impl LaneDriver {
             }
             worked = true;
         }
-        worked | self.look_at_staging(cx)
+        worked
     }
 }
 

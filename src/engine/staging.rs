@@ -207,7 +207,8 @@ impl LaneDriver {
                 self.gpu.staging.starved.push(link);
             }
         }
-        for arrived in std::mem::take(&mut self.scratch.arrivals.landed) {
+        // In whatever order: what depends on them counts them.
+        while let Some(arrived) = self.scratch.arrivals.landed.pop() {
             let Arrived { link, landing, block, len } = arrived;
             let own = match &landing {
                 Landing::Request(id) => {

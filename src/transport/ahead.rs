@@ -134,6 +134,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_set_aside_comes_back_behind_what_was_taken() {
+        let mut ahead = ahead(b"abcdefgh");
+        let mut out = [0; 3];
+        assert_eq!(ahead.take(&mut out), 3);
+        let mut rest = ahead.set_aside();
+        assert!(ahead.is_empty());
+        ahead.put_back(&mut rest);
+        assert!(rest.is_empty());
+        let mut out = [0; 9];
+        assert_eq!(ahead.take(&mut out), 5);
+        assert_eq!(&out[..5], b"defgh");
+    }
+
+    #[test]
     fn bytes_reach_segments_and_unmapped_ones_are_an_error() {
         let mut ahead = ahead(b"abcdefgh");
         let (mut first, mut second) = ([0u8; 2], [0u8; 3]);

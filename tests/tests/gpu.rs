@@ -57,7 +57,10 @@ struct Far {
 }
 
 fn far(gpu: u32, settings: &str) -> Far {
-    let mut process = peer_process!();
+    far_of(peer_process!(), gpu, settings)
+}
+
+fn far_of(mut process: PeerProcess, gpu: u32, settings: &str) -> Far {
     let metadata = process.engine("far", settings);
     let bytes = from_hex(&process.ask(&format!("gpu-region r {LEN} read-write {gpu}"))).unwrap();
     process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));

@@ -276,6 +276,11 @@ driver! {
     }
 }
 
+/// Tells tests which driver they have.
+#[unsafe(no_mangle)]
+#[allow(missing_docs)]
+pub extern "C" fn corelane_fake_cuda() {}
+
 /// The only kernel there is: the engine's, which copies tiles.
 #[unsafe(no_mangle)]
 #[allow(missing_docs, non_snake_case, clippy::too_many_arguments)]

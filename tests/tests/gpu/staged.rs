@@ -1,7 +1,9 @@
 //! GPU memory over sockets: through blocks of pinned memory.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use corelane_tests::Cuda;
 use sha2::{Digest, Sha256};
 
 use super::*;
@@ -62,8 +64,7 @@ fn host_memory(config: EngineConfig, settings: &str) {
     let peer = connect(&near.engine, &far.metadata);
     let host = Buffer::new(LEN);
     let _own = host.register(&near.engine, Access::LOCAL);
-    let bytes = from_hex(&far.process.ask(&format!("region h {LEN} read-write"))).unwrap();
-    let theirs = RegionDescriptor::from_bytes(&bytes).unwrap();
+    let theirs = far.process.region("h", LEN, "read-write");
     for len in lengths() {
         let (local, remote) = (host.segment(9, len), far.region.segment(5, len as u64));
         let plan = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap();
@@ -407,6 +408,35 @@ fn what_a_peer_may_not_do_with_gpu_memory_is_refused_over_tcp() {
     }
     assert!(memory.read(0, 8192).iter().all(|byte| *byte == POISON));
     assert!(near.memory.read(0, 8192).iter().all(|byte| *byte == POISON));
+}
+
+#[test]
+fn a_peer_without_pinned_memory_refuses_and_goes_on() {
+    if gpus(1).is_none() {
+        return;
+    }
+    if !Cuda::get().unwrap().is_fake() {
+        return eprintln!("SKIPPED: a real driver has pinned memory");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_corelane-test-peer"));
+    // Enough for the flags of its lane, and for no block.
+    command.env("FAKE_CUDA_PINNED_BYTES", "65536");
+    let mut far = far_of(PeerProcess::start_command(&mut command).unwrap(), 0, "transports=tcp");
+    let near = side("near", tcp_config(), 0);
+    let peer = connect(&near.engine, &far.metadata);
+    for len in [100, 3 << 20] {
+        for operation in [Operation::Read, Operation::Write] {
+            let (local, remote) = (near.memory.segment(0, len), far.region.segment(0, len as u64));
+            let plan = near.engine.prepare(operation, &peer, &[local], &[remote]).unwrap();
+            assert_eq!(kind(&end_of(&plan.transfer()).unwrap_err()), "Permission");
+        }
+    }
+    assert!(near.memory.read(0, 3 << 20).iter().all(|byte| *byte == POISON));
+    far.process.ask(&format!("gpu-check r 1 0 {LEN} 0"));
+    let theirs = far.process.region("h", 4096, "read-write");
+    far.process.ask("fill h 4 0 4096 0");
+    copy(&near, &peer, Operation::Read, (0, 0), &theirs, 4096);
+    assert_bytes(&near.memory.read(0, 4096), &pattern(4, 0, 4096), "host memory of that peer");
 }
 
 #[test]
