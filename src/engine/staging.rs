@@ -5,11 +5,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use corelane_runtime::{Cx, Readiness};
 
 use super::lane::{LaneDriver, env};
+use super::links::Phase;
 use crate::config::GpuConfig;
 use crate::error::Error;
 use crate::gpu::{Block, Bounce, Device, Flight, GpuError, LaneGpu};
@@ -18,6 +19,9 @@ use crate::plan::PlanInner;
 use crate::session::{Landing, LandingKey, LinkId, PackJob, PackKind};
 use crate::sys::IoSegment;
 use crate::transport::link::Arrived;
+
+/// How long links wait for blocks that others have not filled: none of a peer that has stopped may hold up all.
+const YIELD_AFTER: Duration = Duration::from_millis(50);
 
 /// A copy between a block and a GPU's memory.
 struct Move {
@@ -96,8 +100,9 @@ pub(super) struct Staging {
     waiting: VecDeque<Move>,
     /// Peers that have something to pack and found no block.
     hungry: Vec<usize>,
-    /// Links that cannot receive without one.
+    /// Links that cannot receive without one, and since when there always were some.
     starved: Vec<LinkId>,
+    starved_since: Option<Instant>,
 }
 
 impl Staging {
@@ -109,6 +114,7 @@ impl Staging {
             waiting: VecDeque::new(),
             hungry: Vec::new(),
             starved: Vec::new(),
+            starved_since: None,
         }
     }
 
@@ -299,6 +305,22 @@ impl LaneDriver {
         for link in std::mem::take(&mut self.gpu.staging.starved) {
             worked |= self.on_link(link, Readiness::Hot, cx);
         }
+        self.help_the_starved(cx);
         worked
+    }
+
+    /// Where links wait for blocks and others have some that they do not fill, the others give theirs back.
+    fn help_the_starved(&mut self, cx: &mut Cx<'_>) {
+        let staging = &mut self.gpu.staging;
+        if staging.starved.is_empty() {
+            staging.starved_since = None;
+        } else if cx.now() - *staging.starved_since.get_or_insert(cx.now()) >= YIELD_AFTER {
+            staging.starved_since = None;
+            for (_, link) in &mut self.links {
+                if let Phase::Open { receiver, .. } = &mut link.phase {
+                    receiver.yield_block();
+                }
+            }
+        }
     }
 }

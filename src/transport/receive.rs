@@ -343,12 +343,20 @@ impl Receiver {
         scratch: &mut Scratch,
     ) -> Result<usize, Step> {
         let Scratch { ahead, arrivals, discard, .. } = scratch;
-        let Rx::Landing { block, have, len, .. } = &mut self.state else { return Ok(1) };
+        let Self { state, body, .. } = self;
+        let Rx::Landing { block, have, len, .. } = state else { return Ok(1) };
         if let Hold::Nothing = block {
             *block = match arrivals.bounce.take(*len) {
                 Ok(None) => return Err(Step::Starved),
-                Ok(Some(block)) => Hold::Block(block),
-                Err(error) => Hold::Refused(error),
+                Ok(Some(mut block)) => {
+                    block.bytes()[..body.len()].copy_from_slice(body);
+                    body.clear();
+                    Hold::Block(block)
+                }
+                Err(error) => {
+                    body.clear();
+                    Hold::Refused(error)
+                }
             };
         }
         let left = *len - *have;
@@ -372,6 +380,17 @@ impl Receiver {
             arrivals.landed.push(Arrived { link: id, landing, block, len });
         }
         Ok(n)
+    }
+
+    /// Lets go of a block that the peer has not filled yet, because others wait for one. What is in it is kept for the next.
+    pub(crate) fn yield_block(&mut self) {
+        if let Rx::Landing { block: hold, have, .. } = &mut self.state
+            && let Hold::Block(block) = hold
+        {
+            self.body.clear();
+            self.body.extend_from_slice(&block.bytes()[..*have]);
+            *hold = Hold::Nothing;
+        }
     }
 
     fn end_payload(

@@ -10,7 +10,7 @@ use corelane::{
 };
 use corelane_tests::{
     BOUND, Buffer, GpuBuffer, POISON, PeerProcess, PinnedBuffer, Random, collect, end_of, from_hex,
-    gpus, kind, local_config, outcome, pattern, peer_process, tcp_config,
+    gpus, kind, local_config, outcome, pattern, peer_process, tcp_config, to_hex,
 };
 
 #[path = "gpu/staged.rs"]

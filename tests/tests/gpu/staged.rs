@@ -440,6 +440,45 @@ fn a_peer_without_pinned_memory_refuses_and_goes_on() {
 }
 
 #[test]
+fn a_peer_that_stops_amid_its_frames_holds_up_nobody() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let mut config = small_config();
+    // Nothing else comes to help.
+    config.liveness = Duration::from_secs(120);
+    config.operation_timeout = Duration::from_secs(60);
+    let near = side("near", config, 0);
+    // More streams than there are blocks.
+    let settings = "transports=tcp streams=24 liveness_ms=120000";
+    let mut stopped = peer_process!();
+    stopped.engine("stopped", settings);
+    stopped.region("h", LEN, "read-write");
+    stopped.load(&near.engine.metadata());
+    let descriptor = to_hex(&near.region.descriptor().to_bytes());
+    stopped.ask(&format!("hammer-writes near h {descriptor}"));
+    let second = far(0, "transports=tcp");
+    let peer = connect(&near.engine, &second.metadata);
+    let memory = GpuBuffer::new(0, 16 << 20);
+    let region = memory.register(&near.engine, Access::LOCAL).unwrap();
+    for round in 0..5 {
+        std::thread::sleep(Duration::from_millis(20 + 7 * round));
+        stopped.freeze();
+        for _ in 0..3 {
+            memory.poison();
+            let local = memory.segment(0, 16 << 20);
+            let remote = second.region.segment(round, 16 << 20);
+            let plan = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap();
+            end_of(&plan.transfer()).unwrap();
+            let expected = pattern(1, round, 16 << 20);
+            assert_bytes(&memory.read(0, 16 << 20), &expected, "beside a stopped peer");
+        }
+        stopped.thaw();
+    }
+    near.engine.deregister(&region).unwrap();
+}
+
+#[test]
 fn deregistering_waits_for_copies_and_no_longer() {
     if gpus(1).is_none() {
         return;
