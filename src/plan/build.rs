@@ -180,7 +180,7 @@ impl PlanBuilder<'_> {
                 });
                 device.add(index, local.addr, own_index, own, &remote)?;
                 // As frames, should no GPU reach the peer's memory: one is of one GPU and fits into a block.
-                out.chunk_bytes = self.chunk_bytes.min(BLOCK_BYTES as u64);
+                out.chunk_bytes = BLOCK_BYTES as u64;
                 if out.remote_kind.replace(remote.region.kind) != Some(remote.region.kind) {
                     self.finish_piece(&mut out);
                 }

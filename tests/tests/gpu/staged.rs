@@ -8,9 +8,9 @@ use sha2::{Digest, Sha256};
 
 use super::*;
 
-/// The least pinned memory that an engine takes: sixteen blocks for what it receives, eight for answers, eight for WRITEs.
+/// The least pinned memory that an engine takes: eight blocks for what it receives, four for answers, four for WRITEs.
 const LEAST: usize = 8 << 20;
-const BLOCK: usize = 256 << 10;
+const BLOCK: usize = 512 << 10;
 
 fn small_config() -> EngineConfig {
     let mut config = tcp_config();
