@@ -386,25 +386,31 @@ fn what_a_peer_may_not_do_with_gpu_memory_is_refused_over_tcp() {
     let peer = connect(&near.engine, &far_engine.metadata());
     let original = readable.descriptor().to_bytes();
     // Whoever forges a descriptor gets no further than the target's table.
-    let access = |bytes: &mut [u8]| bytes[6] = 3;
-    let key = |bytes: &mut [u8]| bytes[40] ^= 1;
-    // Of the region, and of its allocation.
-    let length = |bytes: &mut [u8]| (bytes[54], bytes[95]) = (255, 255);
-    let forgeries: [(Operation, u64, &dyn Fn(&mut [u8])); 3] = [
-        (Operation::Write, 0, &access),
-        (Operation::Read, 0, &key),
-        (Operation::Read, 8000, &length),
-    ];
-    for (operation, offset, change) in forgeries {
+    for forgery in ["access", "key", "length"] {
         let mut bytes = original.clone();
-        change(&mut bytes);
+        let (operation, offset) = match forgery {
+            "access" => {
+                bytes[6] = 3;
+                (Operation::Write, 0)
+            }
+            "key" => {
+                bytes[40] ^= 1;
+                (Operation::Read, 0)
+            }
+            _ => {
+                // Of the region, and of its allocation.
+                (bytes[54], bytes[95]) = (255, 255);
+                (Operation::Read, 8000)
+            }
+        };
         let end = bytes.len() - 4;
         let sum = Sha256::digest(&bytes[..end]);
         bytes[end..].copy_from_slice(&sum[..4]);
         let descriptor = RegionDescriptor::from_bytes(&bytes).unwrap();
         let (local, remote) = (near.memory.segment(0, 4096), descriptor.segment(offset, 4096));
         let plan = near.engine.prepare(operation, &peer, &[local], &[remote]).unwrap();
-        assert_eq!(kind(&end_of(&plan.transfer()).unwrap_err()), "Permission");
+        let error = end_of(&plan.transfer()).unwrap_err();
+        assert_eq!(kind(&error), "Permission", "{forgery}: {error}");
     }
     assert!(memory.read(0, 8192).iter().all(|byte| *byte == POISON));
     assert!(near.memory.read(0, 8192).iter().all(|byte| *byte == POISON));
