@@ -159,11 +159,14 @@ pub struct GpuConfig {
     pub multiprocessors: u32,
     /// Contiguous ranges of at least so many bytes go by the copy engine, which takes no multiprocessor. Default 4 MiB.
     pub copy_engine_bytes: usize,
+    /// Pinned host memory of each lane for GPU memory that goes over sockets, half of it for what is received; transfers that
+    /// find none free wait. It is taken as it is needed, and kept. Default 32 MiB.
+    pub staging_bytes: usize,
 }
 
 impl Default for GpuConfig {
     fn default() -> Self {
-        Self { multiprocessors: 16, copy_engine_bytes: 4 << 20 }
+        Self { multiprocessors: 16, copy_engine_bytes: 4 << 20, staging_bytes: 32 << 20 }
     }
 }
 
@@ -188,6 +191,10 @@ impl GpuConfig {
             return refuse(format!(
                 "gpu_copy_engine_bytes={bytes} is outside 65536..=1099511627776"
             ));
+        }
+        if !(8 << 20..=1 << 30).contains(&self.staging_bytes) {
+            let bytes = self.staging_bytes;
+            return refuse(format!("gpu_staging_bytes={bytes} is outside 8388608..=1073741824"));
         }
         Ok(())
     }

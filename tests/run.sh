@@ -20,6 +20,7 @@ declare_steps() {
     step docs           build_docs
     step other-arch     check_other_arch   has_other_arch
     step tests          run_tests
+    step fake-gpu       run_fake_gpu
     step faults         run_faults
     step doc-tests      run_doc_tests
     step loom           run_loom
@@ -184,6 +185,15 @@ have_nextest() {
 # All but those that need a NIXL, which the step nixl runs.
 run_tests() {
     run_cargo_tests --workspace "${product_only[@]}" --exclude corelane-nixl-tests
+}
+
+# GPU memory on a driver whose GPUs are threads: where there is a GPU, `tests` has used that.
+run_fake_gpu() {
+    local driver=$target/fake-cuda
+    cargo build --package corelane-fake-cuda --locked
+    mkdir -p "$driver"
+    cp "$target/debug/libcorelane_fake_cuda.so" "$driver/libcuda.so.1"
+    LD_LIBRARY_PATH=$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu
 }
 
 run_cargo_tests() {

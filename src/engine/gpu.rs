@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use corelane_runtime::Cx;
 
 use super::lane::LaneDriver;
+use super::staging::Staging;
+use crate::config::{GpuConfig, TransportKind};
 use crate::error::Error;
 use crate::gpu::{Flight, GpuError, LaneGpu};
 use crate::memory::RegionInner;
@@ -34,17 +36,27 @@ struct Flying {
 }
 
 /// What one lane has on GPUs.
-#[derive(Default)]
 pub(super) struct GpuCopies {
-    lane: LaneGpu,
+    pub(super) lane: LaneGpu,
+    /// What goes over sockets.
+    pub(super) staging: Staging,
     /// Claimed, and not started: a GPU or the peer's places for copies are full.
     waiting: VecDeque<Arc<TransferShared>>,
     flying: Vec<Flying>,
 }
 
 impl GpuCopies {
+    pub(super) fn new(config: &GpuConfig) -> Self {
+        Self {
+            lane: LaneGpu::default(),
+            staging: Staging::new(config),
+            waiting: VecDeque::new(),
+            flying: Vec::new(),
+        }
+    }
+
     pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.flying.is_empty()
+        self.waiting.is_empty() && self.flying.is_empty() && self.staging.is_idle()
     }
 }
 
@@ -63,6 +75,11 @@ impl LaneDriver {
         {
             // The first transfer says so, too.
             tracing::warn!(%error, lane = self.index, "no streams on the GPU");
+        }
+        if let Some(allocation) = region.gpu()
+            && self.engine.identity.transports & TransportKind::Tcp.bit() != 0
+        {
+            self.prepare_staging(allocation.device());
         }
     }
 
@@ -96,11 +113,16 @@ impl LaneDriver {
 
     /// Looks at what is under way; true: something has ended.
     pub(super) fn poll_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
+        // Once: the lane has the wire to look after meanwhile.
+        let moved = self.look_at_staging(cx);
+        if self.gpu.flying.is_empty() && self.gpu.waiting.is_empty() {
+            return moved;
+        }
         let mut looks = 0;
         while !self.look_at_gpu(cx) {
             looks += 1;
             if looks >= LOOKS {
-                return false;
+                return moved;
             }
             std::hint::spin_loop();
         }
@@ -135,7 +157,10 @@ impl LaneDriver {
         let Some(peer) = self.peers.get(slot).map(|peer| peer.core.peer.clone()) else { return };
         let is_of = |transfer: &TransferShared| Arc::ptr_eq(&transfer.plan.peer, &peer);
         let patience = Instant::now() + PATIENCE;
-        while self.gpu.transfers().any(is_of) && Instant::now() < patience {
+        let is_busy = |driver: &Self| {
+            driver.gpu.transfers().any(is_of) || driver.gpu.staging.is_busy_with(slot)
+        };
+        while is_busy(self) && Instant::now() < patience {
             if !self.poll_gpu(cx) {
                 std::hint::spin_loop();
             }
@@ -209,6 +234,7 @@ impl GpuCopies {
             transfer.copy.finish(Err(Error::Cancelled), 1);
         }
         let patience = Instant::now() + PATIENCE;
+        self.staging.settle(&mut self.lane, patience);
         while !self.flying.is_empty() && Instant::now() < patience {
             let mut at = 0;
             while at < self.flying.len() {

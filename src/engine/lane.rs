@@ -168,6 +168,7 @@ impl LaneDriver {
                 |error| tracing::warn!(%error, "peers will see the death of this process late");
             table.hold_lives().map_err(told).ok()
         });
+        let engine_config = engine.config.gpu.clone();
         let mut driver = Self {
             engine,
             index,
@@ -176,7 +177,7 @@ impl LaneDriver {
             peers: Slab::new(),
             links: Slab::new(),
             next_stamp: 0,
-            scratch: Scratch::new(),
+            scratch: Scratch::new(engine_config.staging_bytes / 2),
             dirty: Vec::with_capacity(64),
             busy: Vec::with_capacity(64),
             listeners,
@@ -187,7 +188,7 @@ impl LaneDriver {
             half_open: VecDeque::new(),
             mirror: None,
             rdma,
-            gpu: GpuCopies::default(),
+            gpu: GpuCopies::new(&engine_config),
             leaving: false,
             _life: life,
         };
@@ -311,7 +312,9 @@ impl LaneDriver {
             peer.dirty = false;
             self.handle_events(slot, cx);
             self.take_copies(slot, cx);
+            self.pack(slot, cx);
             worked |= self.flush_peer(slot, cx);
+            self.pack(slot, cx);
             self.handle_events(slot, cx);
             self.arm_timer(slot, cx);
             if at >= 1024 {

@@ -218,6 +218,9 @@ impl LaneDriver {
                 }
             }
         }
+        if self.scratch.arrivals.has_news() {
+            self.land(slot, cx);
+        }
         if worked
             && let Some(link) = self.link(id)
             && let Phase::Open { receiver, .. } = &mut link.phase

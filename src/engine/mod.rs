@@ -16,6 +16,7 @@ mod rdma;
 #[path = "no_rdma.rs"]
 mod rdma;
 mod shared;
+mod staging;
 mod start;
 
 pub(crate) use lane::{LaneDriver, Message};

@@ -99,18 +99,21 @@ impl Engine {
         let mut inner = build(&builder)?;
         drop(registry);
         if let Some(Device::Listed(listed)) = inner.device.take() {
-            if !shared.may_be_local(&peer.shared) {
-                return Err(Error::NoTransport {
-                    peer: peer.shared.name.clone(),
-                    reason: "this version moves GPU memory by transport `local` only, which one of both sides does \
-                             not allow"
-                        .into(),
-                });
-            }
             // Not under the lock: mapping memory of another process takes its time.
-            let same_process = super::shared::is_of_this_process(peer.shared.incarnation);
-            let ready = listed.finish(same_process, shared.config.gpu.settings())?;
-            inner.device = Some(Device::Ready(Box::new(ready)));
+            let ready = if shared.may_be_local(&peer.shared) {
+                let same_process = super::shared::is_of_this_process(peer.shared.incarnation);
+                listed.finish(same_process, shared.config.gpu.settings())
+            } else {
+                let reason = "transport `local` is not allowed by both sides".to_owned();
+                Err(Error::NoTransport { peer: peer.shared.name.clone(), reason })
+            };
+            inner.device = Some(match ready {
+                Ok(ready) => Device::Ready(Box::new(ready)),
+                Err(Error::NoTransport { reason, .. }) if shared.may_be_framed(&peer.shared) => {
+                    Device::Staged(reason)
+                }
+                Err(error) => return Err(error),
+            });
         }
         let plan = Plan { inner: Arc::new(inner), engine: shared.clone() };
         if !peer.is_connected() {

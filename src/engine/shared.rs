@@ -184,6 +184,12 @@ impl EngineShared {
         theirs & self.identity.transports & TransportKind::Rdma.bit() != 0
     }
 
+    /// Whether transfers to this peer may go as frames over a socket.
+    pub(crate) fn may_be_framed(&self, peer: &PeerShared) -> bool {
+        let theirs = peer.metadata().map_or(u32::MAX, |metadata| metadata.transports);
+        theirs & self.identity.transports & TransportKind::Tcp.bit() != 0
+    }
+
     pub(crate) fn set_failed(&self) {
         let _ = self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Relaxed);
     }

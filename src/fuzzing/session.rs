@@ -277,7 +277,7 @@ impl World {
                 payload.fill(filler);
                 return;
             }
-            Dest::Refused(_) | Dest::None => return,
+            Dest::Refused(_) | Dest::Landing(_) | Dest::None => return,
         };
         for segment in segments {
             // SAFETY: just checked to lie in memory of this world, to which nothing refers.

@@ -57,7 +57,7 @@ pub(super) fn run(bytes: &[u8], world: &mut World) {
     let World { core, regions, queue, counters, .. } = world;
     let mut env = Env { now, clock: None, regions, notifications: queue, counters };
     core.session_up(LINK, 3000, false, false, &mut env);
-    let (mut receiver, mut scratch) = (Receiver::new(unix), Scratch::new());
+    let (mut receiver, mut scratch) = (Receiver::new(unix), Scratch::new(0));
     'all: for piece in said.chunks(pieces) {
         let Ok(()) = theirs.write_all(piece) else { break };
         for _ in 0..1000 {

@@ -5,11 +5,13 @@
 //!
 //! The driver is found at run time. A process that never registers GPU memory never initialises it.
 
+mod bounce;
 mod cuda;
 mod plan;
 
+pub(crate) use bounce::{BLOCK_BYTES, Block, Bounce};
 pub(crate) use cuda::{
-    Allocation, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
+    Allocation, Device, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
     is_device_memory,
 };
 pub(crate) use plan::{DeviceBuilder, DevicePlan, Settings};

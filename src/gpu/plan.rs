@@ -142,10 +142,6 @@ impl DeviceBuilder {
         Ok(())
     }
 
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// What is touched of the peer's memory, by key.
     pub(crate) fn ranges(&self) -> Vec<RemoteRange> {
         let range = |theirs: &Theirs| {
@@ -227,7 +223,7 @@ impl DeviceBuilder {
             if pair.len >= settings.copy_engine_bytes {
                 large.push((to, from, pair.len));
             } else {
-                cut(to, from, pair.len, tile, &mut tiles);
+                cut(to, from, pair.len, tile, |tile| tiles.push(tile));
             }
         }
         let table = Table::new(device, &tiles)?;
@@ -312,12 +308,12 @@ impl From<GpuError> for Unfit {
 }
 
 /// Cuts a range into tiles. The first one ends where the rest is aligned.
-fn cut(to: u64, from: u64, len: u64, tile: u64, tiles: &mut Vec<Tile>) {
+pub(super) fn cut(to: u64, from: u64, len: u64, tile: u64, mut each: impl FnMut(Tile)) {
     let mut done = 0;
     while done < len {
         let border = tile - (to + done) % 16;
         let part = (len - done).min(border);
-        tiles.push(Tile { to: to + done, from: from + done, len: part as u32, reserved: 0 });
+        each(Tile { to: to + done, from: from + done, len: part as u32, reserved: 0 });
         done += part;
     }
 }
@@ -325,7 +321,13 @@ fn cut(to: u64, from: u64, len: u64, tile: u64, tiles: &mut Vec<Tile>) {
 impl DevicePlan {
     /// What is to be started for a posting.
     pub(crate) fn launch(&self, bulk: bool) -> Launch<'_> {
-        Launch { table: &self.table, large: &self.large, blocks: self.blocks, bulk }
+        Launch {
+            device: self.table.device(),
+            tiles: self.table.tiles(),
+            large: &self.large,
+            blocks: self.blocks,
+            bulk,
+        }
     }
 }
 
@@ -341,7 +343,7 @@ mod tests {
         ) {
             let tile = 1 << shift;
             let mut tiles = Vec::new();
-            cut(to, from, len, tile, &mut tiles);
+            cut(to, from, len, tile, |tile| tiles.push(tile));
             let mut done = 0;
             for (at, one) in tiles.iter().enumerate() {
                 prop_assert_eq!((one.to, one.from), (to + done, from + done));

@@ -12,8 +12,6 @@ use crate::wire::{Access, MemoryKind, RegionKey};
 
 struct Entry {
     region: Arc<RegionInner>,
-    /// What peers may ask for by frames: nothing of GPU memory, which no socket reaches.
-    served: Access,
     /// Requests and transfers of this lane that touch the region now.
     users: u32,
     /// Somebody waits for `users` to reach zero; nothing new may start.
@@ -30,6 +28,8 @@ const SPARE_LISTS: usize = 64;
 #[derive(Default)]
 pub(crate) struct LaneRegions {
     slots: Vec<Option<Entry>>,
+    /// A region of GPU memory was there.
+    has_gpu: bool,
     spare: Vec<Segments>,
 }
 
@@ -49,11 +49,8 @@ impl LaneRegions {
         if self.slots.len() <= slot {
             self.slots.resize_with(slot + 1, || None);
         }
-        let served = match region.descriptor.kind {
-            MemoryKind::Dram => region.descriptor.access,
-            MemoryKind::Vram { .. } => Access::LOCAL,
-        };
-        self.slots[slot] = Some(Entry { region, served, users: 0, closing: None });
+        self.has_gpu |= region.descriptor.kind != MemoryKind::Dram;
+        self.slots[slot] = Some(Entry { region, users: 0, closing: None });
     }
 
     /// Refuses new uses, for good; completes `ticket` when the last one has ended, perhaps at once. A second
@@ -109,7 +106,7 @@ impl LaneRegions {
             .filter(|e| e.closing.is_none() || mutated!(ClosingAdmits))
             .ok_or(ServeStatus::UnknownKey)?;
         let descriptor = &entry.region.descriptor;
-        if !entry.served.allows(needs) && !mutated!(PermissionIgnored) {
+        if !descriptor.access.allows(needs) && !mutated!(PermissionIgnored) {
             return Err(ServeStatus::Denied);
         }
         if !descriptor.contains(segment.addr, segment.len) && !mutated!(BoundsIgnored) {
@@ -123,6 +120,28 @@ impl LaneRegions {
             uses.push(RegionUse { slot });
         }
         Ok(IoSegment::new(segment.addr, segment.len))
+    }
+
+    /// Whether a region of GPU memory is there, or was.
+    #[inline]
+    pub(crate) fn has_gpu(&self) -> bool {
+        self.has_gpu
+    }
+
+    /// What kind of memory a request is in; `None`: in several.
+    pub(crate) fn kind_of(&self, uses: &RegionUses) -> Option<MemoryKind> {
+        let mut kinds = self.used(uses).map(|region| region.descriptor.kind);
+        let first = kinds.next().unwrap_or(MemoryKind::Dram);
+        kinds.all(|kind| kind == first).then_some(first)
+    }
+
+    /// The regions of a request.
+    pub(crate) fn used<'a>(
+        &'a self,
+        uses: &'a RegionUses,
+    ) -> impl Iterator<Item = &'a RegionInner> + 'a {
+        let entry = |of: &RegionUse| self.slots.get(of.slot as usize)?.as_ref();
+        uses.iter().filter_map(entry).map(|entry| &*entry.region)
     }
 
     /// An empty list for `len` segments; allocates only until enough lists go around.

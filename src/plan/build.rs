@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use super::rdma::{RdmaBuilder, RdmaRequests};
 use super::{Chunk, Class, Device, Operation, Piece, PlanInner};
 use crate::error::{Error, Result};
-use crate::gpu::DeviceBuilder;
+use crate::gpu::{BLOCK_BYTES, DeviceBuilder};
 use crate::memory::{LocalSegment, Region, RegionInner, Registry, RemoteSegment};
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
@@ -101,6 +101,10 @@ struct Output {
     ranges: Vec<RemoteRange>,
     rdma: Option<RdmaBuilder>,
     device: Option<Box<DeviceBuilder>>,
+    /// Of the descriptor before, where GPU memory is copied.
+    remote_kind: Option<MemoryKind>,
+    /// Bytes of a request.
+    chunk_bytes: u64,
     bodies: Vec<u8>,
     regions: SmallVec<[Arc<RegionInner>; 2]>,
     /// One bit for each slot of a region that is in `regions`.
@@ -147,7 +151,7 @@ impl PlanBuilder<'_> {
                 limit: self.max_descriptors as u64,
             });
         }
-        let mut out = Output::new(count, self.rdma);
+        let mut out = Output::new(count, self.rdma, self.chunk_bytes);
         let (mut found, mut named, mut checked) = (None, None, None);
         for index in 0..count {
             let DescriptorPair { local, region, remote } = pair(index)?;
@@ -175,6 +179,12 @@ impl PlanBuilder<'_> {
                     Box::new(DeviceBuilder::new(self.operation, self.peer, own, theirs, count))
                 });
                 device.add(index, local.addr, own_index, own, &remote)?;
+                // As frames, should no GPU reach the peer's memory: one is of one GPU and fits into a block.
+                out.chunk_bytes = BLOCK_BYTES as u64;
+                if out.remote_kind.replace(remote.region.kind) != Some(remote.region.kind) {
+                    self.finish_piece(&mut out);
+                }
+                self.add_pair(&mut out, local.addr, own, &remote);
                 continue;
             }
             self.add_pair(&mut out, local.addr, own, &remote);
@@ -280,7 +290,7 @@ impl PlanBuilder<'_> {
         let bounds = &own.descriptor;
         let mut done = 0;
         while done < remote.len {
-            let len = (remote.len - done).min(self.chunk_bytes - out.open.bytes);
+            let len = (remote.len - done).min(out.chunk_bytes - out.open.bytes);
             if len == 0 || out.is_full() {
                 self.finish_piece(out);
                 continue;
@@ -317,7 +327,7 @@ impl PlanBuilder<'_> {
             header.body =
                 (out.open.keys.len() * KEY_BYTES + out.open.segments.len() * SEGMENT_BYTES) as u32;
         }
-        if self.local {
+        if self.local && out.device.is_none() {
             out.add_remote();
         }
         let (local_end, body_end) = (out.local.len() as u32, out.bodies.len() as u32);
@@ -334,10 +344,7 @@ impl PlanBuilder<'_> {
     }
 
     fn finish(&self, mut out: Output, descriptors: usize) -> PlanInner {
-        let bytes = match &out.device {
-            Some(device) => device.bytes(),
-            None => out.pieces.iter().map(|piece| piece.header.len).sum(),
-        };
+        let bytes = out.pieces.iter().map(|piece| piece.header.len).sum();
         if let Some(device) = &out.device {
             out.ranges = device.ranges();
         }
@@ -391,10 +398,12 @@ fn out_of_bounds(side: &'static str, addr: u64, len: u64, region: &RegionDescrip
 }
 
 impl Output {
-    fn new(descriptors: usize, rdma: bool) -> Self {
+    fn new(descriptors: usize, rdma: bool, chunk_bytes: u64) -> Self {
         Self {
             rdma: rdma.then(|| RdmaBuilder::new(descriptors)),
             device: None,
+            remote_kind: None,
+            chunk_bytes,
             pieces: Vec::new(),
             local: Vec::with_capacity(descriptors),
             remote: Vec::new(),

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::gpu::{DeviceBuilder, DevicePlan};
+use crate::gpu::{Allocation, DeviceBuilder, DevicePlan};
 use crate::memory::RegionInner;
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
@@ -74,7 +74,7 @@ pub(crate) struct PlanInner {
     /// What the chunks touch of the peer's memory, by key.
     pub(crate) remote_ranges: Box<[RemoteRange]>,
     pub(crate) rdma: RdmaRequests,
-    /// What a plan with GPU memory is instead of all that.
+    /// How GPU memory in it is copied: not in chunks.
     pub(crate) device: Option<Device>,
     local: Box<[IoSegment]>,
     remote: Box<[IoSegment]>,
@@ -86,7 +86,10 @@ pub(crate) struct PlanInner {
 pub(crate) enum Device {
     /// Checked, and not known to any GPU.
     Listed(Box<DeviceBuilder>),
+    /// A GPU of ours copies it where the peer turns out to be reached so; else it goes as frames.
     Ready(Box<DevicePlan>),
+    /// It goes as frames, because of this.
+    Staged(String),
 }
 
 impl PlanInner {
@@ -99,8 +102,13 @@ impl PlanInner {
     pub(crate) fn on_device(&self) -> Option<&DevicePlan> {
         match &self.device {
             Some(Device::Ready(plan)) => Some(plan),
-            Some(Device::Listed(_)) | None => None,
+            Some(Device::Listed(_) | Device::Staged(_)) | None => None,
         }
+    }
+
+    /// The memory of a GPU that this engine's side is.
+    pub(crate) fn own_gpu(&self) -> Option<&Allocation> {
+        self.device.as_ref().and(self.regions.first()).and_then(|region| region.gpu())
     }
 
     /// Where the bytes of a piece lie in this engine's memory.

@@ -18,6 +18,6 @@ mod liveness;
 mod outbox;
 
 pub(crate) use core::{
-    ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, LinkId, RailPairs,
-    RingState, TxFrame, TxPayload, Wired, WiredEnd,
+    ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, Landing, LandingKey, LinkId,
+    PackJob, PackKind, RailPairs, RingState, TxFrame, TxPayload, Wired, WiredEnd,
 };

@@ -325,7 +325,7 @@ impl Node {
                 payload[at..at + now.len()].copy_from_slice(now);
                 return;
             }
-            Dest::Refused(_) | Dest::None => return,
+            Dest::Refused(_) | Dest::Landing(_) | Dest::None => return,
         };
         let mut from = 0;
         for (addr, len) in parts(&segments, at, now.len()) {

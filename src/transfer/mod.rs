@@ -88,7 +88,7 @@ impl Plan {
 
     /// Requests it was cut into.
     pub fn requests(&self) -> usize {
-        self.inner.pieces.len() + usize::from(self.inner.device.is_some())
+        self.inner.on_device().map_or(self.inner.pieces.len(), |_| 1)
     }
 
     /// Direction.

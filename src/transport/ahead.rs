@@ -45,6 +45,21 @@ impl Ahead {
         Ok(self.end)
     }
 
+    /// Takes all of it out, for a link that has to wait.
+    pub(super) fn set_aside(&mut self) -> Vec<u8> {
+        let rest = self.bytes[self.at..self.end].to_vec();
+        self.clear();
+        rest
+    }
+
+    /// Puts back what was set aside.
+    pub(super) fn put_back(&mut self, rest: &mut Vec<u8>) {
+        self.clear();
+        self.end = rest.len().min(self.bytes.len());
+        self.bytes[..self.end].copy_from_slice(&rest[..self.end]);
+        rest.clear();
+    }
+
     /// Moves as many bytes as there are into `out`.
     pub(super) fn take(&mut self, out: &mut [u8]) -> usize {
         let n = out.len().min(self.end - self.at);
@@ -116,6 +131,20 @@ mod tests {
         assert_eq!(ahead.take(&mut many), 3);
         assert_eq!(&many[..3], b"fgh");
         assert!(ahead.is_empty() && ahead.take(&mut many) == 0 && ahead.skip(1) == 0);
+    }
+
+    #[test]
+    fn what_is_set_aside_comes_back_behind_what_was_taken() {
+        let mut ahead = ahead(b"abcdefgh");
+        let mut out = [0; 3];
+        assert_eq!(ahead.take(&mut out), 3);
+        let mut rest = ahead.set_aside();
+        assert!(ahead.is_empty());
+        ahead.put_back(&mut rest);
+        assert!(rest.is_empty());
+        let mut out = [0; 9];
+        assert_eq!(ahead.take(&mut out), 5);
+        assert_eq!(&out[..5], b"defgh");
     }
 
     #[test]

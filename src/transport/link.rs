@@ -4,6 +4,8 @@
 use std::io;
 
 use super::ahead::Ahead;
+use crate::gpu::{Block, Bounce, GpuError};
+use crate::session::{Landing, LinkId};
 use crate::sys::{IoSegment, MAX_IO_SEGMENTS};
 
 /// Bytes moved in one direction per turn and link: about 100 us of copying.
@@ -16,11 +18,41 @@ pub(crate) struct Scratch {
     pub(super) segments: Vec<IoSegment>,
     pub(super) discard: Box<[u8]>,
     pub(super) ahead: Ahead,
+    pub(crate) arrivals: Arrivals,
+}
+
+/// Payloads for memory of GPUs, on their way through blocks.
+pub(crate) struct Arrivals {
+    pub(crate) bounce: Bounce,
+    /// Whole ones, for the driver to take.
+    pub(crate) landed: Vec<Arrived>,
+    /// Links that wait for a block, for the driver to call again.
+    pub(crate) starved: Vec<LinkId>,
+}
+
+impl Arrivals {
+    /// Whether the driver has something to take.
+    #[inline]
+    pub(crate) fn has_news(&self) -> bool {
+        !self.landed.is_empty() || !self.starved.is_empty()
+    }
+}
+
+/// A payload that is off the wire.
+pub(crate) struct Arrived {
+    pub(crate) link: LinkId,
+    pub(crate) landing: Landing,
+    /// Without pinned memory it was thrown away.
+    pub(crate) block: Result<Block, GpuError>,
+    pub(crate) len: usize,
 }
 
 impl Scratch {
-    pub(crate) fn new() -> Self {
+    /// `bounce_bytes`: of pinned memory for GPUs, once there are some.
+    pub(crate) fn new(bounce_bytes: usize) -> Self {
+        let bounce = Bounce::new(bounce_bytes);
         Self {
+            arrivals: Arrivals { bounce, landed: Vec::new(), starved: Vec::new() },
             segments: Vec::with_capacity(MAX_IO_SEGMENTS + 2),
             discard: vec![0; DISCARD_BYTES].into_boxed_slice(),
             ahead: Ahead::new(),

@@ -9,8 +9,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::ahead::Ahead;
-use super::link::{Broken, Cursor, Flow, Scratch, TURN_BYTES, broken};
-use crate::session::{Core, Dest, Env, LinkId};
+use super::link::{Arrived, Broken, Cursor, Flow, Scratch, TURN_BYTES, broken};
+use crate::gpu::{Block, GpuError};
+use crate::session::{Core, Dest, Env, Landing, LinkId};
 use crate::sys::{self, Fds, IoSegment};
 use crate::wire::frame::{FLAG_COUNTED, FrameKind, HEADER_BYTES, Header};
 
@@ -21,7 +22,28 @@ const MAX_FDS: usize = 3;
 enum Rx {
     Header,
     Body(Header),
-    Payload { dest: Dest, left: usize, cursor: Cursor, fault: Option<u64> },
+    Payload {
+        dest: Dest,
+        left: usize,
+        cursor: Cursor,
+        fault: Option<u64>,
+    },
+    /// For memory of a GPU: it goes into a block first.
+    Landing {
+        landing: Landing,
+        block: Hold,
+        have: usize,
+        len: usize,
+    },
+}
+
+/// Where the payload goes that is to land.
+enum Hold {
+    /// None is free, or none was asked for yet.
+    Nothing,
+    Block(Block),
+    /// There is no pinned memory: it is thrown away.
+    Refused(GpuError),
 }
 
 /// The receiving half.
@@ -32,6 +54,8 @@ pub(crate) struct Receiver {
     body: Vec<u8>,
     have: usize,
     state: Rx,
+    /// What was ahead when it had to wait for a block.
+    aside: Vec<u8>,
     /// On a Unix socket: descriptors that came with the header, and frames about shared memory, which
     /// are not the core's.
     unix: Option<Box<UnixSide>>,
@@ -59,6 +83,7 @@ impl Receiver {
             last: (FrameKind::Pong, 0),
             header: [0; HEADER_BYTES],
             body: Vec::new(),
+            aside: Vec::new(),
             have: 0,
             state: Rx::Header,
         }
@@ -78,6 +103,9 @@ impl Receiver {
     ) -> Result<Flow, Broken> {
         let mut moved = 0;
         scratch.ahead.clear();
+        if !self.aside.is_empty() {
+            scratch.ahead.put_back(&mut self.aside);
+        }
         // What is ahead is used up in this turn: nothing would call for it later.
         while moved < TURN_BYTES || !scratch.ahead.is_empty() {
             let step = match &self.state {
@@ -87,6 +115,7 @@ impl Receiver {
                     self.body_step(fd, id, &header, core, env, &mut scratch.ahead)
                 }
                 Rx::Payload { .. } => self.payload_step(fd, core, env, scratch),
+                Rx::Landing { .. } => self.landing_step(fd, id, env, scratch),
             };
             match step {
                 Ok(0) => return Err(self.end_of_stream().into()),
@@ -95,6 +124,13 @@ impl Receiver {
                     core.heard(env.now);
                 }
                 Err(Step::Broken(reason)) => return Err(reason),
+                Err(Step::Starved) => {
+                    self.aside = scratch.ahead.set_aside();
+                    if !scratch.arrivals.starved.contains(&id) {
+                        scratch.arrivals.starved.push(id);
+                    }
+                    return Ok(if moved == 0 { Flow::Idle } else { Flow::Progress });
+                }
                 Err(Step::Empty) if moved == 0 => return Ok(Flow::Idle),
                 Err(Step::Empty) => return Ok(Flow::Progress),
             }
@@ -229,7 +265,12 @@ impl Receiver {
         self.state = Rx::Header;
         if header.kind.has_payload() {
             let left = header.len as usize;
-            self.state = Rx::Payload { dest, left, cursor: Cursor::default(), fault: None };
+            self.state = match dest {
+                Dest::Landing(landing) => {
+                    Rx::Landing { landing, block: Hold::Nothing, have: 0, len: left }
+                }
+                dest => Rx::Payload { dest, left, cursor: Cursor::default(), fault: None },
+            };
         }
         Ok(())
     }
@@ -256,7 +297,7 @@ impl Receiver {
                 *left -= n;
                 return Ok(n);
             }
-            Dest::Refused(_) | Dest::None => &[],
+            Dest::Refused(_) | Dest::Landing(_) | Dest::None => &[],
         };
         cursor.rest(segments, &mut scratch.segments);
         if scratch.segments.is_empty() {
@@ -293,6 +334,65 @@ impl Receiver {
         }
     }
 
+    /// Receives what belongs into memory of a GPU.
+    fn landing_step(
+        &mut self,
+        fd: &OwnedFd,
+        id: LinkId,
+        env: &mut Env<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<usize, Step> {
+        let Scratch { ahead, arrivals, discard, .. } = scratch;
+        let Self { state, body, .. } = self;
+        let Rx::Landing { block, have, len, .. } = state else { return Ok(1) };
+        if let Hold::Nothing = block {
+            *block = match arrivals.bounce.take(*len) {
+                Ok(None) => return Err(Step::Starved),
+                Ok(Some(mut block)) => {
+                    block.bytes()[..body.len()].copy_from_slice(body);
+                    body.clear();
+                    Hold::Block(block)
+                }
+                Err(error) => {
+                    body.clear();
+                    Hold::Refused(error)
+                }
+            };
+        }
+        let left = *len - *have;
+        let n = match block {
+            Hold::Block(block) => receive(fd, ahead, &mut block.bytes()[*have..*len], env)?,
+            Hold::Nothing | Hold::Refused(_) => {
+                let most = discard.len().min(left);
+                receive(fd, ahead, &mut discard[..most], env)?
+            }
+        };
+        *have += n;
+        if n == left
+            && let Rx::Landing { landing, block, len, .. } =
+                std::mem::replace(&mut self.state, Rx::Header)
+        {
+            let block = match block {
+                Hold::Block(block) => Ok(block),
+                Hold::Refused(error) => Err(error),
+                Hold::Nothing => Err(GpuError("no block".into())),
+            };
+            arrivals.landed.push(Arrived { link: id, landing, block, len });
+        }
+        Ok(n)
+    }
+
+    /// Lets go of a block that the peer has not filled yet, because others wait for one. What is in it is kept for the next.
+    pub(crate) fn yield_block(&mut self) {
+        if let Rx::Landing { block: hold, have, .. } = &mut self.state
+            && let Hold::Block(block) = hold
+        {
+            self.body.clear();
+            self.body.extend_from_slice(&block.bytes()[..*have]);
+            *hold = Hold::Nothing;
+        }
+    }
+
     fn end_payload(
         &mut self,
         id: LinkId,
@@ -307,8 +407,10 @@ impl Receiver {
 
     /// The link is gone: what was being received never will be.
     pub(crate) fn abandon(&mut self, env: &mut Env<'_>) {
-        if let Rx::Payload { dest, .. } = std::mem::replace(&mut self.state, Rx::Header) {
-            Core::drop_payload(dest, env);
+        match std::mem::replace(&mut self.state, Rx::Header) {
+            Rx::Payload { dest, .. } => Core::drop_payload(dest, env),
+            Rx::Landing { landing, .. } => Core::drop_payload(Dest::Landing(landing), env),
+            Rx::Header | Rx::Body(_) => {}
         }
     }
 }
@@ -331,6 +433,8 @@ fn receive(
 /// Why a step moved nothing.
 enum Step {
     Empty,
+    /// No block is free.
+    Starved,
     Broken(Broken),
 }
 

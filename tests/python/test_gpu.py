@@ -127,14 +127,32 @@ def end_of(agent, handle) -> str:
     return state
 
 
-def test_memory_that_cannot_be_exported_is_refused_and_nothing_moves(near, unique, make_process):
-    peer: Remote = make_process({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
-    metadata, base = peer.call(open_agent, unique("prefill"), 0, 1 << 40)
+def exchange(near, peer: Remote, unique, gpu: int) -> None:
+    """A READ and a WRITE of all that the tensors have but a block."""
+    metadata, base = peer.call(open_agent, unique("prefill"), gpu, 1 << 40)
     name = near.agent.add_remote_agent(metadata)
-    own, far = descriptors(near.agent, near.base, 0, [0]), descriptors(near.agent, base, 0, [0])
-    with pytest.raises(Exception):
-        near.agent.initialize_xfer("READ", own, far, name, b"")
+    words = WORDS - BLOCK
+
+    def whole(base: int, gpu: int, at: int):
+        return near.agent.get_xfer_descs([(base + at * 8, words * 8, gpu)], "VRAM")
+
+    handle = near.agent.initialize_xfer("READ", whole(near.base, 0, BLOCK), whole(base, gpu, 0), name, b"")
+    assert end_of(near.agent, handle) == "DONE"
+    expected = torch.arange(1 << 40, (1 << 40) + words, dtype=torch.int64, device="cuda:0")
+    assert torch.equal(near.tensor[BLOCK:], expected)
     assert torch.equal(near.tensor[:BLOCK], torch.arange(BLOCK, dtype=torch.int64, device="cuda:0"))
+    handle = near.agent.initialize_xfer("WRITE", whole(near.base, 0, 0), whole(base, gpu, 0), name, b"written")
+    peer.begin(sum_at_notification, [0, BLOCK, words - BLOCK])
+    run(near.agent, handle)
+    assert peer.finish() == [sum_of(0), sum_of(1 << 40), sum_of((1 << 40) + words - 2 * BLOCK)]
+
+
+def test_memory_that_cannot_be_exported_goes_through_host_memory(near, unique, make_process):
+    exchange(near, make_process({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}), unique, 0)
+
+
+def test_gpu_memory_goes_over_tcp(near, unique, make_process):
+    exchange(near, make_process({"CORELANE_TRANSPORTS": "tcp"}), unique, GPUS - 1)
 
 
 @pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and there are {GPUS}")

@@ -32,6 +32,7 @@ OPTIONS = {
     "rdma_on_demand_paging",
     "gpu_multiprocessors",
     "gpu_copy_engine_bytes",
+    "gpu_staging_bytes",
     "listen",
     "interface",
     "port_range",

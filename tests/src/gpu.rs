@@ -49,6 +49,12 @@ impl Cuda {
         (!cuda.contexts.is_empty()).then_some(cuda)
     }
 
+    /// Whether it is the one of `tests/fake-cuda`.
+    pub fn is_fake(&self) -> bool {
+        // SAFETY: the function is not called.
+        unsafe { self.library.get::<unsafe extern "C" fn()>("corelane_fake_cuda") }.is_ok()
+    }
+
     fn symbol<T: Copy>(&self, name: &str) -> T {
         // SAFETY: the caller names the type that the driver's manual gives.
         unsafe { *self.library.get::<T>(name).unwrap_or_else(|error| panic!("{name}: {error}")) }

@@ -1,4 +1,4 @@
-//! GPU memory between engines of one host. Skipped, and said so, where there is no GPU.
+//! GPU memory between engines. Skipped, and said so, where there is no GPU.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
@@ -6,12 +6,15 @@ use std::time::{Duration, Instant};
 
 use corelane::{
     Access, Engine, EngineConfig, LocalSegment, MemoryKind, Operation, Peer, Region,
-    RegionDescriptor, Status,
+    RegionDescriptor, Status, TransportKind,
 };
 use corelane_tests::{
     BOUND, Buffer, GpuBuffer, POISON, PeerProcess, PinnedBuffer, Random, collect, end_of, from_hex,
-    gpus, kind, local_config, outcome, pattern, peer_process, tcp_config,
+    gpus, kind, local_config, outcome, pattern, peer_process, tcp_config, to_hex,
 };
+
+#[path = "gpu/staged.rs"]
+mod staged;
 
 const LEN: usize = (24 << 20) + 1000;
 
@@ -54,7 +57,10 @@ struct Far {
 }
 
 fn far(gpu: u32, settings: &str) -> Far {
-    let mut process = peer_process!();
+    far_of(peer_process!(), gpu, settings)
+}
+
+fn far_of(mut process: PeerProcess, gpu: u32, settings: &str) -> Far {
     let metadata = process.engine("far", settings);
     let bytes = from_hex(&process.ask(&format!("gpu-region r {LEN} read-write {gpu}"))).unwrap();
     process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
@@ -450,31 +456,21 @@ fn a_deregistered_region_of_a_peer_is_refused() {
 }
 
 #[test]
-fn without_the_local_transport_gpu_memory_is_refused_and_host_memory_moves() {
+fn where_no_transport_carries_gpu_memory_its_plans_are_refused() {
     if gpus(1).is_none() {
         return;
     }
-    let (near, far) = (side("near", tcp_config(), 0), side("far", tcp_config(), 0));
+    let mut config = local_config();
+    config.transports = vec![TransportKind::Local];
+    let (near, far) = (side("near", config.clone(), 0), side("far", config, 0));
     let peer = near.engine.load_peer(&far.engine.metadata()).unwrap();
-    for _ in 0..2 {
-        // Before the connection is up, and after.
-        let local = near.memory.segment(0, 4096);
-        let remote = far.region.descriptor().segment(0, 4096);
-        let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]);
-        let error = refused.unwrap_err();
-        assert_eq!(kind(&error), "NoTransport", "{error}");
-        assert!(near.memory.read(0, 8192).iter().all(|byte| *byte == POISON));
-        peer.connect(BOUND).unwrap();
-    }
-    let (here, there) = (Buffer::new(4096), Buffer::new(4096));
-    there.fill(5, 0, 4096, 0);
-    here.register(&near.engine, Access::LOCAL);
-    let region = there.register(&far.engine, Access::READ_WRITE);
-    let remote = region.descriptor().segment(0, 4096);
-    let plan =
-        near.engine.prepare(Operation::Read, &peer, &[here.segment(0, 4096)], &[remote]).unwrap();
-    end_of(&plan.transfer()).unwrap();
-    here.check(5, 0, 4096, 0).unwrap();
+    // No GPU addresses memory that is not pinned.
+    let host = Buffer::new(4096);
+    host.register(&near.engine, Access::LOCAL);
+    let local = host.segment(0, 4096);
+    let remote = far.region.descriptor().segment(0, 4096);
+    let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap_err();
+    assert_eq!(kind(&refused), "NoTransport", "{refused}");
 }
 
 #[test]
@@ -494,8 +490,4 @@ fn a_plan_of_host_and_gpu_memory_is_refused() {
         let refused = near.engine.prepare(Operation::Read, &peer, &local, &[remote, remote]);
         assert_eq!(kind(&refused.unwrap_err()), "InvalidArgument");
     }
-    // Not pinned: no GPU addresses it.
-    let local = host.segment(0, 4096);
-    let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap_err();
-    assert_eq!(kind(&refused), "NoTransport", "{refused}");
 }

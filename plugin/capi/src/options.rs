@@ -140,6 +140,9 @@ options! {
     "gpu_copy_engine_bytes" = "4M",
         "contiguous ranges of GPU memory of at least so many bytes go by the copy engine, 64K to 1024G",
         |s, v| { s.config.gpu.copy_engine_bytes = bytes_within(v, 64 << 10, 1 << 40)?; Ok(()) };
+    "gpu_staging_bytes" = "32M",
+        "pinned host memory of each lane for GPU memory that goes over sockets, 8M to 1G",
+        |s, v| { s.config.gpu.staging_bytes = bytes_within(v, 8 << 20, 1 << 30)?; Ok(()) };
     "listen" = "",
         "comma list of IP addresses to listen on; empty: all",
         |s, v| { s.config.listen.addresses = list(v, "an IP address")?; Ok(()) };

@@ -34,6 +34,7 @@ fn every_option_reaches_the_configuration() {
         ("rdma_on_demand_paging", "true"),
         ("gpu_multiprocessors", "24"),
         ("gpu_copy_engine_bytes", "8M"),
+        ("gpu_staging_bytes", "64M"),
         ("listen", "127.0.0.1, ::1"),
         ("interface", "eth0"),
         ("port_range", "18500-18599"),
@@ -73,7 +74,11 @@ fn every_option_reaches_the_configuration() {
         on_demand_paging: true,
     };
     assert_eq!(c.rdma, rdma);
-    let gpu = corelane::GpuConfig { multiprocessors: 24, copy_engine_bytes: 8 << 20 };
+    let gpu = corelane::GpuConfig {
+        multiprocessors: 24,
+        copy_engine_bytes: 8 << 20,
+        staging_bytes: 64 << 20,
+    };
     assert_eq!(c.gpu, gpu);
     assert_eq!(c.listen.addresses.len(), 2);
     assert_eq!(c.listen.interface.as_deref(), Some("eth0"));

@@ -8,7 +8,7 @@ use super::super::GpuError;
 use super::api::{NOT_READY, SUCCESS, Stream};
 use super::device::Device;
 use super::memory::HostMemory;
-use super::table::Table;
+use super::table::Tiles;
 
 /// Copies of one lane on one GPU at the same time; further ones wait.
 const SLOTS: usize = 64;
@@ -39,8 +39,9 @@ unsafe impl Send for LaneDevice {}
 /// What is to be copied.
 #[derive(Debug)]
 pub(crate) struct Launch<'a> {
+    pub(crate) device: &'static Device,
     /// Ranges for the kernel.
-    pub(crate) table: &'a Table,
+    pub(crate) tiles: Tiles,
     /// Ranges for the copy engine: to, from, length.
     pub(crate) large: &'a [(u64, u64, u64)],
     /// At most so many blocks of threads: one takes a multiprocessor.
@@ -75,7 +76,7 @@ impl LaneGpu {
         &mut self,
         launch: &Launch<'_>,
     ) -> Result<Option<Flight>, GpuError> {
-        let device = launch.table.device();
+        let device = launch.device;
         let index = self.device(device)?;
         let part = &mut self.devices[index];
         let Some(slot) = part.free.pop() else { return Ok(None) };
@@ -166,7 +167,7 @@ impl LaneDevice {
         }
         let offset = u64::from(slot) * LINE as u64;
         let flag = self.flags.address() + offset;
-        if launch.table.count() == 0 {
+        if launch.tiles.count == 0 {
             // No kernel: it would wait for a multiprocessor, behind a model's that has them all.
             // SAFETY: a line of the flags, which stay until the lane's end. The write comes behind the copies, and with
             // a fence.
@@ -175,8 +176,7 @@ impl LaneDevice {
             }
             // A driver that does not do that has the kernel do it.
         }
-        let (mut tiles, mut count) = (launch.table.address(), launch.table.count());
-        let mut only = launch.table.first();
+        let Tiles { address: mut tiles, mut count, first: mut only } = launch.tiles;
         let (mut counter, mut flag, mut value) = (self.counters + offset, flag, value);
         let blocks = count.clamp(1, launch.blocks.max(1));
         let warps = count.div_ceil(blocks).clamp(1, MAX_WARPS);

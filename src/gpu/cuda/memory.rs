@@ -304,6 +304,15 @@ pub(crate) struct HostMemory {
 unsafe impl Send for HostMemory {}
 
 impl HostMemory {
+    /// As `new`, for any thread.
+    pub(crate) fn pinned(
+        device: &'static Device,
+        len: usize,
+    ) -> std::result::Result<Self, GpuError> {
+        let _entered = device.enter()?;
+        Self::new(device, len)
+    }
+
     /// The thread has entered `device`.
     pub(super) fn new(device: &'static Device, len: usize) -> std::result::Result<Self, GpuError> {
         let api = device.api;

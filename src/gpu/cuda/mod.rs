@@ -15,10 +15,10 @@ mod tests;
 pub(crate) use device::Device;
 pub(crate) use lane::{Flight, LaneGpu, Launch};
 pub(crate) use memory::{
-    Allocation, Mapping, allocation_of, forget_mappings, is_device_memory, is_pinned_host,
-    open_mapping,
+    Allocation, HostMemory, Mapping, allocation_of, forget_mappings, is_device_memory,
+    is_pinned_host, open_mapping,
 };
-pub(crate) use table::{Table, Tile};
+pub(crate) use table::{Table, Tile, Tiles};
 
 /// Whether the driver is there; nothing of it is initialised.
 pub(crate) fn driver_is_present() -> bool {

@@ -16,6 +16,15 @@ pub(crate) struct Tile {
     pub(crate) reserved: u32,
 }
 
+/// A list that the kernel can read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tiles {
+    pub(crate) address: u64,
+    pub(crate) count: u32,
+    /// What the kernel is given besides, for a list of one.
+    pub(crate) first: Tile,
+}
+
 /// Tables take powers of two of these bytes.
 const SMALLEST: usize = 1 << 10;
 /// The driver is asked for so much at a time.
@@ -115,17 +124,8 @@ impl Table {
         self.device
     }
 
-    pub(super) fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// What the kernel is given besides, for a list of one.
-    pub(super) fn first(&self) -> Tile {
-        self.first
-    }
-
-    pub(crate) fn count(&self) -> u32 {
-        self.count
+    pub(crate) fn tiles(&self) -> Tiles {
+        Tiles { address: self.address, count: self.count, first: self.first }
     }
 }
 

@@ -77,7 +77,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
         let table = Table::new(device, tiles).unwrap();
         let (mut posts, mut ends) = (Vec::new(), Vec::new());
         for _ in 0..200 {
-            let launch = Launch { table: &table, large, blocks, bulk: true };
+            let launch = Launch { device, tiles: table.tiles(), large, blocks, bulk: true };
             let began = Instant::now();
             // SAFETY: the memory is this test's.
             let mut flight = unsafe { lane.launch(&launch) }.unwrap().unwrap();
@@ -142,8 +142,8 @@ fn ways_to_see_the_end(device: &'static Device, tile: Tile) {
             let value = if by_flag { value } else { value + 1000 };
             let began = Instant::now();
             let (mut tiles, mut count, mut arrived, mut done, mut value) =
-                (table.address(), 1u32, counter, flags.address(), value);
-            let mut only = table.first();
+                (table.tiles().address, 1u32, counter, flags.address(), value);
+            let mut only = table.tiles().first;
             let mut arguments: [*mut std::ffi::c_void; 6] = [
                 (&raw mut tiles).cast(),
                 (&raw mut count).cast(),

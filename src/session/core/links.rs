@@ -8,6 +8,7 @@ use super::{
     ACK_COUNT, AckPlan, BULK_WINDOW, Core, Env, Event, LinkId, MAX_OUTSTANDING, Phase, Sent,
     TxFrame, TxPayload,
 };
+use crate::gpu::Block;
 use crate::memory::{RegionUses, Segments};
 use crate::session::outbox::Fragment;
 use crate::wire::frame::{FLAG_COUNTED, FLAG_VOID, FrameKind, Header};
@@ -16,7 +17,16 @@ use crate::wire::hello::LinkKind;
 /// An answer to a request of the peer.
 pub(super) enum Reply {
     Status(Header),
-    Data { header: Header, segments: Segments, uses: RegionUses },
+    Data {
+        header: Header,
+        segments: Segments,
+        uses: RegionUses,
+    },
+    /// The bytes are in this block.
+    Packed {
+        header: Header,
+        block: Block,
+    },
 }
 
 /// A link that is up.
@@ -29,6 +39,8 @@ pub(super) struct CoreLink {
     pub(super) outstanding: usize,
     /// Answers that we owe.
     pub(super) replies: VecDeque<Reply>,
+    /// Further answers, whose bytes are on their way from a GPU.
+    pub(super) packing: usize,
     pub(super) last_use: Instant,
     pub(super) since: Instant,
     /// When the last of our requests on it was answered, or the first of those that wait was sent.
@@ -45,6 +57,7 @@ impl Core {
             ours,
             outstanding: 0,
             replies: VecDeque::new(),
+            packing: 0,
             last_use: now,
             since: now,
             answered: now,
@@ -149,6 +162,7 @@ impl Core {
                 sent: Sent::Served(uses),
                 ..TxFrame::header(&header)
             }),
+            Reply::Packed { header, block } => Some(TxFrame::packed(&header, block, None)),
         }
     }
 
@@ -220,6 +234,16 @@ impl Core {
             Sent::Nothing => {}
             Sent::Served(uses) => env.regions.release(uses),
             Sent::Write(id) => self.write_sent(id, env),
+            Sent::Packed(block, write) => {
+                drop(block);
+                match write {
+                    None => self.replies_to_pack.held -= 1,
+                    Some(id) => {
+                        self.writes_to_pack.held -= 1;
+                        self.write_sent(id, env);
+                    }
+                }
+            }
         }
     }
 
@@ -229,12 +253,15 @@ impl Core {
         let link = self.links.swap_remove(index);
         env.counters.links_down.add(1);
         for reply in link.replies {
-            if let Reply::Data { uses, .. } = reply
-                && !mutated!(LostRepliesKeepUses)
-            {
-                env.regions.release(uses);
+            match reply {
+                Reply::Data { uses, .. } if !mutated!(LostRepliesKeepUses) => {
+                    env.regions.release(uses);
+                }
+                Reply::Packed { .. } => self.replies_to_pack.held -= 1,
+                Reply::Data { .. } | Reply::Status(_) => {}
             }
         }
+        self.forget_packs_of(id, env);
         self.lose_requests_of(id, reason, env);
         match link.kind {
             LinkKind::Session if !link.closing => self.session_down(reason, env),

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use super::requests::{Active, ActiveKey};
 use super::{Core, Env, ProtocolError};
 use crate::error::Error;
-use crate::plan::Class;
+use crate::plan::{Class, Device};
 use crate::session::inbox::Arrival;
 use crate::session::outbox::Fragment;
 use crate::transfer::TransferShared;
@@ -62,27 +62,34 @@ impl Core {
 
     /// Puts a transfer of GPU memory where the driver takes it up, or ends it.
     fn enqueue_device(&mut self, key: ActiveKey, env: &mut Env<'_>) {
-        let Some(plan) = self.live(key).map(|active| active.plan().clone()) else { return };
-        let Some(device) = plan.on_device() else {
-            let error = Error::Backend("a plan with GPU memory was never made ready".into());
-            return self.fail(key.slot, error, env);
-        };
-        let reason = match &self.local {
-            Local::Up(path) => match path.obstacle(device) {
-                None => return self.copies.push_back(key),
+        let Some(active) = self.live(key) else { return };
+        let (plan, begun) = (active.plan().clone(), active.has_begun() || active.is_packed());
+        let reason = match (&self.local, plan.on_device()) {
+            (Local::Pending, _) => return self.on_device.push_back(key),
+            (Local::Off, _) if self.session_link().is_none() => {
+                return self.on_device.push_back(key);
+            }
+            (Local::Up(path), Some(device)) => match path.obstacle(device) {
+                None if !begun => return self.copies.push_back(key),
+                None => String::new(),
                 Some(reason) => reason,
             },
-            Local::Pending => return self.on_device.push_back(key),
-            Local::Off if self.session_link().is_none() => return self.on_device.push_back(key),
-            Local::Off => {
+            (Local::Up(_), None) => match &plan.device {
+                Some(Device::Staged(reason)) => reason.clone(),
+                _ => "the plan was never made ready".into(),
+            },
+            (Local::Off, _) => {
                 let why = if self.local_reason.is_empty() {
                     "the peer is on another host, or transport `local` is not allowed".to_owned()
                 } else {
                     format!("transport `local` fails: {}", self.local_reason)
                 };
-                format!("this version moves GPU memory by transport `local` only, and {why}")
+                format!("transport `tcp` is not allowed, and {why}")
             }
         };
+        if self.are_frames_allowed() {
+            return self.enqueue_staged(key);
+        }
         let error = Error::NoTransport { peer: self.peer.name.clone(), reason };
         self.fail(key.slot, error, env);
     }

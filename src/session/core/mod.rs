@@ -8,6 +8,7 @@ mod rdma;
 mod requests;
 mod serve;
 mod session;
+mod staged;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,10 +20,12 @@ use self::links::CoreLink;
 use self::local::Local;
 use self::rdma::Rdma;
 use self::requests::{Active, ActiveKey, Request};
+use self::staged::Packs;
 use super::inbox::{Inbox, InboxError};
 use super::liveness::Liveness;
 use super::outbox::Outbox;
 use crate::error::Error;
+use crate::gpu::Block;
 use crate::memory::{LaneRegions, RegionUses, Segments};
 use crate::notification::NotificationQueue;
 use crate::peer::PeerShared;
@@ -34,8 +37,9 @@ use crate::wire::hello::LinkKind;
 
 pub(crate) use self::local::RingState;
 pub(crate) use self::rdma::{RailPairs, Wired, WiredEnd};
-pub(crate) use self::serve::Dest;
+pub(crate) use self::serve::{Dest, Landing};
 pub(crate) use self::session::ConnectFailure;
+pub(crate) use self::staged::{LandingKey, PackJob, PackKind};
 
 /// Requests that one side may have outstanding on one link. Part of the protocol: a peer that
 /// exceeds it is cut off, so that what a server remembers is bounded.
@@ -126,6 +130,8 @@ pub(crate) enum Sent {
     Write(u64),
     /// A DATA: the regions are not read any more.
     Served(RegionUses),
+    /// The payload came from this block; a WRITE has a number.
+    Packed(Block, Option<u64>),
 }
 
 /// One frame to send.
@@ -218,6 +224,9 @@ pub(crate) struct Core {
     copies: VecDeque<ActiveKey>,
     /// Transfers of GPU memory that wait for it to be known how the peer is reached.
     on_device: VecDeque<ActiveKey>,
+    /// What is to be brought from GPUs into blocks before it is sent.
+    replies_to_pack: Packs,
+    writes_to_pack: Packs,
     local: Local,
     /// Why the last session on this host has no way to the peer's memory.
     local_reason: String,
@@ -274,6 +283,8 @@ impl Core {
             bulk: VecDeque::new(),
             copies: VecDeque::new(),
             on_device: VecDeque::new(),
+            replies_to_pack: Packs::default(),
+            writes_to_pack: Packs::default(),
             local: Local::Off,
             local_reason: String::new(),
             wired: VecDeque::new(),

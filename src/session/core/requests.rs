@@ -6,6 +6,7 @@ mod losses;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::staged::Packed;
 use super::{Core, Env, LinkId, Phase};
 use crate::error::Error;
 use crate::memory::RegionUses;
@@ -50,14 +51,14 @@ pub(super) enum Queue {
 /// A posted transfer that has not ended.
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(super) struct Active {
-    shared: Arc<TransferShared>,
+    pub(super) shared: Arc<TransferShared>,
     posted: Instant,
     stamp: u32,
-    next_piece: u32,
+    pub(super) next_piece: u32,
     /// Requests without an answer.
     outstanding: u32,
-    /// WRITE frames that still read local memory.
-    unsent: u32,
+    /// WRITE frames that still read local memory, and copies of GPUs between it and blocks.
+    pub(super) unsent: u32,
     /// It will end in this error as soon as its memory is quiet.
     ending: Option<Error>,
     /// Number of the transfer in this session, for the count of its pieces.
@@ -71,6 +72,8 @@ pub(super) struct Active {
     copying: bool,
     /// It was at some time.
     copied: bool,
+    /// A WRITE of GPU memory that goes as frames: how far it is in blocks.
+    pub(super) packed: Option<Box<Packed>>,
     /// The driver has posted it to a device, or is about to: only it knows when its memory is quiet.
     wired: bool,
     /// How often it was begun again.
@@ -134,6 +137,13 @@ impl Active {
         self.ending.is_some()
     }
 
+    /// Whether nothing keeps it from its end, and it has reached it: all that was asked for is there, or it has failed.
+    pub(super) fn may_end(&self) -> bool {
+        let asked = self.next_piece as usize == self.shared.plan.pieces.len();
+        let over = self.ending.is_some() || (self.outstanding == 0 && asked);
+        over && self.unsent == 0 && !self.copying && !self.wired
+    }
+
     /// Whether requests of it went over a link.
     pub(super) fn has_begun(&self) -> bool {
         self.next_piece > 0
@@ -155,8 +165,21 @@ pub(super) struct Request {
     stamp: u32,
     link: LinkId,
     unsent: bool,
+    /// The answer's payload lands in memory of a GPU.
+    landing: bool,
     /// Its transfer has ended or is ending: the answer is awaited and thrown away.
     orphan: bool,
+}
+
+impl Request {
+    pub(super) fn is_orphan(&self) -> bool {
+        self.orphan
+    }
+
+    /// The transfer and its piece.
+    pub(super) fn place(&self) -> (ActiveKey, u32) {
+        (self.active, self.piece)
+    }
 }
 
 fn request_id(slot: usize, stamp: u32) -> u64 {
@@ -202,6 +225,7 @@ impl Core {
             counted: false,
             copying: false,
             copied: false,
+            packed: None,
             wired: false,
             redone: 0,
             uses,
@@ -370,6 +394,9 @@ impl Core {
         let active = self.active.remove(slot);
         if active.copied {
             active.shared.copy.reset();
+        }
+        if let Some(packed) = active.packed {
+            self.writes_to_pack.held -= packed.ready.len();
         }
         env.regions.release(active.uses);
         self.peer.leave();

@@ -1,17 +1,18 @@
 //! Frames of the peer: its requests are served, its answers and notifications taken.
 
-use super::links::Reply;
+use super::links::{CoreLink, Reply};
 use super::{ACK_DELAY, AckPlan, Core, Env, LinkId, MAX_OUTSTANDING, ProtocolError};
+use crate::gpu::BLOCK_BYTES;
 use crate::memory::{RegionUses, Segments};
 use crate::notification::Notification;
 use crate::session::inbox::Arrival;
 use crate::session::outbox::Bound;
 use crate::sys::IoSegment;
-use crate::wire::Access;
 use crate::wire::frame::{
     FLAG_COUNTED, FLAG_VOID, FrameKind, Header, ServeStatus, WireSegment, segments,
 };
 use crate::wire::hello::LinkKind;
+use crate::wire::{Access, MemoryKind};
 
 /// How a WRITE is answered once its payload is off the wire.
 #[derive(Debug)]
@@ -21,6 +22,13 @@ pub(crate) struct ServedWrite {
     /// The transfer to count the piece for.
     counted: Option<u64>,
     uses: RegionUses,
+}
+
+impl ServedWrite {
+    /// The regions that it goes into.
+    pub(crate) fn uses(&self) -> &RegionUses {
+        &self.uses
+    }
 }
 
 /// Where the payload of a frame goes. Given back to `on_payload` when it has arrived.
@@ -35,12 +43,28 @@ pub(crate) enum Dest {
     Region { segments: Segments, write: ServedWrite },
     /// A WRITE that was refused: its payload is thrown away.
     Refused(ServedWrite),
+    /// Memory of a GPU: the payload goes into a block first.
+    Landing(Landing),
     /// A notification; the buffer has the payload's length.
     Notification { arrival: Arrival, payload: Vec<u8> },
 }
 
-/// The memory of an admitted request, counted as used.
-type Admitted = (Segments, RegionUses);
+/// A payload for memory of a GPU of ours.
+#[derive(Debug)]
+#[must_use]
+pub(crate) enum Landing {
+    /// The answer to one of our READs.
+    Request(u64),
+    /// A WRITE of the peer.
+    Region { segments: Segments, write: ServedWrite },
+}
+
+/// The memory of an admitted request, counted as used, and whether it is a GPU's.
+struct Admitted {
+    segments: Segments,
+    uses: RegionUses,
+    on_gpu: bool,
+}
 
 impl Core {
     /// Takes a header and its body.
@@ -64,8 +88,12 @@ impl Core {
             FrameKind::Read if session || !ours => self.on_read(link, header, body, env)?,
             FrameKind::Write if session || !ours => return self.on_write(link, header, body, env),
             FrameKind::Data if session || ours => {
-                self.check_data(link, header)?;
-                return Ok(Dest::Request(header.id));
+                let lands = self.check_data(link, header)?;
+                return Ok(if lands {
+                    Dest::Landing(Landing::Request(header.id))
+                } else {
+                    Dest::Request(header.id)
+                });
             }
             FrameKind::Status if session || ours => self.on_status(link, header, env)?,
             FrameKind::Notify if session => {
@@ -107,7 +135,8 @@ impl Core {
     }
 
     fn check_room(&mut self, link: LinkId) -> Result<(), ProtocolError> {
-        if self.link(link).is_some_and(|link| link.replies.len() >= MAX_OUTSTANDING) {
+        let owed = |link: &mut CoreLink| link.replies.len() + link.packing;
+        if self.link(link).is_some_and(|link| owed(link) >= MAX_OUTSTANDING) {
             return Err(ProtocolError::Rule("more requests outstanding than allowed"));
         }
         Ok(())
@@ -154,10 +183,19 @@ impl Core {
             env.regions.release(uses);
             return Err(ProtocolError::Rule("the segments do not add up to the length"));
         }
+        let mut on_gpu = false;
+        if env.regions.has_gpu() && outcome.is_ok() {
+            match env.regions.kind_of(&uses) {
+                Some(MemoryKind::Dram) => {}
+                Some(MemoryKind::Vram { .. }) if total <= BLOCK_BYTES as u64 => on_gpu = total > 0,
+                // No engine asks for that.
+                Some(MemoryKind::Vram { .. }) | None => outcome = Err(ServeStatus::Denied),
+            }
+        }
         match outcome {
             Ok(()) => {
                 env.counters.requests_served.add(1);
-                Ok(Ok((admitted, uses)))
+                Ok(Ok(Admitted { segments: admitted, uses, on_gpu }))
             }
             Err(status) => {
                 env.regions.release(uses);
@@ -177,7 +215,7 @@ impl Core {
     ) -> Result<(), ProtocolError> {
         self.check_room(link)?;
         let reply = match Self::admit(header, body, Access::REMOTE_READ, env)? {
-            Ok((segments, uses)) => {
+            Ok(Admitted { segments, uses, on_gpu }) => {
                 env.counters.bytes_served_read.add(header.len);
                 let answer =
                     Header { id: header.id, len: header.len, ..Header::new(FrameKind::Data) };
@@ -187,6 +225,10 @@ impl Core {
                 } else {
                     uses
                 };
+                if on_gpu {
+                    self.pack_reply(link, answer, segments, uses);
+                    return Ok(());
+                }
                 Reply::Data { header: answer, segments, uses }
             }
             Err(status) => Reply::Status(status_header(header.id, status)),
@@ -211,8 +253,11 @@ impl Core {
             uses: RegionUses::new(),
         };
         match Self::admit(header, body, Access::REMOTE_WRITE, env)? {
-            Ok((segments, uses)) => {
+            Ok(Admitted { segments, uses, on_gpu }) => {
                 write.uses = uses;
+                if on_gpu {
+                    return Ok(Dest::Landing(Landing::Region { segments, write }));
+                }
                 Ok(Dest::Region { segments, write })
             }
             Err(status) => {
@@ -252,6 +297,7 @@ impl Core {
         }
         match dest {
             Dest::None => Ok(()),
+            Dest::Landing(landing) => self.landed(link, landing, None, Ok(()), env),
             Dest::Request(id) => {
                 self.data_arrived(id, fault, env);
                 Ok(())
@@ -276,7 +322,9 @@ impl Core {
 
     /// A payload will never be complete: its link is gone.
     pub(crate) fn drop_payload(dest: Dest, env: &mut Env<'_>) {
-        if let Dest::Region { write, .. } | Dest::Refused(write) = dest
+        if let Dest::Region { write, .. }
+        | Dest::Refused(write)
+        | Dest::Landing(Landing::Region { write, .. }) = dest
             && !mutated!(DroppedPayloadKeepsUses)
         {
             env.regions.release(write.uses);

@@ -28,6 +28,7 @@ const OPTIONS: [&str; 35] = [
     "rdma_on_demand_paging",
     "gpu_multiprocessors",
     "gpu_copy_engine_bytes",
+    "gpu_staging_bytes",
     "listen",
     "interface",
     "port_range",

@@ -33,7 +33,8 @@ impl Core {
             let live = self
                 .active
                 .get(key.slot)
-                .is_some_and(|active| active.stamp == key.stamp && active.ending.is_none());
+                .is_some_and(|active| active.stamp == key.stamp && active.ending.is_none())
+                && self.active[key.slot].has_next_payload();
             if live {
                 break key;
             }
@@ -42,7 +43,7 @@ impl Core {
         let slot = self.requests.vacant_key();
         let id = request_id(slot, stamp);
         let active = &mut self.active[key.slot];
-        let piece = active.next_piece;
+        let (piece, block, landing) = active.next_payload()?;
         active.next_piece += 1;
         active.outstanding += 1;
         let last = active.next_piece as usize == active.shared.plan.pieces.len();
@@ -75,19 +76,26 @@ impl Core {
             stamp,
             link: link.id,
             unsent: write,
+            landing,
             orphan: false,
         });
-        let frame = TxFrame {
-            header: header.encode(),
-            body: (header.body > 0).then(|| (active.plan().clone(), piece)),
-            payload: if write {
-                TxPayload::Plan(active.plan().clone(), piece)
-            } else {
-                TxPayload::None
-            },
-            sent: if write { Sent::Write(id) } else { Sent::Nothing },
+        let body = (header.body > 0).then(|| (active.plan().clone(), piece));
+        let is_next_there = block.is_none() || active.is_next_packed();
+        let frame = if let Some(block) = block {
+            TxFrame { body, ..TxFrame::packed(&header, block, Some(id)) }
+        } else {
+            TxFrame {
+                header: header.encode(),
+                body,
+                payload: if write {
+                    TxPayload::Plan(active.plan().clone(), piece)
+                } else {
+                    TxPayload::None
+                },
+                sent: if write { Sent::Write(id) } else { Sent::Nothing },
+            }
         };
-        if !last {
+        if !last && is_next_there {
             match queue {
                 Queue::Latency => self.latency.push_back(key),
                 Queue::Bulk => self.bulk.push_back(key),
@@ -100,7 +108,7 @@ impl Core {
         Some(frame)
     }
 
-    fn request(&mut self, id: u64) -> Option<&mut Request> {
+    pub(in crate::session::core) fn request(&mut self, id: u64) -> Option<&mut Request> {
         let request = self.requests.get_mut((id & u64::from(u32::MAX)) as usize)?;
         (request.stamp == (id >> 32) as u32).then_some(request)
     }
@@ -129,12 +137,12 @@ impl Core {
         }
     }
 
-    /// Checks a DATA header against the request that it answers.
+    /// Checks a DATA header against the request that it answers; true: it lands in memory of a GPU.
     pub(in crate::session::core) fn check_data(
         &mut self,
         link: LinkId,
         header: &Header,
-    ) -> Result<(), ProtocolError> {
+    ) -> Result<bool, ProtocolError> {
         let request = self.request(header.id).ok_or(ProtocolError::Rule("DATA for no request"))?;
         if request.link != link || request.operation != Operation::Read {
             return Err(ProtocolError::Rule("DATA for another request"));
@@ -142,7 +150,7 @@ impl Core {
         if request.len != header.len {
             return Err(ProtocolError::Rule("DATA of another length than asked for"));
         }
-        Ok(())
+        Ok(request.landing)
     }
 
     /// Where the payload of a DATA goes: nowhere, once its transfer has ended.
@@ -166,6 +174,11 @@ impl Core {
                 let status = ServeStatus::Fault as u16;
                 let refused = Header { status, id, ..Header::new(FrameKind::Status) };
                 Some(TxFrame::header(&refused))
+            }
+            // Pinned memory is always there.
+            sent @ Sent::Packed(..) => {
+                self.on_sent(sent, env);
+                None
             }
             Sent::Write(id) => {
                 self.blame_send_fault(&Sent::Write(id), env);
@@ -229,7 +242,12 @@ impl Core {
         Ok(())
     }
 
-    fn answered(&mut self, id: u64, error: Option<Error>, env: &mut Env<'_>) {
+    pub(in crate::session::core) fn answered(
+        &mut self,
+        id: u64,
+        error: Option<Error>,
+        env: &mut Env<'_>,
+    ) {
         let slot = (id & u64::from(u32::MAX)) as usize;
         let request = self.requests.remove(slot);
         let now = env.now;
@@ -247,7 +265,9 @@ impl Core {
         if let Some(error) = error {
             return self.fail(key.slot, error, env);
         }
-        let answered = active.outstanding == 0 || mutated!(AnyAnswerCompletes);
+        // What landed from a lost link, before it was begun again, may be on its way still.
+        let quiet = active.unsent == 0;
+        let answered = (active.outstanding == 0 && quiet) || mutated!(AnyAnswerCompletes);
         let asked = active.next_piece as usize == active.shared.plan.pieces.len();
         if answered && (asked || mutated!(EarlyCompletion)) {
             self.finish(key.slot, env);

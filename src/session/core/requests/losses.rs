@@ -45,7 +45,9 @@ impl Core {
         for (_, request) in &mut self.requests {
             request.orphan |= request.active == key;
         }
-        if !self.latency.contains(&key) && !self.bulk.contains(&key) {
+        if self.active[slot].plan().device.is_some() {
+            self.enqueue(key, env);
+        } else if !self.latency.contains(&key) && !self.bulk.contains(&key) {
             self.enqueue_for_links(key);
         }
     }
@@ -106,6 +108,7 @@ impl Core {
         self.bulk.clear();
         self.copies.clear();
         self.on_device.clear();
+        self.forget_writes_to_pack();
         self.wired.clear();
     }
 

@@ -437,7 +437,7 @@ impl World {
                 assert_eq!(payload.len(), total);
                 payload[at..at + now.len()].copy_from_slice(now);
             }
-            Dest::Refused(_) | Dest::None => {}
+            Dest::Refused(_) | Dest::Landing(_) | Dest::None => {}
         }
     }
 

@@ -1,0 +1,311 @@
+//! `libcuda.so.1` for tests on machines without a GPU. Its GPUs are threads that copy, later and in no order but that of their
+//! streams; their memory faults when the process touches it, and a kernel that touches anything but it and pinned memory loses the
+//! GPU, as with the real ones. What there is, is what the engine and its tests call.
+//!
+//! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`:
+//! there is no more pinned memory.
+
+#![allow(
+    clippy::missing_safety_doc,
+    reason = "the manual of the driver says what each caller has to keep to"
+)]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "pointers are good as the manual asks for")]
+#![allow(private_interfaces, reason = "streams are opaque to callers")]
+
+mod memory;
+mod stream;
+
+use std::cell::RefCell;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use stream::{Stream, Tile, Work};
+
+type Status = c_int;
+
+const INVALID_VALUE: Status = 1;
+const OUT_OF_MEMORY: Status = 2;
+const INVALID_CONTEXT: Status = 201;
+const NOT_READY: Status = 600;
+const NOT_SUPPORTED: Status = 801;
+
+/// Contexts are these and the number of their GPU.
+const CONTEXTS: usize = 0x1000;
+
+thread_local! {
+    static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What names an allocation to other processes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IpcHandle {
+    magic: [u8; 8],
+    pid: u64,
+    fd: u64,
+    len: u64,
+    gpu: u64,
+    unused: [u64; 3],
+}
+
+const MAGIC: [u8; 8] = *b"fake-gpu";
+
+static PINNED: AtomicUsize = AtomicUsize::new(0);
+
+fn number(name: &str) -> Option<usize> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn gpus() -> c_int {
+    number("FAKE_CUDA_GPUS").unwrap_or(2) as c_int
+}
+
+/// The GPU that the calling thread has entered.
+fn current() -> Option<c_int> {
+    CURRENT.with_borrow(|stack| stack.last().map(|context| (context - CONTEXTS) as c_int))
+}
+
+/// Runs `call` unless no context is current or the GPU was lost.
+fn within(call: impl FnOnce(c_int) -> Status) -> Status {
+    match (stream::lost(), current()) {
+        (0, Some(gpu)) => call(gpu),
+        (0, None) => INVALID_CONTEXT,
+        (lost, _) => lost,
+    }
+}
+
+unsafe fn put<T>(to: *mut T, value: T) -> Status {
+    unsafe { to.write(value) };
+    0
+}
+
+macro_rules! driver {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) $body:block)+) => {
+        $(
+            #[unsafe(no_mangle)]
+            #[allow(missing_docs, non_snake_case)]
+            pub unsafe extern "C" fn $name($($argument: $kind),*) -> Status {
+                #[allow(unused_unsafe)]
+                unsafe { $body }
+            }
+        )+
+    };
+}
+
+driver! {
+    fn cuInit(_flags: c_uint) { 0 }
+    fn cuGetErrorString(status: Status, text: *mut *const c_char) {
+        let said = match status {
+            OUT_OF_MEMORY => c"out of memory",
+            700 => c"an illegal memory access was encountered",
+            NOT_SUPPORTED => c"operation not supported",
+            _ => c"an error of the fake driver",
+        };
+        put(text, said.as_ptr())
+    }
+    fn cuDeviceGetCount(count: *mut c_int) { put(count, gpus()) }
+    fn cuDeviceGet(device: *mut c_int, ordinal: c_int) { put(device, ordinal) }
+    fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: c_int) { put(uuid, [0xf0 | device as u8; 16]) }
+    fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _peer: c_int) { put(can, 1) }
+    fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
+        put(context, CONTEXTS + device as usize)
+    }
+    fn cuCtxPushCurrent_v2(context: usize) {
+        CURRENT.with_borrow_mut(|stack| stack.push(context));
+        0
+    }
+    fn cuCtxPopCurrent_v2(context: *mut usize) {
+        match CURRENT.with_borrow_mut(Vec::pop) {
+            Some(popped) => put(context, popped),
+            None => INVALID_CONTEXT,
+        }
+    }
+    fn cuCtxSetCurrent(context: usize) {
+        CURRENT.with_borrow_mut(|stack| {
+            stack.pop();
+            stack.push(context);
+        });
+        0
+    }
+    fn cuCtxEnablePeerAccess(_peer: usize, _flags: c_uint) { within(|_| 0) }
+    fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
+        within(|_| unsafe { put(least, 0) + put(greatest, -5) })
+    }
+    fn cuCtxSynchronize() {
+        stream::wait_for_all();
+        stream::lost()
+    }
+    fn cuStreamCreateWithPriority(stream: *mut *mut Stream, _flags: c_uint, _priority: c_int) {
+        within(|_| unsafe { put(stream, Box::into_raw(Box::new(Stream::new()))) })
+    }
+    fn cuStreamDestroy_v2(stream: *mut Stream) {
+        drop(Box::from_raw(stream));
+        0
+    }
+    fn cuStreamQuery(stream: *mut Stream) {
+        let idle = (*stream).is_idle();
+        within(|_| if idle { 0 } else { NOT_READY })
+    }
+    fn cuStreamSynchronize(stream: *mut Stream) {
+        (*stream).wait();
+        stream::lost()
+    }
+    fn cuStreamWriteValue32_v2(stream: *mut Stream, at: u64, value: u32, _flags: c_uint) {
+        within(|_| {
+            unsafe { &*stream }.enqueue(Work::Write { at, value });
+            0
+        })
+    }
+    fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
+        within(|gpu| match memory::of_gpu(bytes, gpu) {
+            Some(made) => unsafe { put(address, made.base) },
+            None => OUT_OF_MEMORY,
+        })
+    }
+    fn cuMemFree_v2(address: u64) {
+        stream::wait_for_all();
+        if memory::free(address) { 0 } else { INVALID_VALUE }
+    }
+    fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, address: u64) {
+        match memory::at(address) {
+            Some(found) => put(base, found.base) + put(bytes, found.len),
+            None => INVALID_VALUE,
+        }
+    }
+    fn cuMemsetD8Async(at: u64, value: u8, len: usize, stream: *mut Stream) {
+        within(|_| {
+            unsafe { &*stream }.enqueue(Work::Set { at, value, len });
+            0
+        })
+    }
+    fn cuMemsetD8_v2(at: u64, value: u8, len: usize) {
+        match memory::shadow(at, len) {
+            Some(at) => {
+                std::ptr::write_bytes(at as *mut u8, value, len);
+                0
+            }
+            None => INVALID_VALUE,
+        }
+    }
+    fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, _flags: c_uint) {
+        let most = number("FAKE_CUDA_PINNED_BYTES").unwrap_or(usize::MAX);
+        within(|_| {
+            if PINNED.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > most {
+                PINNED.fetch_sub(bytes, Ordering::Relaxed);
+                return OUT_OF_MEMORY;
+            }
+            match memory::pinned(bytes) {
+                Some(made) => unsafe { put(address, made.base as *mut c_void) },
+                None => OUT_OF_MEMORY,
+            }
+        })
+    }
+    fn cuMemFreeHost(address: *mut c_void) {
+        stream::wait_for_all();
+        if memory::free(address as u64) { 0 } else { INVALID_VALUE }
+    }
+    fn cuMemcpyAsync(to: u64, from: u64, len: usize, stream: *mut Stream) {
+        within(|_| {
+            unsafe { &*stream }.enqueue(Work::Copy { to, from, len });
+            0
+        })
+    }
+    fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, len: usize) {
+        match memory::shadow(to, len) {
+            Some(to) => {
+                std::ptr::copy_nonoverlapping(from.cast::<u8>(), to as *mut u8, len);
+                0
+            }
+            None => INVALID_VALUE,
+        }
+    }
+    fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, len: usize) {
+        match memory::shadow(from, len) {
+            Some(from) => {
+                std::ptr::copy_nonoverlapping(from as *const u8, to.cast::<u8>(), len);
+                0
+            }
+            None => INVALID_VALUE,
+        }
+    }
+    fn cuPointerGetAttribute(value: *mut c_void, attribute: c_int, address: u64) {
+        let Some(found) = memory::at(address) else { return INVALID_VALUE };
+        match attribute {
+            1 => put(value.cast::<usize>(), CONTEXTS + found.gpu.unwrap_or(0) as usize),
+            2 => put(value.cast::<u32>(), if found.gpu.is_some() { 2 } else { 1 }),
+            7 => put(value.cast::<u64>(), found.id),
+            8 => put(value.cast::<u32>(), 0),
+            9 => put(value.cast::<c_int>(), found.gpu.unwrap_or(0)),
+            _ => INVALID_VALUE,
+        }
+    }
+    fn cuIpcGetMemHandle(handle: *mut IpcHandle, address: u64) {
+        let Some((found, gpu)) = memory::at(address).and_then(|found| Some((found, found.gpu?)))
+        else {
+            return INVALID_VALUE;
+        };
+        if std::env::var_os("FAKE_CUDA_NO_IPC").is_some() {
+            return NOT_SUPPORTED;
+        }
+        put(handle, IpcHandle {
+            magic: MAGIC,
+            pid: u64::from(std::process::id()),
+            fd: found.fd as u64,
+            len: found.len as u64,
+            gpu: gpu as u64,
+            unused: [0; 3],
+        })
+    }
+    fn cuIpcOpenMemHandle_v2(address: *mut u64, handle: IpcHandle, _flags: c_uint) {
+        let IpcHandle { magic, pid, fd, len, gpu, .. } = handle;
+        if magic != MAGIC {
+            return INVALID_VALUE;
+        }
+        match memory::of_process(pid as u32, fd as c_int, len as usize, gpu as c_int) {
+            Some(mapped) => put(address, mapped.base),
+            None => INVALID_VALUE,
+        }
+    }
+    fn cuIpcCloseMemHandle(address: u64) {
+        stream::wait_for_all();
+        if memory::free(address) { 0 } else { INVALID_VALUE }
+    }
+    fn cuModuleLoadData(module: *mut usize, _image: *const c_void) { put(module, 1) }
+    fn cuModuleGetFunction(function: *mut usize, _module: usize, _name: *const c_char) {
+        put(function, 1)
+    }
+}
+
+/// Tells tests which driver they have.
+#[unsafe(no_mangle)]
+#[allow(missing_docs)]
+pub extern "C" fn corelane_fake_cuda() {}
+
+/// The only kernel there is: the engine's, which copies tiles.
+#[unsafe(no_mangle)]
+#[allow(missing_docs, non_snake_case, clippy::too_many_arguments)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    _function: usize,
+    _grid_x: c_uint,
+    _grid_y: c_uint,
+    _grid_z: c_uint,
+    _block_x: c_uint,
+    _block_y: c_uint,
+    _block_z: c_uint,
+    _shared_bytes: c_uint,
+    stream: *mut Stream,
+    arguments: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> Status {
+    within(|_| unsafe {
+        let work = Work::Kernel {
+            tiles: (*arguments).cast::<u64>().read(),
+            count: (*arguments.add(1)).cast::<u32>().read(),
+            done: (*arguments.add(3)).cast::<u64>().read(),
+            value: (*arguments.add(4)).cast::<u32>().read(),
+            only: (*arguments.add(5)).cast::<Tile>().read(),
+        };
+        (*stream).enqueue(work);
+        0
+    })
+}
