@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use corelane_runtime::Cx;
+use smallvec::SmallVec;
 
 use super::lane::LaneDriver;
 use super::staging::Staging;
@@ -89,18 +90,19 @@ impl LaneDriver {
             // It was ended before.
             return self.copied(&transfer, cx);
         }
-        if !self.gpu.waiting.is_empty() {
+        // Behind those of its own peer only.
+        if self.gpu.waiting.iter().any(|waiting| is_of_same_peer(waiting, &transfer)) {
             return self.gpu.waiting.push_back(transfer);
         }
         self.try_start(transfer, cx);
     }
 
-    /// False: it was put back to wait.
+    /// False: it was put at the end of those that wait.
     fn try_start(&mut self, transfer: Arc<TransferShared>, cx: &mut Cx<'_>) -> bool {
         match self.gpu.start(&transfer) {
             Started::Yes => true,
             Started::Full => {
-                self.gpu.waiting.push_front(transfer);
+                self.gpu.waiting.push_back(transfer);
                 false
             }
             Started::Failed(error) => {
@@ -118,15 +120,13 @@ impl LaneDriver {
         if self.gpu.flying.is_empty() && self.gpu.waiting.is_empty() {
             return moved;
         }
-        let mut looks = 0;
-        while !self.look_at_gpu(cx) {
-            looks += 1;
-            if looks >= LOOKS {
-                return moved;
+        let ended = (0..LOOKS).any(|look| {
+            if look > 0 {
+                std::hint::spin_loop();
             }
-            std::hint::spin_loop();
-        }
-        true
+            self.look_at_gpu(cx)
+        });
+        self.start_waiting(cx) || ended || moved
     }
 
     fn look_at_gpu(&mut self, cx: &mut Cx<'_>) -> bool {
@@ -141,14 +141,31 @@ impl LaneDriver {
                 None => at += 1,
             }
         }
-        while let Some(transfer) = self.gpu.waiting.pop_front() {
-            if !self.try_start(transfer, cx) {
-                break;
-            }
-            worked = true;
-        }
         worked
     }
+
+    /// Tries each that waits, but none behind another of its peer's that has to wait on: they keep their order, and no peer
+    /// waits for another. One that was ended meanwhile needs no room.
+    fn start_waiting(&mut self, cx: &mut Cx<'_>) -> bool {
+        let mut started = false;
+        let mut full: SmallVec<[Arc<TransferShared>; 4]> = SmallVec::new();
+        for _ in 0..self.gpu.waiting.len() {
+            let Some(transfer) = self.gpu.waiting.pop_front() else { break };
+            let must_wait = full.iter().any(|other| is_of_same_peer(other, &transfer));
+            if must_wait && !transfer.copy.is_closed() {
+                self.gpu.waiting.push_back(transfer);
+            } else if self.try_start(transfer.clone(), cx) {
+                started = true;
+            } else {
+                full.push(transfer);
+            }
+        }
+        started
+    }
+}
+
+fn is_of_same_peer(one: &TransferShared, other: &TransferShared) -> bool {
+    Arc::ptr_eq(&one.plan.peer, &other.plan.peer)
 }
 
 impl LaneDriver {
@@ -188,12 +205,6 @@ impl GpuCopies {
         let Some(launch) = launch else {
             return Started::Failed(Error::Backend("a plan for no GPU was given to one".into()));
         };
-        // A kernel that touches memory which is gone takes the model's context down: better to look first.
-        let freed =
-            plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
-        if let Some(region) = freed {
-            return Started::Failed(Error::Fault { addr: region.descriptor.base() });
-        }
         let of_peer = |flying: &&Flying| Arc::ptr_eq(&flying.transfer.plan.peer, &plan.peer);
         if self.flying.iter().filter(of_peer).count() >= AT_ONCE {
             return Started::Full;
@@ -203,6 +214,13 @@ impl GpuCopies {
             Err(CopyError::Busy) => return Started::Full,
             Err(CopyError::Failed(error)) => return Started::Failed(error),
         };
+        // A kernel that touches memory which is gone takes the model's context down: better to look first. Last, since it
+        // asks the driver.
+        let freed =
+            plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
+        if let Some(region) = freed {
+            return Started::Failed(Error::Fault { addr: region.descriptor.base() });
+        }
         // SAFETY: the plan's own regions are counted as used by this lane until the transfer ends, which waits for the
         // claimed part of its job; the peer's rights were just checked, and it keeps the memory while `in_use` is there.
         match unsafe { self.lane.launch(&launch) } {
