@@ -340,16 +340,16 @@ pub enum Verdict {
 
 /// The initiator's part of a handshake, with both secrets, whatever the hello says.
 pub fn shake(stream: &mut Stream, hello: &[u8], own: &[u8; 32], theirs: &[u8; 32]) -> Verdict {
-    shake_with(stream, hello, own, theirs, || {})
+    shake_with(stream, hello, own, theirs, |say_who| say_who())
 }
 
-/// As [`shake`], and does something else before it says who it is.
+/// As [`shake`]; `around` is to call what says who it is, and may do something else before and after.
 pub fn shake_with(
     stream: &mut Stream,
     hello: &[u8],
     own: &[u8; 32],
     theirs: &[u8; 32],
-    before_proof: impl FnOnce(),
+    around: impl FnOnce(&mut dyn FnMut() -> bool) -> bool,
 ) -> Verdict {
     if !say(stream, hello) {
         return Verdict::HungUp;
@@ -362,8 +362,7 @@ pub fn shake_with(
     let mut auth = b"CLNE\x03".to_vec();
     auth.extend(proof(theirs, INITIATOR, hello, &challenge));
     auth.extend(proof(own, INITIATOR_OWN, hello, &challenge));
-    before_proof();
-    if !say(stream, &auth) {
+    if !around(&mut || say(stream, &auth)) {
         return Verdict::HungUp;
     }
     match hear(stream) {
