@@ -182,10 +182,12 @@ fn connections_that_are_reset_in_the_middle_of_transfers_come_back() {
             reset(socket);
         });
         let mut written = near.answer();
-        // It may have been done before the resets were noticed: those that came first, and these.
+        // It may have been done before the resets were noticed: those that came first, and these. One may have met the
+        // connection that was just being made.
         for _ in 0..3 {
             if let Err(error) = &written {
-                assert!(error.contains("RemoteDisconnect"), "{error}");
+                let expected = error.contains("RemoteDisconnect") || error.starts_with("Connect ");
+                assert!(expected, "{error}");
             }
             written = near.try_ask(&format!("write far r 0 {region} 0 {LEN}"));
         }
