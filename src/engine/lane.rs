@@ -58,7 +58,7 @@ pub(crate) enum Message {
     Leave,
 }
 
-/// Tokens of descriptors and timers: a tag above a 62-bit number.
+/// Tokens of descriptors and timers: a tag above a 60-bit number.
 pub(super) const LISTENER: u64 = 1 << 63;
 pub(super) const PEER_TIMER: u64 = 1 << 63;
 pub(super) const CONNECT_TIMER: u64 = 1 << 62;
@@ -66,7 +66,7 @@ pub(super) const CONNECT_TIMER: u64 = 1 << 62;
 pub(super) const LOCAL_TIMER: u64 = 1 << 61;
 /// Queue pairs to a peer should be there by now, or are tried again.
 pub(super) const RDMA_TIMER: u64 = 1 << 60;
-/// The process of a peer on this host may be dying.
+/// The process of a peer on this host may be dying. Both tags: asked for before either.
 pub(super) const DEATH_TIMER: u64 = LOCAL_TIMER | RDMA_TIMER;
 /// Descriptors: the events of a device, and the completion channel of a rail.
 pub(super) const RDMA_EVENTS: u64 = 1 << 62;

@@ -434,7 +434,7 @@ impl LaneDriver {
         self.mark(slot);
     }
 
-    /// A stream is given up no later than a session that is silent.
+    /// A stream is given up no later than a session that is silent, or after half a second, whichever is longer.
     fn bound_stream(&mut self, id: LinkId, slot: usize) {
         let Some(peer) = self.peers.get(slot) else { return };
         let liveness = peer.core.liveness_timeout().unwrap_or(self.engine.config.liveness);

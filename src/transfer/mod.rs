@@ -319,6 +319,12 @@ impl Transfer {
         self.describe(state)
     }
 
+    /// Where the transfer stands, and no more: one load, nothing is helped along. Who waits for the end asks
+    /// [`status`](Self::status), or nobody may bring it about where cores are few.
+    pub fn peek(&self) -> Status {
+        self.describe(self.shared.slot.state())
+    }
+
     /// Copies a chunk of the transfer on this thread, which waits for it anyway; false: there is none. Not on
     /// a lane, which has its own share. One load when there is nothing to copy.
     fn help(&self) -> bool {

@@ -174,6 +174,7 @@ fn calls(of: &Zoo) -> [Vec<Call<'static>>; 5] {
         call!("post", h, corelane_post(h)),
         call!("post_notify", h, c!(corelane_post_notify(h, bytes.as_ptr().cast(), bytes.len()))),
         call!("xfer_status", h, corelane_xfer_status(h)),
+        call!("xfer_peek", h, corelane_xfer_peek(h)),
         call!("xfer_wait", h, corelane_xfer_wait(h, BOUND_MS)),
         call!("xfer_error", h, {
             let (mut b, mut len) = (place(), 0);

@@ -985,6 +985,15 @@ corelane_status corelane_post_notify(corelane_xfer_t xfer,
 corelane_status corelane_xfer_status(corelane_xfer_t xfer);
 
 /**
+ * Whether a transfer that was posted is over already: `CORELANE_OK` when it is done, `CORELANE_IN_PROGRESS` while it
+ * is not, or when it failed, which `corelane_xfer_status` tells. For right after posting: small transfers to a peer on the
+ * same host are copied there. Who waits asks `corelane_xfer_status`, since this helps nothing along.
+ *
+ * Any thread. Costs a load. Errors: `CORELANE_ERR_INVALID_HANDLE`.
+ */
+corelane_status corelane_xfer_peek(corelane_xfer_t xfer);
+
+/**
  * Waits for the end, at most `timeout_ms` (negative: without limit), and returns what
  * `corelane_xfer_status` would.
  *

@@ -135,6 +135,21 @@ pub extern "C" fn corelane_xfer_status(xfer: corelane_xfer_t) -> corelane_status
     })
 }
 
+/// Whether a transfer that was posted is over already: `CORELANE_OK` when it is done, `CORELANE_IN_PROGRESS` while it
+/// is not, or when it failed, which `corelane_xfer_status` tells. For right after posting: small transfers to a peer on the
+/// same host are copied there. Who waits asks `corelane_xfer_status`, since this helps nothing along.
+///
+/// Any thread. Costs a load. Errors: `CORELANE_ERR_INVALID_HANDLE`.
+#[unsafe(no_mangle)]
+pub extern "C" fn corelane_xfer_peek(xfer: corelane_xfer_t) -> corelane_status {
+    guard("corelane_xfer_peek", || {
+        Ok(match XFERS.get(xfer)?.value.transfer.peek() {
+            Status::Done => CORELANE_OK,
+            _ => CORELANE_IN_PROGRESS,
+        })
+    })
+}
+
 /// Waits for the end, at most `timeout_ms` (negative: without limit), and returns what
 /// `corelane_xfer_status` would.
 ///

@@ -108,7 +108,11 @@ nixl_status_t nixlCorelaneEngine::postXfer(const nixl_xfer_op_t &operation,
         args != nullptr && args->hasNotif
             ? corelane_post_notify(request->xfer, args->notifMsg.data(), args->notifMsg.size())
             : corelane_post(request->xfer);
-    return status == CORELANE_OK ? NIXL_IN_PROG : toNixl(status);
+    if (status != CORELANE_OK) {
+        return toNixl(status);
+    }
+    // Small transfers to a peer of this host were copied while they were posted: saves the question.
+    return corelane_xfer_peek(request->xfer) == CORELANE_OK ? NIXL_SUCCESS : NIXL_IN_PROG;
 }
 
 nixl_status_t nixlCorelaneEngine::checkXfer(nixlBackendReqH *handle) const {

@@ -42,6 +42,8 @@ pub(crate) struct RingState {
 impl Core {
     /// The session's link is up on this host; `local_resolved` tells what came of it.
     pub(super) fn local_pending(&mut self, on_this_host: bool, env: &mut Env<'_>) {
+        // Of an earlier session.
+        self.local_reason.clear();
         self.local = if on_this_host { Local::Pending } else { Local::Off };
         if self.rdma_expected && !on_this_host {
             self.rdma_pending();

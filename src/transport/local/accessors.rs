@@ -23,7 +23,7 @@ impl Accessor {
         Self { pid, uses, process }
     }
 
-    /// Whether the process is known to be gone for good, and its engine with it.
+    /// Whether the process is known to be gone for good, and its engine with it. Threads of it may still be in a copy.
     pub(crate) fn has_ended(&self) -> bool {
         self.process.has_ended()
     }

@@ -28,6 +28,13 @@ impl Pid {
     pub(crate) fn is_own(self) -> bool {
         self == Self::own()
     }
+
+    /// Whether the kernel knows a process of this number, be it a dead one that nobody has waited for.
+    fn exists(self) -> bool {
+        // SAFETY: no pointers, and no signal: the kernel only looks whether one could be sent.
+        let answer = unsafe { libc::kill(self.0, 0) };
+        answer == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+    }
 }
 
 /// Copies from `remote`, ranges of the other process, to `local`. May stop early.
@@ -138,14 +145,20 @@ pub(crate) fn holds(pid: Pid, addr: u64, value: &[u8; 16]) -> io::Result<bool> {
 }
 
 /// Whether no thread of the process has an address space any more: it is ending, though the kernel may still be taking its memory
-/// away. False where that cannot be seen. Costs system calls for each thread that has ended already, and some more.
+/// away. False where that cannot be seen: without /proc, with the /proc of another PID namespace, and where it hides the process
+/// (option `hidepid`). Costs system calls for each thread that has ended already, and some more.
 pub(crate) fn has_no_address_space(pid: Pid) -> bool {
+    let own = std::fs::read_link("/proc/self").ok();
+    let own = own.as_deref().and_then(|link| link.to_str()?.parse().ok());
+    if own != Some(Pid::own().0) {
+        // The same number is another process there.
+        return false;
+    }
     let is_gone =
         |error: &io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH));
     let threads = match std::fs::read_dir(format!("/proc/{}/task", pid.0)) {
         Ok(threads) => threads,
-        // Without /proc nothing is seen.
-        Err(error) => return is_gone(&error) && std::path::Path::new("/proc/self/task").exists(),
+        Err(error) => return is_gone(&error) && !pid.exists(),
     };
     for thread in threads {
         let memory = match thread {

@@ -50,6 +50,31 @@ fn a_process_is_reached_only_if_it_holds_the_nonce() {
     assert!(matches!(reach(Some(child.0), true, value(&nonce)), (Reach::SameProcess, None)));
 }
 
+/// Whoever lives in a PID namespace and sees the /proc of another finds strangers under the numbers that it knows: kernel
+/// threads, which have no address space, or nobody.
+#[test]
+fn the_proc_of_another_namespace_tells_of_no_death() {
+    const INSIDE: &str = "CORELANE_TEST_IN_PID_NAMESPACE";
+    if std::env::var_os(INSIDE).is_some() {
+        assert!(!cma::has_no_address_space(Pid::own()));
+        return;
+    }
+    let unshare = |program: &str| {
+        // The shell is the first process there, and the program the second.
+        let script = format!("{program}; exit $?");
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--pid", "--fork", "sh", "-c", &script]).env(INSIDE, "1");
+        command.output().is_ok_and(|output| output.status.success())
+    };
+    if !unshare("true") {
+        eprintln!("SKIPPED: no PID namespace can be made here");
+        return;
+    }
+    let this = std::env::current_exe().unwrap();
+    let test = "transport::local::path::tests::the_proc_of_another_namespace_tells_of_no_death";
+    assert!(unshare(&format!("'{}' --exact {test} | grep -q '1 passed'", this.display())));
+}
+
 #[test]
 fn a_process_without_an_address_space_is_told_from_one_without_its_first_thread() {
     let child = Child::new();

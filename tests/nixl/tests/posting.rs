@@ -71,6 +71,33 @@ fn asking_after_the_end_gives_the_same_answer() {
 }
 
 #[test]
+fn a_copy_by_the_posting_thread_is_over_when_posting_returns() {
+    for by_poster in [true, false] {
+        let mut far = target!("target", 4096);
+        let settings = params(&[("inline_copy_bytes", if by_poster { "1M" } else { "0" })]);
+        let (agent, near) = (Agent::with("initiator", &settings), Buffer::new(4096));
+        agent.register(&near);
+        far.introduce_to(&agent);
+        let lists = ([range(&near, 0, 4096)], [far.range(0, 4096)]);
+        let request = agent.prepare(Operation::Read, &lists.0, "target", &lists.1).unwrap();
+        request.run_with(Notify::None).unwrap();
+        for _ in 0..10 {
+            near.poison(0, 4096);
+            let posted = request.post(Notify::None);
+            if by_poster {
+                assert_eq!(posted, Status::SUCCESS);
+            } else {
+                assert!(posted.0 >= 0, "{posted:?}");
+                request.wait().unwrap();
+            }
+            near.assert_pattern(1, 0, 4096, 0);
+            // And is asked for with the same answer.
+            assert_eq!(request.status(), Status::SUCCESS);
+        }
+    }
+}
+
+#[test]
 fn many_requests_at_once() {
     let len = 1 << 20;
     let pair = Pair::new(len, &Settings::default());

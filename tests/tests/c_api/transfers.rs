@@ -25,6 +25,7 @@ fn the_life_of_a_transfer() {
     remote.far.process.freeze();
     ok(corelane_post(xfer));
     for _ in 0..3 {
+        assert_eq!(corelane_xfer_peek(xfer), CORELANE_IN_PROGRESS);
         assert_eq!(corelane_xfer_status(xfer), CORELANE_IN_PROGRESS);
         assert_eq!(corelane_xfer_wait(xfer, 10), CORELANE_IN_PROGRESS);
         assert_eq!(corelane_xfer_wait(xfer, 0), CORELANE_IN_PROGRESS);
@@ -44,6 +45,7 @@ fn the_life_of_a_transfer() {
     near.memory.assert_pattern(1, 0, LEN, 0);
     for _ in 0..1000 {
         assert_eq!(corelane_xfer_status(xfer), CORELANE_OK);
+        assert_eq!(corelane_xfer_peek(xfer), CORELANE_OK);
     }
     let served = remote.far.process.number("served");
     assert_eq!(near.engine.stats().completed, 1);
@@ -57,6 +59,7 @@ fn the_life_of_a_transfer() {
     assert!(remote.far.process.number("served") > served);
     ok(corelane_release(xfer, 0));
     refused(corelane_xfer_status(xfer), CORELANE_ERR_INVALID_HANDLE);
+    refused(corelane_xfer_peek(xfer), CORELANE_ERR_INVALID_HANDLE);
 }
 
 #[test]
