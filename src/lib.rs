@@ -60,9 +60,9 @@
 //!
 //! Where things are: [`Engine`] starts everything; [`Peer`], [`Region`], [`Plan`] and [`Transfer`]
 //! are the words of the API, one module each. `session` is the protocol without sockets and clocks,
-//! `transport` moves its frames, copies within a host and posts RDMA requests (over `verbs`), `engine`
-//! drives both on a lane of `corelane-runtime`. The bytes on
-//! the wire are in docs/protocol.md.
+//! `transport` moves its frames, copies within a host and posts RDMA requests (over `verbs`), `gpu` copies
+//! memory of GPUs, `engine` drives them all on a lane of `corelane-runtime`. The bytes on the wire are in
+//! docs/protocol.md.
 
 #![warn(clippy::pedantic)]
 #![allow(
