@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 35] = [
+const OPTIONS: [&str; 36] = [
     "lanes",
     "spin_us",
     "assist",
