@@ -21,6 +21,8 @@ pub(super) struct Link {
     since_limit: Instant,
 }
 
+// Most links of a simulation are open: smaller others would save nothing.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Phase {
     Connecting { peer: usize, kind: LinkKind },
     Initiating { peer: usize, kind: LinkKind, machine: Box<Opening>, input: Vec<u8> },
