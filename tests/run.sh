@@ -328,7 +328,9 @@ inspect_artifacts() {
 }
 
 has_bench() {
-    [[ -x $target/release/corelane-bench ]] || cannot_run "corelane-bench is not built: see the step build"
+    if [[ ! -x $target/release/corelane-bench ]] || { builds_rdma && [[ ! -e $target/release/libcorelane_noop_verbs.so ]]; }; then
+        cannot_run "corelane-bench, or what it measures with, is not built: see the step build"
+    fi
 }
 
 # In a directory of its own, for the files it writes.
