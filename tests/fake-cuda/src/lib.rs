@@ -9,7 +9,6 @@
     clippy::missing_safety_doc,
     reason = "the manual of the driver says what each caller has to keep to"
 )]
-#![allow(clippy::undocumented_unsafe_blocks, reason = "pointers are good as the manual asks for")]
 #![allow(private_interfaces, reason = "streams are opaque to callers")]
 
 mod memory;
@@ -74,7 +73,10 @@ fn within(call: impl FnOnce(c_int) -> Status) -> Status {
     }
 }
 
+/// # Safety
+/// `to` is a place for a `T`.
 unsafe fn put<T>(to: *mut T, value: T) -> Status {
+    // SAFETY: as the caller promises.
     unsafe { to.write(value) };
     0
 }
@@ -85,6 +87,8 @@ macro_rules! driver {
             #[unsafe(no_mangle)]
             #[allow(missing_docs, non_snake_case)]
             pub unsafe extern "C" fn $name($($argument: $kind),*) -> Status {
+                // SAFETY: the driver's manual asks callers for places to write to that are good, and for streams that it made
+                // and that are not destroyed.
                 #[allow(unused_unsafe)]
                 unsafe { $body }
             }
@@ -129,6 +133,7 @@ driver! {
     }
     fn cuCtxEnablePeerAccess(_peer: usize, _flags: c_uint) { within(|_| 0) }
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
+        // SAFETY: the caller's place for the result.
         within(|_| unsafe { put(least, 0) + put(greatest, -5) })
     }
     fn cuCtxSynchronize() {
@@ -136,6 +141,7 @@ driver! {
         stream::lost()
     }
     fn cuStreamCreateWithPriority(stream: *mut *mut Stream, _flags: c_uint, _priority: c_int) {
+        // SAFETY: the caller's place for the result.
         within(|_| unsafe { put(stream, Box::into_raw(Box::new(Stream::new()))) })
     }
     fn cuStreamDestroy_v2(stream: *mut Stream) {
@@ -152,12 +158,14 @@ driver! {
     }
     fn cuStreamWriteValue32_v2(stream: *mut Stream, at: u64, value: u32, _flags: c_uint) {
         within(|_| {
+            // SAFETY: a stream that was made and is not destroyed.
             unsafe { &*stream }.enqueue(Work::Write { at, value });
             0
         })
     }
     fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
         within(|gpu| match memory::of_gpu(bytes, gpu) {
+            // SAFETY: the caller's place for the result.
             Some(made) => unsafe { put(address, made.base) },
             None => OUT_OF_MEMORY,
         })
@@ -174,6 +182,7 @@ driver! {
     }
     fn cuMemsetD8Async(at: u64, value: u8, len: usize, stream: *mut Stream) {
         within(|_| {
+            // SAFETY: a stream that was made and is not destroyed.
             unsafe { &*stream }.enqueue(Work::Set { at, value, len });
             0
         })
@@ -195,6 +204,7 @@ driver! {
                 return OUT_OF_MEMORY;
             }
             match memory::pinned(bytes) {
+                // SAFETY: the caller's place for the result.
                 Some(made) => unsafe { put(address, made.base as *mut c_void) },
                 None => OUT_OF_MEMORY,
             }
@@ -206,6 +216,7 @@ driver! {
     }
     fn cuMemcpyAsync(to: u64, from: u64, len: usize, stream: *mut Stream) {
         within(|_| {
+            // SAFETY: a stream that was made and is not destroyed.
             unsafe { &*stream }.enqueue(Work::Copy { to, from, len });
             0
         })
@@ -297,6 +308,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> Status {
+    // SAFETY: the engine's kernel has these arguments, in this order, and its caller a stream that is not destroyed.
     within(|_| unsafe {
         let work = Work::Kernel {
             tiles: (*arguments).cast::<u64>().read(),
