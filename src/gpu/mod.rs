@@ -11,8 +11,8 @@ mod plan;
 
 pub(crate) use bounce::{BLOCK_BYTES, Block, Bounce};
 pub(crate) use cuda::{
-    Allocation, Device, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
-    is_device_memory,
+    Allocation, Device, DmaBuf, Flight, LaneGpu, Launch, Visibility, allocation_of, driver_is_present,
+    forget_mappings, is_device_memory,
 };
 pub(crate) use plan::{DeviceBuilder, DevicePlan, Settings};
 
