@@ -11,9 +11,11 @@ mod plan;
 
 pub(crate) use bounce::{BLOCK_BYTES, Block, Bounce};
 pub(crate) use cuda::{
-    Allocation, Device, DmaBuf, Flight, LaneGpu, Launch, Visibility, allocation_of, driver_is_present,
-    forget_mappings, is_device_memory,
+    Allocation, Device, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
+    is_device_memory,
 };
+#[cfg(feature = "rdma")]
+pub(crate) use cuda::{DmaBuf, Visibility};
 pub(crate) use plan::{DeviceBuilder, DevicePlan, Settings};
 
 /// What the driver said.

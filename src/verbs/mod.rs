@@ -13,7 +13,7 @@ mod memory;
 mod queue;
 
 pub(crate) use device::{AsyncEvent, Device, Gid, ProtectionDomain, devices};
-pub(crate) use memory::{DmaBufError, MemoryAccess, MemoryRegion};
+pub(crate) use memory::{MemoryAccess, MemoryRegion};
 pub(crate) use queue::{
     Completion, CompletionChannel, CompletionQueue, Connect, QueuePair, QueuePairCaps, Receive,
     SendList, WorkStatus,

@@ -35,6 +35,7 @@ macro_rules! entry_points {
         optional: $(fn $optional:ident = $osymbol:literal ($($oarg:ident: $okind:ty),*);)+
     ) => {
         /// Addresses of functions of the driver, which is never unloaded.
+        #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "some are for RDMA"))]
         pub(super) struct Api {
             $(pub(super) $name: unsafe extern "C" fn($($argument: $kind),*) -> Status,)+
             $(pub(super) $optional: Option<unsafe extern "C" fn($($oarg: $okind),*) -> Status>,)+

@@ -1,6 +1,11 @@
 //! Memory of a GPU that other devices of the bus read and write (GPUDirect RDMA): how they get at it, and what it takes until what
 //! they have written is seen by kernels.
 
+#![cfg_attr(
+    not(feature = "rdma"),
+    allow(dead_code, reason = "only devices of transport `rdma` get at it")
+)]
+
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -50,7 +55,7 @@ impl DmaBuf {
     }
 }
 
-/// The pages of the host that hold a range: the driver exports such only. First byte and length; `None`: it wraps around.
+/// The pages of the host that hold a range: the driver exports such only, and lets them reach beyond the allocation. First byte and length; `None`: it wraps around.
 fn whole_pages(base: u64, len: u64, page: u64) -> Option<(u64, u64)> {
     let start = base - base % page;
     let end = base.checked_add(len)?.checked_next_multiple_of(page)?;
@@ -111,7 +116,8 @@ impl Allocation {
         };
         if device.attribute(ATTRIBUTE_DMA_BUF) != Some(1) {
             return Err(GpuError(
-                "the driver exports no dmabuf of this GPU (it takes NVIDIA's open kernel modules)".into(),
+                "the driver exports no dmabuf of this GPU (it takes NVIDIA's open kernel modules)"
+                    .into(),
             ));
         }
         let page = crate::sys::page_size();
@@ -149,8 +155,7 @@ impl Allocation {
             device.api.check("cuPointerSetAttribute", status)?;
             let (mut start, mut bytes) = (0, 0);
             // SAFETY: room for two numbers; the driver looks the address up.
-            let status =
-                unsafe { (device.api.memory_range)(&raw mut start, &raw mut bytes, at) };
+            let status = unsafe { (device.api.memory_range)(&raw mut start, &raw mut bytes, at) };
             device.api.check("cuMemGetAddressRange", status)?;
             at = start.saturating_add(bytes as u64).max(at + 1);
         }

@@ -14,6 +14,7 @@ mod table;
 mod tests;
 
 pub(crate) use device::Device;
+#[cfg(feature = "rdma")]
 pub(crate) use direct::{DmaBuf, Visibility};
 pub(crate) use lane::{Flight, LaneGpu, Launch};
 pub(crate) use memory::{

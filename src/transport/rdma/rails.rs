@@ -9,7 +9,9 @@ use smallvec::SmallVec;
 use super::near::Nodes;
 use crate::config::RdmaConfig;
 use crate::gpu::Device;
-use crate::verbs::{self, Device as VerbsDevice, Gid, MemoryAccess, MemoryRegion, ProtectionDomain};
+use crate::verbs::{
+    self, Device as VerbsDevice, Gid, MemoryAccess, MemoryRegion, ProtectionDomain,
+};
 use crate::wire::{Access, MAX_RAILS, RailKeys};
 
 /// Rails that are chosen without being asked for, at most: those of one NUMA node.
@@ -329,6 +331,11 @@ impl Registrations {
     #[inline]
     pub(crate) fn key(&self, rail: usize) -> u32 {
         self.local.get(rail).copied().unwrap_or(0)
+    }
+
+    /// Whether it is registered on any rail.
+    pub(crate) fn is_some(&self) -> bool {
+        self.local.iter().any(|key| *key != 0)
     }
 
     /// A bit for each rail that is near the memory; 0: all are the same to it.
