@@ -386,7 +386,7 @@ run_rdma() {
     ((${#programs[@]} > 0)) || return
     for program in "${programs[@]}"; do
         case ${program##*/} in
-            rdma_gpu-*) on_gpu+=("$program") ;;
+            rdma_gpu*) on_gpu+=("$program") ;;
             *) others+=("$program") ;;
         esac
     done

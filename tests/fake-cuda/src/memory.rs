@@ -74,7 +74,8 @@ pub(crate) fn export(address: u64, len: usize) -> Option<c_int> {
     let found = at(address).filter(|found| found.gpu.is_some())?;
     let offset = (address - found.base) as usize;
     let whole = found.len.next_multiple_of(page);
-    if len == 0 || address as usize % page != 0 || len % page != 0 || offset + len > whole {
+    let is_whole = (address as usize).is_multiple_of(page) && len.is_multiple_of(page);
+    if len == 0 || !is_whole || offset + len > whole {
         return None;
     }
     // With a position of its own, which a duplicate would not have.
