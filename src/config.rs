@@ -155,13 +155,13 @@ impl RdmaConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GpuRdma {
-    /// By dmabuf, else by the kernel module nvidia_peermem, else not at all: then it goes as over sockets, through pinned host
+    /// By dmabuf, else by the kernel module `nvidia_peermem`, else not at all: then it goes as over sockets, through pinned host
     /// memory. Why is logged once.
     #[default]
     Auto,
     /// By dmabuf only: registering memory for which that fails fails.
     DmaBuf,
-    /// By nvidia_peermem only, likewise.
+    /// By `nvidia_peermem` only, likewise.
     PeerMem,
     /// Not at all.
     Off,
@@ -205,7 +205,7 @@ pub struct GpuConfig {
     /// Pinned host memory of each lane for GPU memory that goes over sockets, half of it for what is received; transfers that
     /// find none free wait. It is taken as it is needed, and kept. Default 32 MiB.
     pub staging_bytes: usize,
-    /// How RDMA devices get at the memory that is registered (GPUDirect RDMA). Default: by whatever works.
+    /// How RDMA devices get at the memory that is registered (`GPUDirect` RDMA). Default: by whatever works.
     pub rdma: GpuRdma,
 }
 

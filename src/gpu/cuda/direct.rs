@@ -1,4 +1,4 @@
-//! Memory of a GPU that other devices of the bus read and write (GPUDirect RDMA): how they get at it, and what it takes until what
+//! Memory of a GPU that other devices of the bus read and write (`GPUDirect` RDMA): how they get at it, and what it takes until what
 //! they have written is seen by kernels.
 
 #![cfg_attr(

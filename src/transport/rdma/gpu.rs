@@ -1,4 +1,4 @@
-//! Memory of GPUs on the rails (GPUDirect RDMA): by dmabuf, or by the kernel module that makes a GPU's addresses known to verbs.
+//! Memory of GPUs on the rails (`GPUDirect` RDMA): by dmabuf, or by the kernel module that makes a GPU's addresses known to verbs.
 
 use std::sync::atomic::Ordering;
 
