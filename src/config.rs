@@ -151,6 +151,49 @@ impl RdmaConfig {
     }
 }
 
+/// How RDMA devices get at GPU memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GpuRdma {
+    /// By dmabuf, else by the kernel module `nvidia_peermem`, else not at all: then it goes as over sockets, through pinned host
+    /// memory. Why is logged once.
+    #[default]
+    Auto,
+    /// By dmabuf only: registering memory for which that fails fails.
+    DmaBuf,
+    /// By `nvidia_peermem` only, likewise.
+    PeerMem,
+    /// Not at all.
+    Off,
+}
+
+impl GpuRdma {
+    /// The name used in options and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::DmaBuf => "dmabuf",
+            Self::PeerMem => "peermem",
+            Self::Off => "off",
+        }
+    }
+}
+
+impl std::str::FromStr for GpuRdma {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        [Self::Auto, Self::DmaBuf, Self::PeerMem, Self::Off]
+            .into_iter()
+            .find(|way| way.name() == s)
+            .ok_or_else(|| {
+                Error::Config(format!(
+                    "unknown way of RDMA to GPU memory `{s}` (known: auto, dmabuf, peermem, off)"
+                ))
+            })
+    }
+}
+
 /// How GPU memory is copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GpuConfig {
@@ -162,11 +205,18 @@ pub struct GpuConfig {
     /// Pinned host memory of each lane for GPU memory that goes over sockets, half of it for what is received; transfers that
     /// find none free wait. It is taken as it is needed, and kept. Default 32 MiB.
     pub staging_bytes: usize,
+    /// How RDMA devices get at the memory that is registered (`GPUDirect` RDMA). Default: by whatever works.
+    pub rdma: GpuRdma,
 }
 
 impl Default for GpuConfig {
     fn default() -> Self {
-        Self { multiprocessors: 16, copy_engine_bytes: 4 << 20, staging_bytes: 32 << 20 }
+        Self {
+            multiprocessors: 16,
+            copy_engine_bytes: 4 << 20,
+            staging_bytes: 32 << 20,
+            rdma: GpuRdma::Auto,
+        }
     }
 }
 

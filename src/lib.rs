@@ -108,7 +108,7 @@ pub fn supports_gpu_memory() -> bool {
 }
 
 pub use config::{
-    AssistMode, EngineConfig, GpuConfig, LaneSpec, Limits, Listen, MAX_AGENT_NAME,
+    AssistMode, EngineConfig, GpuConfig, GpuRdma, LaneSpec, Limits, Listen, MAX_AGENT_NAME,
     MAX_NOTIFICATION_BYTES, RdmaConfig, Spin, TransportKind,
 };
 pub use engine::{Engine, LocalEngine, Task};

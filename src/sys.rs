@@ -53,6 +53,13 @@ impl std::fmt::Debug for IoSegment {
     }
 }
 
+/// Bytes of a page of this host.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: no pointers.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
+}
+
 /// The NUMA node of the page at each address; `None`: it is not there yet, or the kernel does not say. One system call.
 #[cfg(feature = "rdma")]
 pub(crate) fn node_of_pages(addresses: &[u64]) -> Vec<Option<usize>> {

@@ -189,11 +189,20 @@ run_tests() {
 
 # GPU memory on a driver whose GPUs are threads: where there is a GPU, `tests` has used that.
 run_fake_gpu() {
-    local driver=$target/fake-cuda
+    make_fake_driver
+    cargo build --package corelane-noop-verbs "${cargo_features[@]}" --locked
+    if builds_rdma; then
+        local -x CORELANE_NOOP_VERBS=$target/debug/libcorelane_noop_verbs.so
+    fi
+    LD_LIBRARY_PATH=$fake_driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu
+}
+
+# Leaves a libcuda.so.1 in the directory `fake_driver`.
+make_fake_driver() {
+    fake_driver=$target/fake-cuda
     cargo build --package corelane-fake-cuda --locked
-    mkdir -p "$driver"
-    cp "$target/debug/libcorelane_fake_cuda.so" "$driver/libcuda.so.1"
-    LD_LIBRARY_PATH=$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu
+    mkdir -p "$fake_driver"
+    cp "$target/debug/libcorelane_fake_cuda.so" "$fake_driver/libcuda.so.1"
 }
 
 run_cargo_tests() {
@@ -366,7 +375,7 @@ has_rdma() {
 }
 
 run_rdma() {
-    local programs place=() part
+    local programs program on_gpu=() others=() place=() part failed=0
     if ! has_rdma_device; then
         place=(-r "$rdma_rig")
         for part in "${too_much_for_rdma_rig[@]}"; do
@@ -375,7 +384,34 @@ run_rdma() {
     fi
     mapfile -t programs < <(end_to_end_programs)
     ((${#programs[@]} > 0)) || return
-    tests/rdma/suite.sh -f "$rdma_filter" "${place[@]}" "$log_dir/rdma" "${programs[@]}"
+    for program in "${programs[@]}"; do
+        case ${program##*/} in
+            rdma_gpu*) on_gpu+=("$program") ;;
+            *) others+=("$program") ;;
+        esac
+    done
+    tests/rdma/suite.sh -f "$rdma_filter" "${place[@]}" "$log_dir/rdma" "${others[@]}" || failed=1
+    run_rdma_on_gpu "${place[@]}" -- "${on_gpu[@]}" || failed=1
+    return "$failed"
+}
+
+# run_rdma_on_gpu PLACE... -- PROGRAM...   GPU memory by RDMA, on a driver and a libibverbs of the tests' own, where the machine has not
+# both of the real ones. In a boot of its own, so that all else runs on the library that users have.
+run_rdma_on_gpu() {
+    local words=()
+    while [[ $1 != -- ]]; do
+        words+=("$1")
+        shift
+    done
+    shift
+    if ! has_rdma_device || [[ ! -e /dev/nvidiactl ]]; then
+        make_fake_driver
+        cargo build --package corelane-fake-verbs "${cargo_features[@]}" --locked
+        words+=(-e "LD_LIBRARY_PATH=$fake_driver" -e "CORELANE_LIBIBVERBS=$target/debug/libcorelane_fake_verbs.so")
+        words+=(-e FAKE_CUDA_GPUS=3 -e "FAKE_CUDA_ORDERING=native,flush,none")
+    fi
+    printf '\nGPU memory:\n'
+    tests/rdma/suite.sh -f "" "${words[@]}" "$log_dir/rdma-gpu" "$@"
 }
 
 # Prints the files of the end-to-end tests. With the words of the step tests, so that nothing is compiled again.

@@ -13,7 +13,6 @@ use crate::memory::{Backing, Buffer, Region, RegionInner};
 use crate::sync::{Ticket, deadline};
 use crate::sys;
 use crate::transport::local::{OwnMemory, node_of};
-use crate::transport::rdma::Registrations;
 use crate::wire::{Access, MemoryKind, RegionDescriptor, RegionKey};
 
 impl Engine {
@@ -83,7 +82,11 @@ impl Engine {
         let random = u128::from_le_bytes(wide);
         let incarnation = shared.identity.incarnation;
         let registrations = match backing {
-            Backing::Gpu(_) => Registrations::default(),
+            // SAFETY: whoever registers memory of a GPU keeps it allocated likewise.
+            Backing::Gpu(ref allocation) => unsafe {
+                let way = shared.config.gpu.rdma;
+                shared.rails.register_gpu(allocation, (base, len), access, way)?
+            },
             // SAFETY: whoever registers memory keeps it mapped until it has been deregistered, or the engine's own keeps
             // itself. Pages are pinned here, outside all locks.
             _ => unsafe { shared.rails.register(base, len, access) },

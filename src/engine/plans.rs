@@ -109,8 +109,10 @@ impl Engine {
             };
             inner.device = Some(match ready {
                 Ok(ready) => Device::Ready(Box::new(ready)),
-                Err(Error::NoTransport { reason, .. }) if shared.may_be_framed(&peer.shared) => {
-                    Device::Staged(reason)
+                Err(Error::NoTransport { reason, .. })
+                    if shared.may_be_framed(&peer.shared) || inner.may_be_wired() =>
+                {
+                    Device::Elsewhere(reason)
                 }
                 Err(error) => return Err(error),
             });

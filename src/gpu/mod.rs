@@ -14,6 +14,8 @@ pub(crate) use cuda::{
     Allocation, Device, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
     is_device_memory,
 };
+#[cfg(feature = "rdma")]
+pub(crate) use cuda::{DmaBuf, Visibility};
 pub(crate) use plan::{DeviceBuilder, DevicePlan, Settings};
 
 /// What the driver said.

@@ -179,13 +179,22 @@ impl DeviceBuilder {
             })?;
             return Ok(Device::get(ordinal)?);
         }
-        let uuid = first.and_then(|theirs| theirs.memory.as_ref()).map(|memory| memory.uuid);
-        let device = uuid.map(|uuid| Device::with_uuid(&uuid)).transpose()?.flatten();
-        device.ok_or_else(|| {
-            Unfit::Never(
+        let memory = first.and_then(|theirs| theirs.memory.as_ref());
+        if memory.is_some_and(|memory| memory.host != crate::sys::host_id()) {
+            // No driver is woken up for that.
+            return Err(Unfit::Never("the peer is on another host".into()));
+        }
+        // Nor is one needed here: others carry the plan.
+        let device = memory.map(|memory| Device::with_uuid(&memory.uuid)).transpose();
+        match device.map(Option::flatten) {
+            Ok(Some(device)) => Ok(device),
+            Ok(None) => Err(Unfit::Never(
                 "the peer's GPU is not visible in this process (CUDA_VISIBLE_DEVICES)".into(),
-            )
-        })
+            )),
+            Err(error) => {
+                Err(Unfit::Never(format!("no GPU of this process addresses the peer's: {error}")))
+            }
+        }
     }
 
     fn direct(

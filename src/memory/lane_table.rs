@@ -5,6 +5,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::RegionInner;
+use crate::gpu::Device;
 use crate::sync::Ticket;
 use crate::sys::IoSegment;
 use crate::wire::frame::{ServeStatus, WireSegment};
@@ -30,6 +31,8 @@ pub(crate) struct LaneRegions {
     slots: Vec<Option<Entry>>,
     /// A region of GPU memory was there.
     has_gpu: bool,
+    /// GPUs that have to be told before they see what devices of peers have written to their memory.
+    flushes: SmallVec<[&'static Device; 1]>,
     spare: Vec<Segments>,
 }
 
@@ -50,7 +53,24 @@ impl LaneRegions {
             self.slots.resize_with(slot + 1, || None);
         }
         self.has_gpu |= region.descriptor.kind != MemoryKind::Dram;
+        if let Some(device) = region.registrations.flush()
+            && region.descriptor.access.allows(Access::REMOTE_WRITE)
+            && !self.flushes.iter().any(|known| known.ordinal() == device.ordinal())
+        {
+            self.flushes.push(device);
+        }
         self.slots[slot] = Some(Entry { region, users: 0, closing: None });
+    }
+
+    /// Makes what peers have written by RDMA visible to kernels that are launched from now on. Nothing, for most GPUs.
+    #[inline]
+    pub(crate) fn flush(&self) {
+        for device in &self.flushes {
+            if let Err(error) = device.flush_writes() {
+                // Its kernels will say so, too.
+                tracing::error!(%error, gpu = device.ordinal(), "what peers have written is not flushed");
+            }
+        }
     }
 
     /// Refuses new uses, for good; completes `ticket` when the last one has ended, perhaps at once. A second

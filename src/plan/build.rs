@@ -184,8 +184,6 @@ impl PlanBuilder<'_> {
                 if out.remote_kind.replace(remote.region.kind) != Some(remote.region.kind) {
                     self.finish_piece(&mut out);
                 }
-                self.add_pair(&mut out, local.addr, own, &remote);
-                continue;
             }
             self.add_pair(&mut out, local.addr, own, &remote);
             if let Some(rdma) = &mut out.rdma {

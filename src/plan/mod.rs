@@ -86,10 +86,10 @@ pub(crate) struct PlanInner {
 pub(crate) enum Device {
     /// Checked, and not known to any GPU.
     Listed(Box<DeviceBuilder>),
-    /// A GPU of ours copies it where the peer turns out to be reached so; else it goes as frames.
+    /// A GPU of ours copies it where the peer turns out to be reached so; else it goes as RDMA requests or as frames.
     Ready(Box<DevicePlan>),
-    /// It goes as frames, because of this.
-    Staged(String),
+    /// No GPU of ours does, because of this: it goes as RDMA requests or as frames.
+    Elsewhere(String),
 }
 
 impl PlanInner {
@@ -102,13 +102,30 @@ impl PlanInner {
     pub(crate) fn on_device(&self) -> Option<&DevicePlan> {
         match &self.device {
             Some(Device::Ready(plan)) => Some(plan),
-            Some(Device::Listed(_) | Device::Staged(_)) | None => None,
+            Some(Device::Listed(_) | Device::Elsewhere(_)) | None => None,
         }
     }
 
     /// The memory of a GPU that this engine's side is.
     pub(crate) fn own_gpu(&self) -> Option<&Allocation> {
         self.device.as_ref().and(self.regions.first()).and_then(|region| region.gpu())
+    }
+
+    /// The GPU that has to be told before it sees what a device has written for this plan.
+    #[cfg(feature = "rdma")]
+    #[inline]
+    pub(crate) fn flush(&self) -> Option<&'static crate::gpu::Device> {
+        self.device.as_ref()?;
+        // One kind of memory on a side, where a GPU is part of it.
+        let own = self.regions.first().filter(|_| self.operation == Operation::Read)?;
+        own.registrations.flush()
+    }
+
+    /// Whether devices may come to carry it: each region that it touches is registered with some, on its side.
+    pub(crate) fn may_be_wired(&self) -> bool {
+        !self.rdma.runs.is_empty()
+            && self.rdma.keys.iter().all(|keys| keys.iter().any(|key| *key != 0))
+            && self.regions.iter().all(|region| region.registrations.is_some())
     }
 
     /// Where the bytes of a piece lie in this engine's memory.

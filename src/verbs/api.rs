@@ -67,6 +67,7 @@ entry_points! {
     fn ibv_destroy_qp(qp: *mut sys::ibv_qp) -> c_int;
     optional:
     fn ibv_reg_mr_iova2(pd: *mut sys::ibv_pd, addr: *mut c_void, len: usize, iova: u64, access: c_uint) -> *mut sys::ibv_mr;
+    fn ibv_reg_dmabuf_mr(pd: *mut sys::ibv_pd, offset: u64, len: usize, iova: u64, fd: c_int, access: c_int) -> *mut sys::ibv_mr;
 }
 
 /// The library, loaded by whoever asks first.

@@ -1,6 +1,7 @@
 //! Registered memory.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -32,6 +33,27 @@ impl MemoryAccess {
             (self.on_demand, flag::IBV_ACCESS_ON_DEMAND),
         ];
         chosen.iter().filter(|(on, _)| *on).fold(0, |bits, (_, chosen)| bits | chosen.0)
+    }
+}
+
+/// Why memory behind a dmabuf cannot be registered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DmaBufError {
+    #[error("libibverbs is too old for it (rdma-core before 34)")]
+    NoEntryPoint,
+    #[error("the device or its driver takes no dmabuf: {0}")]
+    Unsupported(#[source] io::Error),
+    #[error(transparent)]
+    Refused(io::Error),
+}
+
+impl DmaBufError {
+    fn of(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            // The kernel's words for a driver that has no such function, and libibverbs' for a provider.
+            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY) => Self::Unsupported(error),
+            _ => Self::Refused(error),
+        }
     }
 }
 
@@ -72,6 +94,30 @@ impl MemoryRegion {
             }
         };
         Self::of(mr, pd)
+    }
+
+    /// Registers `len` bytes at `offset` of the memory behind a dmabuf, which work requests and peers address from `iova` on.
+    /// The region keeps that memory, so that the descriptor may be closed and its exporter free what it exported.
+    ///
+    /// # Safety
+    /// What peers and own work requests write to it, they may.
+    ///
+    /// # Errors
+    /// Why not, in particular whether it is in vain to try again.
+    pub(crate) unsafe fn of_dmabuf(
+        pd: &Arc<ProtectionDomain>,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        iova: u64,
+        access: MemoryAccess,
+    ) -> Result<Self, DmaBufError> {
+        let register = pd.device.api.ibv_reg_dmabuf_mr.ok_or(DmaBufError::NoEntryPoint)?;
+        // The kernel maps the buffer as a whole: there is nothing to fault in.
+        let bits = MemoryAccess { on_demand: false, ..access }.bits().cast_signed();
+        // SAFETY: the kernel checks descriptor, range and rights; the caller answers for what happens to the bytes.
+        let mr = unsafe { register(pd.as_ptr(), offset, len, iova, fd.as_raw_fd(), bits) };
+        Self::of(mr, pd).map_err(DmaBufError::of)
     }
 
     fn of(mr: *mut sys::ibv_mr, pd: &Arc<ProtectionDomain>) -> io::Result<Self> {

@@ -33,6 +33,7 @@ OPTIONS = {
     "gpu_multiprocessors",
     "gpu_copy_engine_bytes",
     "gpu_staging_bytes",
+    "gpu_rdma",
     "listen",
     "interface",
     "port_range",

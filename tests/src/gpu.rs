@@ -55,6 +55,14 @@ impl Cuda {
         unsafe { self.library.get::<unsafe extern "C" fn()>("corelane_fake_cuda") }.is_ok()
     }
 
+    /// How often the fake driver has done something: `flushes`, `synchronised`.
+    pub fn fake_count(&self, what: &str) -> u64 {
+        let count: unsafe extern "C" fn() -> u64 =
+            self.symbol(&format!("corelane_fake_cuda_{what}"));
+        // SAFETY: no pointers.
+        unsafe { count() }
+    }
+
     fn symbol<T: Copy>(&self, name: &str) -> T {
         // SAFETY: the caller names the type that the driver's manual gives.
         unsafe { *self.library.get::<T>(name).unwrap_or_else(|error| panic!("{name}: {error}")) }
@@ -128,9 +136,24 @@ impl GpuBuffer {
     /// # Errors
     /// The engine's.
     pub fn register(&self, engine: &Engine, access: Access) -> Result<Region, Error> {
+        self.register_part(engine, (0, self.len), access)
+    }
+
+    /// Registers a part of it: where it begins, and its length.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn register_part(
+        &self,
+        engine: &Engine,
+        (offset, len): (usize, usize),
+        access: Access,
+    ) -> Result<Region, Error> {
+        assert!(offset + len <= self.len);
         let kind = MemoryKind::Vram { device: self.gpu };
+        let base = self.base + offset as u64;
         // SAFETY: it lives until the test has ended, and only engines and the driver touch it.
-        unsafe { engine.register_kind(self.base, self.len as u64, kind, access) }
+        unsafe { engine.register_kind(base, len as u64, kind, access) }
     }
 
     /// A part of it.

@@ -101,6 +101,8 @@ impl Script {
             "alloc" => self.allocate(words),
             // ID LEN ACCESS GPU
             "gpu-region" => self.add_gpu_region(words),
+            // ID OFFSET LEN: registered once more, in part
+            "gpu-part" => self.add_gpu_part(words),
             // ID SEED OFFSET LEN AT
             "gpu-fill" => {
                 let bytes =
@@ -320,6 +322,14 @@ impl Script {
         let descriptor = to_hex(&region.descriptor().to_bytes());
         self.gpu.insert(words.text(0)?.to_owned(), (memory, region));
         Ok(descriptor)
+    }
+
+    fn add_gpu_part(&self, words: &Words<'_>) -> Answer {
+        let part = (words.number(1)?, words.number(2)?);
+        let memory = self.gpu(words)?;
+        let region =
+            memory.register_part(self.engine()?, part, Access::READ_WRITE).map_err(told)?;
+        Ok(to_hex(&region.descriptor().to_bytes()))
     }
 
     fn gpu(&self, words: &Words<'_>) -> Result<&GpuBuffer, String> {

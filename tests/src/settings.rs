@@ -95,6 +95,7 @@ fn set(config: &mut EngineConfig, key: &str, value: &str) -> Option<()> {
         "rdma_timeout" => config.rdma.timeout = value.parse().ok()?,
         "rdma_bulk_queue_pairs" => config.rdma.bulk_queue_pairs = number()?,
         "rdma_stripe_bytes" => config.rdma.stripe_bytes = number()?,
+        "gpu_rdma" => config.gpu.rdma = value.parse().ok()?,
         "core" => config.lanes = LaneSpec::Cores(vec![number()?]),
         "transports" => {
             let kind = |name: &str| name.parse().ok();

@@ -9,10 +9,12 @@ use corelane::{
     RegionDescriptor, Status, TransportKind,
 };
 use corelane_tests::{
-    BOUND, Buffer, GpuBuffer, POISON, PeerProcess, PinnedBuffer, Random, collect, end_of, from_hex,
-    gpus, kind, local_config, outcome, pattern, peer_process, tcp_config, to_hex,
+    BOUND, Buffer, Cuda, GpuBuffer, POISON, PeerProcess, PinnedBuffer, Random, collect, end_of,
+    from_hex, gpus, kind, local_config, outcome, pattern, peer_process, tcp_config, to_hex,
 };
 
+#[path = "gpu/registration.rs"]
+mod registration;
 #[path = "gpu/staged.rs"]
 mod staged;
 

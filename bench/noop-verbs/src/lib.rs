@@ -187,6 +187,28 @@ unsafe extern "C" fn ibv_reg_mr(
     Box::into_raw(mr)
 }
 
+/// As far as a file of any kind can be a dmabuf: the range has to lie in it.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn ibv_reg_dmabuf_mr(
+    pd: *mut sys::ibv_pd,
+    offset: u64,
+    len: usize,
+    iova: u64,
+    fd: c_int,
+    access: c_int,
+) -> *mut sys::ibv_mr {
+    // SAFETY: looks at a descriptor.
+    let size = unsafe { libc::lseek(fd, 0, libc::SEEK_END) };
+    let end = offset.checked_add(len as u64);
+    if len == 0 || size < 0 || end.is_none_or(|end| end > size.cast_unsigned()) {
+        // SAFETY: the place of this thread's error number.
+        unsafe { *libc::__errno_location() = if size < 0 { libc::EBADF } else { libc::EINVAL } };
+        return std::ptr::null_mut();
+    }
+    // SAFETY: what the caller promises.
+    unsafe { ibv_reg_mr(pd, iova as *mut c_void, len, access) }
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_dereg_mr(mr: *mut sys::ibv_mr) -> c_int {
     // SAFETY: made by `ibv_reg_mr`, and given back once.

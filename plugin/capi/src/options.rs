@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use corelane::{AssistMode, EngineConfig, LaneSpec, Spin, TransportKind};
+use corelane::{AssistMode, EngineConfig, GpuRdma, LaneSpec, Spin, TransportKind};
 use tracing::level_filters::LevelFilter;
 
 use crate::raw;
@@ -143,6 +143,10 @@ options! {
     "gpu_staging_bytes" = "32M",
         "pinned host memory of each lane for GPU memory that goes over sockets, 8M to 1G",
         |s, v| { s.config.gpu.staging_bytes = bytes_within(v, 8 << 20, 1 << 30)?; Ok(()) };
+    "gpu_rdma" = "auto",
+        "how RDMA devices get at GPU memory: auto (dmabuf, else peermem, else through pinned host memory and \
+         sockets), dmabuf or peermem (only that: registering fails where it does), off",
+        |s, v| { s.config.gpu.rdma = gpu_rdma(v)?; Ok(()) };
     "listen" = "",
         "comma list of IP addresses to listen on; empty: all",
         |s, v| { s.config.listen.addresses = list(v, "an IP address")?; Ok(()) };
@@ -316,6 +320,10 @@ fn assist(text: &str) -> Result<AssistMode, String> {
         "never" => Ok(AssistMode::Never),
         _ => Err("auto, always or never is needed".into()),
     }
+}
+
+fn gpu_rdma(text: &str) -> Result<GpuRdma, String> {
+    text.parse().map_err(|_| "auto, dmabuf, peermem or off is needed".into())
 }
 
 fn switch(text: &str) -> Result<bool, String> {

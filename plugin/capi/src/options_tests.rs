@@ -35,6 +35,7 @@ fn every_option_reaches_the_configuration() {
         ("gpu_multiprocessors", "24"),
         ("gpu_copy_engine_bytes", "8M"),
         ("gpu_staging_bytes", "64M"),
+        ("gpu_rdma", "peermem"),
         ("listen", "127.0.0.1, ::1"),
         ("interface", "eth0"),
         ("port_range", "18500-18599"),
@@ -78,6 +79,7 @@ fn every_option_reaches_the_configuration() {
         multiprocessors: 24,
         copy_engine_bytes: 8 << 20,
         staging_bytes: 64 << 20,
+        rdma: corelane::GpuRdma::PeerMem,
     };
     assert_eq!(c.gpu, gpu);
     assert_eq!(c.listen.addresses.len(), 2);

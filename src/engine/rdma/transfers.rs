@@ -1,9 +1,15 @@
 //! Transfers and messages are posted, completions taken.
 
+use std::sync::Arc;
+
 use corelane_runtime::Cx;
 
 use super::failure::Blame;
 use crate::engine::lane::{LaneDriver, env as lane_env};
+use crate::error::Error;
+use crate::gpu::{Device, GpuError};
+use crate::memory::RegionInner;
+use crate::plan::PlanInner;
 use crate::session::{RingState, Wired, WiredEnd};
 use crate::transport::local::Message as RingMessage;
 use crate::transport::rdma::{Job, Pair, Phase, Rail, WorkId};
@@ -12,6 +18,18 @@ use crate::wire::rdma::{MAX_MESSAGE_PAYLOAD, RdmaMessage};
 
 fn reason_of(status: WorkStatus, rail: &str) -> String {
     format!("RDMA over {rail} has failed: {status}")
+}
+
+fn unseen(error: &GpuError) -> Error {
+    let what = "making what was read visible to the GPU".to_owned();
+    Error::Gpu { what, reason: error.to_string() }
+}
+
+/// Memory of a GPU that was freed while it was registered: devices would reach what it was, whoever has it now.
+fn freed(plan: &PlanInner) -> Option<u64> {
+    plan.device.as_ref()?;
+    let is_freed = |region: &&Arc<RegionInner>| region.gpu().is_some_and(|gpu| !gpu.is_live());
+    plan.regions.iter().find(is_freed).map(|region| region.descriptor.base())
 }
 
 impl LaneDriver {
@@ -23,6 +41,11 @@ impl LaneDriver {
         };
         let mut posted = false;
         while let Some(Wired { key, plan, notification }) = peer.core.next_wired() {
+            if let Some(addr) = freed(&plan) {
+                let mut env = lane_env(&mut self.regions, &self.engine, &self.counters, cx.now());
+                peer.core.wired_ended(key, WiredEnd::Failed(Error::Fault { addr }), &mut env);
+                continue;
+            }
             let job = link.add(Job::new(key, plan, notification));
             self.rdma.assign(link, job);
             posted = true;
@@ -189,10 +212,10 @@ impl LaneDriver {
             let Some(ended) = self.rdma_link(slot).and_then(|link| link.chain_ended(job)) else {
                 continue;
             };
-            let end = if ended.stopped {
-                WiredEnd::Stopped
-            } else {
-                WiredEnd::Done { notified: ended.notified }
+            let end = match ended.flush.map(Device::flush_writes) {
+                _ if ended.stopped => WiredEnd::Stopped,
+                Some(Err(error)) => WiredEnd::Failed(unseen(&error)),
+                Some(Ok(())) | None => WiredEnd::Done { notified: ended.notified },
             };
             self.with_core(slot, cx, |core, env| core.wired_ended(ended.key, end, env));
         }

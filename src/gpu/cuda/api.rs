@@ -30,10 +30,15 @@ pub(super) const NOT_READY: Status = 600;
 pub(super) const PEER_ACCESS_ALREADY_ENABLED: Status = 704;
 
 macro_rules! entry_points {
-    ($(fn $name:ident = $symbol:literal ($($argument:ident: $kind:ty),*);)+) => {
+    (
+        $(fn $name:ident = $symbol:literal ($($argument:ident: $kind:ty),*);)+
+        optional: $(fn $optional:ident = $osymbol:literal ($($oarg:ident: $okind:ty),*);)+
+    ) => {
         /// Addresses of functions of the driver, which is never unloaded.
+        #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "some are for RDMA"))]
         pub(super) struct Api {
             $(pub(super) $name: unsafe extern "C" fn($($argument: $kind),*) -> Status,)+
+            $(pub(super) $optional: Option<unsafe extern "C" fn($($oarg: $okind),*) -> Status>,)+
         }
 
         impl Api {
@@ -45,6 +50,10 @@ macro_rules! entry_points {
                         $($name: *library
                             .get(concat!($symbol, "\0").as_bytes())
                             .map_err(|_| concat!($symbol, " is missing in it"))?,)+
+                        $($optional: library
+                            .get(concat!($osymbol, "\0").as_bytes())
+                            .ok()
+                            .map(|symbol| *symbol),)+
                     })
                 }
             }
@@ -91,6 +100,11 @@ entry_points! {
         arguments: *mut *mut c_void,
         extra: *mut *mut c_void
     );
+    optional:
+    fn device_attribute = "cuDeviceGetAttribute"(value: *mut c_int, attribute: c_int, device: c_int);
+    fn set_pointer_attribute = "cuPointerSetAttribute"(value: *const c_void, attribute: c_int, address: u64);
+    fn range_handle = "cuMemGetHandleForAddressRange"(handle: *mut c_void, address: u64, bytes: usize, kind: c_int, flags: u64);
+    fn flush_writes = "cuFlushGPUDirectRDMAWrites"(target: c_int, scope: c_int);
 }
 
 impl Api {

@@ -22,7 +22,7 @@ pub(crate) struct Device {
     pub(super) api: &'static Api,
     ordinal: u32,
     uuid: [u8; 16],
-    raw: c_int,
+    pub(super) raw: c_int,
     context: Context,
     kernel: Function,
     /// For what is done once, by whatever thread: uploads of tables.

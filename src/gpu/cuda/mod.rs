@@ -6,6 +6,7 @@
 
 mod api;
 mod device;
+mod direct;
 mod lane;
 mod memory;
 mod table;
@@ -13,6 +14,8 @@ mod table;
 mod tests;
 
 pub(crate) use device::Device;
+#[cfg(feature = "rdma")]
+pub(crate) use direct::{DmaBuf, Visibility};
 pub(crate) use lane::{Flight, LaneGpu, Launch};
 pub(crate) use memory::{
     Allocation, HostMemory, Mapping, allocation_of, forget_mappings, is_device_memory,

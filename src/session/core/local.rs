@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use super::requests::{Active, ActiveKey};
 use super::{Core, Env, ProtocolError};
 use crate::error::Error;
-use crate::plan::{Class, Device};
+use crate::plan::{Class, Device, PlanInner};
 use crate::session::inbox::Arrival;
 use crate::session::outbox::Fragment;
 use crate::transfer::TransferShared;
@@ -56,7 +56,7 @@ impl Core {
     }
 
     /// Transfers of GPU memory that waited: they go on, or end because nothing carries them.
-    fn enqueue_on_device(&mut self, env: &mut Env<'_>) {
+    pub(super) fn enqueue_on_device(&mut self, env: &mut Env<'_>) {
         for key in std::mem::take(&mut self.on_device) {
             self.enqueue(key, env);
         }
@@ -66,18 +66,21 @@ impl Core {
     fn enqueue_device(&mut self, key: ActiveKey, env: &mut Env<'_>) {
         let Some(active) = self.live(key) else { return };
         let (plan, begun) = (active.plan().clone(), active.has_begun() || active.is_packed());
+        if self.is_copied_by_gpu(&plan) && !begun {
+            return self.copies.push_back(key);
+        }
         let reason = match (&self.local, plan.on_device()) {
             (Local::Pending, _) => return self.on_device.push_back(key),
             (Local::Off, _) if self.session_link().is_none() => {
                 return self.on_device.push_back(key);
             }
-            (Local::Up(path), Some(device)) => match path.obstacle(device) {
-                None if !begun => return self.copies.push_back(key),
-                None => String::new(),
-                Some(reason) => reason,
-            },
+            // Devices may come to carry it, unless frames do already.
+            _ if self.is_rdma_pending() && plan.may_be_wired() && !begun => {
+                return self.on_device.push_back(key);
+            }
+            (Local::Up(path), Some(device)) => path.obstacle(device).unwrap_or_default(),
             (Local::Up(_), None) => match &plan.device {
-                Some(Device::Staged(reason)) => reason.clone(),
+                Some(Device::Elsewhere(reason)) => reason.clone(),
                 _ => "the plan was never made ready".into(),
             },
             (Local::Off, _) => {
@@ -86,7 +89,12 @@ impl Core {
                 } else {
                     format!("transport `local` fails: {}", self.local_reason)
                 };
-                format!("transport `tcp` is not allowed, and {why}")
+                let rdma = if self.is_rdma_up() {
+                    "the memory is not registered for transport `rdma` on both sides, "
+                } else {
+                    ""
+                };
+                format!("{rdma}transport `tcp` is not allowed, and {why}")
             }
         };
         if self.are_frames_allowed() {
@@ -94,6 +102,14 @@ impl Core {
         }
         let error = Error::NoTransport { peer: self.peer.name.clone(), reason };
         self.fail(key.slot, error, env);
+    }
+
+    /// Whether a GPU of ours copies this plan.
+    fn is_copied_by_gpu(&self, plan: &PlanInner) -> bool {
+        match (&self.local, plan.on_device()) {
+            (Local::Up(path), Some(device)) => path.obstacle(device).is_none(),
+            _ => false,
+        }
     }
 
     /// Whether both sides allow transfers to go as frames over a socket.
@@ -178,7 +194,8 @@ impl Core {
         if copied {
             return self.copies.push_back(key);
         }
-        if self.is_wired(plan) && !active.has_begun() {
+        let untouched = !active.has_begun() && !active.is_packed();
+        if untouched && self.is_wired(plan) && !self.is_copied_by_gpu(plan) {
             return self.wired.push_back(key);
         }
         if plan.device.is_some() {

@@ -63,7 +63,11 @@ impl Core {
 
     /// Whether it is being found out how to reach the peer.
     pub(super) fn is_way_pending(&self) -> bool {
-        self.is_local_pending() || matches!(self.rdma, Rdma::Pending)
+        self.is_local_pending() || self.is_rdma_pending()
+    }
+
+    pub(super) fn is_rdma_pending(&self) -> bool {
+        matches!(self.rdma, Rdma::Pending)
     }
 
     pub(super) fn rdma_off(&mut self) {
@@ -94,6 +98,7 @@ impl Core {
         }
         self.peer.settled.store(!self.is_local_pending(), Ordering::Release);
         self.enqueue_waiting(env);
+        self.enqueue_on_device(env);
     }
 
     /// Whether a plan can go by RDMA: all that it touches is registered on all rails of the connection. A comparison for each

@@ -352,7 +352,12 @@ impl Core {
     /// Hands notifications to the application's queue, and plans their acknowledgement.
     pub(crate) fn deliver(&mut self, env: &mut Env<'_>) {
         let from = &self.peer.name;
+        let mut flushed = false;
         self.inbox.deliver(|payload| {
+            if !std::mem::replace(&mut flushed, true) {
+                // What it tells of may have been written by a device, into memory of a GPU.
+                env.regions.flush();
+            }
             env.notifications
                 .push(Notification { from: from.clone(), payload })
                 .or_else(|back| if mutated!(FullQueueDrops) { Ok(()) } else { Err(back.payload) })

@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 
 use super::lane::PairId;
 use super::pair::{CHAIN, Pair};
+use crate::gpu::Device;
 use crate::plan::{Class, Operation, PlanInner, RdmaRequests};
 use crate::session::LinkId;
 use crate::verbs::SendList;
@@ -126,12 +127,14 @@ impl Job {
 }
 
 /// A job that has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct EndedJob {
     pub(crate) key: u64,
     /// Its notification has arrived with it.
     pub(crate) notified: bool,
     pub(crate) stopped: bool,
+    /// The GPU that does not see by itself what was written.
+    pub(crate) flush: Option<&'static Device>,
 }
 
 /// What was posted.
@@ -284,7 +287,8 @@ impl Link {
     /// Takes a job out.
     pub(crate) fn end(&mut self, slot: usize) -> Option<EndedJob> {
         let job = self.jobs.try_remove(slot)?;
-        Some(EndedJob { key: job.key, notified: job.notified, stopped: job.stopped })
+        let flush = job.plan.flush();
+        Some(EndedJob { key: job.key, notified: job.notified, stopped: job.stopped, flush })
     }
 
     /// Issues no more of a job; the answer is the job, if nothing is outstanding.

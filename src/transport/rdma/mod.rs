@@ -7,6 +7,7 @@
 //! What is sent when is decided here ([`Link`]); that the session agrees on it is the business of the engine's lane.
 
 mod buffers;
+mod gpu;
 mod lane;
 mod link;
 mod near;

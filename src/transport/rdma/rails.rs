@@ -8,7 +8,10 @@ use smallvec::SmallVec;
 
 use super::near::Nodes;
 use crate::config::RdmaConfig;
-use crate::verbs::{self, Device, Gid, MemoryAccess, MemoryRegion, ProtectionDomain};
+use crate::gpu::Device;
+use crate::verbs::{
+    self, Device as VerbsDevice, Gid, MemoryAccess, MemoryRegion, ProtectionDomain,
+};
 use crate::wire::{Access, MAX_RAILS, RailKeys};
 
 /// Rails that are chosen without being asked for, at most: those of one NUMA node.
@@ -17,7 +20,7 @@ const MAX_CHOSEN: usize = 8;
 /// A port of a device that this engine uses.
 #[derive(Debug)]
 pub(crate) struct Rail {
-    pub(crate) device: Arc<Device>,
+    pub(crate) device: Arc<VerbsDevice>,
     pub(crate) pd: Arc<ProtectionDomain>,
     pub(crate) port: u8,
     pub(crate) gid_index: u8,
@@ -58,7 +61,7 @@ impl Rail {
         self.down.store(down, Ordering::Relaxed);
     }
 
-    fn open(device: &Arc<Device>, port: u8, config: &RdmaConfig) -> Result<Self, String> {
+    fn open(device: &Arc<VerbsDevice>, port: u8, config: &RdmaConfig) -> Result<Self, String> {
         let state = device.port(port)?;
         let name = device.name();
         if !state.active {
@@ -116,6 +119,9 @@ pub(crate) struct Rails {
     on_demand: bool,
     /// That memory could not be registered is said once.
     complained: AtomicBool,
+    /// The same of GPU memory, and that some could be.
+    pub(super) complained_of_gpu: AtomicBool,
+    pub(super) has_gpu: AtomicBool,
 }
 
 impl Rails {
@@ -145,6 +151,8 @@ impl Rails {
             relaxed_ordering: config.relaxed_ordering,
             on_demand: config.on_demand_paging,
             complained: AtomicBool::new(false),
+            complained_of_gpu: AtomicBool::new(false),
+            has_gpu: AtomicBool::new(false),
         })
     }
 
@@ -159,7 +167,7 @@ impl Rails {
         let mut found: Vec<(usize, Rail)> = Vec::new();
         let mut reasons = Vec::new();
         for name in known {
-            let device = match Device::open(name) {
+            let device = match VerbsDevice::open(name) {
                 Ok(device) => device,
                 Err(reason) => {
                     reasons.push(reason);
@@ -238,6 +246,17 @@ impl Rails {
         Registrations::new(made, self.nodes.near(base, len))
     }
 
+    /// What devices are told of a region's rights.
+    pub(super) fn access(&self, access: Access) -> MemoryAccess {
+        MemoryAccess {
+            local_write: true,
+            remote_read: access.allows(Access::REMOTE_READ),
+            remote_write: access.allows(Access::REMOTE_WRITE),
+            relaxed_ordering: self.relaxed_ordering,
+            on_demand: self.on_demand,
+        }
+    }
+
     /// # Safety
     /// As for `register`.
     unsafe fn register_on(
@@ -248,13 +267,7 @@ impl Rails {
         access: Access,
     ) -> io::Result<MemoryRegion> {
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        let wanted = MemoryAccess {
-            local_write: true,
-            remote_read: access.allows(Access::REMOTE_READ),
-            remote_write: access.allows(Access::REMOTE_WRITE),
-            relaxed_ordering: self.relaxed_ordering,
-            on_demand: self.on_demand,
-        };
+        let wanted = self.access(access);
         // SAFETY: the caller's promise, as for the others.
         let register = |access| unsafe { MemoryRegion::new(&rail.pd, base, len, access) };
         let mut outcome = register(wanted);
@@ -280,7 +293,7 @@ fn named(name: &str, config: &RdmaConfig) -> Result<Rail, String> {
             (device, port)
         }
     };
-    Rail::open(&Device::open(device)?, port, config)
+    Rail::open(&VerbsDevice::open(device)?, port, config)
 }
 
 /// A region on the rails of its engine.
@@ -290,15 +303,27 @@ pub(crate) struct Registrations {
     local: RailKeys,
     remote: RailKeys,
     near: u32,
+    flush: Option<&'static Device>,
 }
 
 impl Registrations {
-    fn new(regions: SmallVec<[Option<MemoryRegion>; 2]>, near: u32) -> Self {
+    pub(super) fn new(regions: SmallVec<[Option<MemoryRegion>; 2]>, near: u32) -> Self {
         let keys = |key: fn(&MemoryRegion) -> u32| -> RailKeys {
             regions.iter().map(|region| region.as_ref().map_or(0, key)).collect()
         };
         let (local, remote) = (keys(MemoryRegion::lkey), keys(MemoryRegion::rkey));
-        Self { regions: Mutex::new(regions), local, remote, near }
+        Self { regions: Mutex::new(regions), local, remote, near, flush: None }
+    }
+
+    /// The same, of memory that has to be flushed by its GPU.
+    pub(super) fn flushed_by(self, flush: Option<&'static Device>) -> Self {
+        Self { flush, ..self }
+    }
+
+    /// The GPU that has to be told before it sees what devices have written here; `None`: no GPU, or one that sees it by itself.
+    #[inline]
+    pub(crate) fn flush(&self) -> Option<&'static Device> {
+        self.flush
     }
 
     /// The key for our own work requests on a rail; 0: it is not registered there. Stays the same when it has been
@@ -306,6 +331,11 @@ impl Registrations {
     #[inline]
     pub(crate) fn key(&self, rail: usize) -> u32 {
         self.local.get(rail).copied().unwrap_or(0)
+    }
+
+    /// Whether it is registered on any rail.
+    pub(crate) fn is_some(&self) -> bool {
+        self.local.iter().any(|key| *key != 0)
     }
 
     /// A bit for each rail that is near the memory; 0: all are the same to it.

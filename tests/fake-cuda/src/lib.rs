@@ -2,7 +2,8 @@
 //! streams; their memory faults when the process touches it, and a kernel that touches anything but it and pinned memory loses the
 //! GPU, as with the real ones. What there is, is what the engine and its tests call.
 //!
-//! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`:
+//! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_ORDERING`: for each of them whether it sees in order what other devices
+//! write: `native`, as all do by default, `flush`, if the host flushes it, `none`. `FAKE_CUDA_NO_DMABUF`: memory is not exported. `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`:
 //! there is no more pinned memory.
 
 #![allow(
@@ -16,7 +17,7 @@ mod stream;
 
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use stream::{Stream, Tile, Work};
 
@@ -49,6 +50,8 @@ pub struct IpcHandle {
 
 const MAGIC: [u8; 8] = *b"fake-gpu";
 
+static FLUSHES: AtomicU64 = AtomicU64::new(0);
+static SYNCHRONISED: AtomicU64 = AtomicU64::new(0);
 static PINNED: AtomicUsize = AtomicUsize::new(0);
 
 fn number(name: &str) -> Option<usize> {
@@ -57,6 +60,13 @@ fn number(name: &str) -> Option<usize> {
 
 fn gpus() -> c_int {
     number("FAKE_CUDA_GPUS").unwrap_or(2) as c_int
+}
+
+/// How a GPU sees what other devices write.
+fn ordering(gpu: c_int) -> String {
+    let all = std::env::var("FAKE_CUDA_ORDERING").unwrap_or_default();
+    let one = all.split(',').nth(gpu.max(0) as usize).filter(|one| !one.is_empty());
+    one.unwrap_or("native").to_owned()
 }
 
 /// The GPU that the calling thread has entered.
@@ -277,6 +287,50 @@ driver! {
             None => INVALID_VALUE,
         }
     }
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) {
+        let ordering = ordering(device);
+        match attribute {
+            117 => put(value, c_int::from(ordering == "flush")),
+            118 => put(value, if ordering == "native" { 100 } else { 0 }),
+            124 => put(value, c_int::from(std::env::var_os("FAKE_CUDA_NO_DMABUF").is_none())),
+            _ => INVALID_VALUE,
+        }
+    }
+    fn cuPointerSetAttribute(value: *const c_void, attribute: c_int, address: u64) {
+        match (attribute, memory::at(address)) {
+            (6, Some(found)) if found.gpu.is_some() && value.cast::<c_uint>().read() <= 1 => {
+                SYNCHRONISED.fetch_add(1, Ordering::Relaxed);
+                0
+            }
+            _ => INVALID_VALUE,
+        }
+    }
+    fn cuMemGetHandleForAddressRange(handle: *mut c_void, address: u64, bytes: usize, kind: c_int, flags: u64) {
+        within(|_| {
+            if kind != 1 || flags != 0 {
+                return INVALID_VALUE;
+            }
+            if std::env::var_os("FAKE_CUDA_NO_DMABUF").is_some() {
+                return NOT_SUPPORTED;
+            }
+            match memory::export(address, bytes) {
+                // SAFETY: the caller's place for a descriptor.
+                Some(fd) => unsafe { put(handle.cast::<c_int>(), fd) },
+                None => INVALID_VALUE,
+            }
+        })
+    }
+    fn cuFlushGPUDirectRDMAWrites(target: c_int, scope: c_int) {
+        within(|gpu| match (target, scope, ordering(gpu).as_str()) {
+            (0, 100 | 200, "flush") => {
+                FLUSHES.fetch_add(1, Ordering::SeqCst);
+                0
+            }
+            (0, 100 | 200, "native") => 0,
+            (0, 100 | 200, _) => NOT_SUPPORTED,
+            _ => INVALID_VALUE,
+        })
+    }
     fn cuIpcCloseMemHandle(address: u64) {
         stream::wait_for_all();
         if memory::free(address) { 0 } else { INVALID_VALUE }
@@ -285,6 +339,28 @@ driver! {
     fn cuModuleGetFunction(function: *mut usize, _module: usize, _name: *const c_char) {
         put(function, 1)
     }
+}
+
+/// Where memory of a GPU can be touched, 0: not at all. For what stands in for nvidia_peermem (tests/fake-verbs).
+#[unsafe(no_mangle)]
+#[allow(missing_docs)]
+pub extern "C" fn corelane_fake_cuda_place(address: u64, len: usize) -> u64 {
+    let is_gpu = memory::at(address).is_some_and(|found| found.gpu.is_some());
+    memory::shadow(address, len).filter(|_| is_gpu).unwrap_or(0)
+}
+
+/// How often GPUs that need it have been flushed, for tests.
+#[unsafe(no_mangle)]
+#[allow(missing_docs)]
+pub extern "C" fn corelane_fake_cuda_flushes() -> u64 {
+    FLUSHES.load(Ordering::SeqCst)
+}
+
+/// How often calls on memory have been made synchronous, for tests.
+#[unsafe(no_mangle)]
+#[allow(missing_docs)]
+pub extern "C" fn corelane_fake_cuda_synchronised() -> u64 {
+    SYNCHRONISED.load(Ordering::Relaxed)
 }
 
 /// Tells tests which driver they have.

@@ -67,6 +67,26 @@ pub(crate) fn of_process(pid: u32, fd: c_int, len: usize, gpu: c_int) -> Option<
     add(fd, len, Some(gpu))
 }
 
+/// A descriptor of whole pages of a GPU's memory; its position is where they begin.
+pub(crate) fn export(address: u64, len: usize) -> Option<c_int> {
+    // SAFETY: no pointers.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let found = at(address).filter(|found| found.gpu.is_some())?;
+    let offset = (address - found.base) as usize;
+    let whole = found.len.next_multiple_of(page);
+    let is_whole = (address as usize).is_multiple_of(page) && len.is_multiple_of(page);
+    if len == 0 || !is_whole || offset + len > whole {
+        return None;
+    }
+    // With a position of its own, which a duplicate would not have.
+    let path = CString::new(format!("/proc/self/fd/{}", found.fd)).ok()?;
+    // SAFETY: the path ends in a zero; what is wrong with the rest, the kernel says.
+    unsafe {
+        let fd = libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        (fd >= 0 && libc::lseek(fd, offset as libc::off_t, libc::SEEK_SET) >= 0).then_some(fd)
+    }
+}
+
 /// Whether there was such a one.
 pub(crate) fn free(base: u64) -> bool {
     let Some(gone) = all().0.remove(&base) else { return false };

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
 use corelane_tests::{Buffer, allowed_cores, listening_ports};
 
-const OPTIONS: [&str; 36] = [
+const OPTIONS: [&str; 37] = [
     "lanes",
     "spin_us",
     "assist",
@@ -29,6 +29,7 @@ const OPTIONS: [&str; 36] = [
     "gpu_multiprocessors",
     "gpu_copy_engine_bytes",
     "gpu_staging_bytes",
+    "gpu_rdma",
     "listen",
     "interface",
     "port_range",

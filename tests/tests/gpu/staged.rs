@@ -3,7 +3,6 @@
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use corelane_tests::Cuda;
 use sha2::{Digest, Sha256};
 
 use super::*;
@@ -97,6 +96,36 @@ fn host_memory_that_is_not_pinned_and_gpus_exchange_within_a_host() {
     if gpus(1).is_some() {
         host_memory(local_config(), "");
     }
+}
+
+#[test]
+fn a_process_without_a_driver_exchanges_with_a_gpu_of_its_peer() {
+    if gpus(1).is_none() {
+        return;
+    }
+    for settings in ["", "transports=local,tcp", "transports=tcp"] {
+        let target = far(0, settings);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_corelane-test-peer"));
+        // Where the fake driver is found; a real one stays.
+        let mut process =
+            PeerProcess::start_command(command.env_remove("LD_LIBRARY_PATH")).unwrap();
+        exchange_from_host_memory(&mut process, settings, target);
+    }
+}
+
+/// A process reads from and writes to GPU memory of another, which holds pattern 1.
+fn exchange_from_host_memory(process: &mut PeerProcess, settings: &str, mut target: Far) {
+    process.engine("plain", settings);
+    process.ask("region h 700000 read-write");
+    process.load(&target.metadata);
+    let descriptor = to_hex(&target.region.to_bytes());
+    process.ask(&format!("read far h 3 {descriptor} 5 600000"));
+    process.ask("check h 1 3 600000 5");
+    process.ask("check-poison h 0 3");
+    process.ask("fill h 9 0 700000 0");
+    process.ask(&format!("write far h 1 {descriptor} 70 650000"));
+    target.process.ask("gpu-check r 9 70 650000 1");
+    target.process.ask("gpu-check r 1 0 70 0");
 }
 
 #[test]
