@@ -193,7 +193,7 @@ run_fake_gpu() {
     cargo build --package corelane-fake-cuda --locked
     mkdir -p "$driver"
     cp "$target/debug/libcorelane_fake_cuda.so" "$driver/libcuda.so.1"
-    LD_LIBRARY_PATH=$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu
+    LD_LIBRARY_PATH=$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu --test gpu_faults
 }
 
 run_cargo_tests() {

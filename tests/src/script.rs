@@ -13,7 +13,7 @@ use std::time::Instant;
 use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
 
 use crate::{
-    BOUND, Buffer, GpuBuffer, Log, POISON, apply, children, end_of, exchange, exchange_sizes,
+    BOUND, Buffer, Cuda, GpuBuffer, Log, POISON, apply, children, end_of, exchange, exchange_sizes,
     exempt_this_thread, from_hex, kind, limits, local_config, outcome, pattern, pin_process,
     to_hex, transport, watch,
 };
@@ -132,6 +132,21 @@ impl Script {
                 let found = self.gpu(words)?.read(words.number(1)?, words.number(2)?);
                 let whole = found.iter().all(|byte| *byte == POISON);
                 whole.then(String::new).ok_or("bytes outside of the range were written".into())
+            }
+            // ID: it is deregistered and freed
+            "gpu-drop" => {
+                let (mut memory, region) =
+                    self.gpu.remove(words.text(0)?).ok_or("no such region")?;
+                self.engine()?.deregister(&region).map_err(told)?;
+                memory.free();
+                Ok(String::new())
+            }
+            // GPU STATUS AFTER
+            "gpu-lose" => {
+                let fake = Cuda::fake().ok_or("the driver cannot be told to")?;
+                let (gpu, status) = (words.number(0)? as u32, words.number(1)? as i32);
+                fake.lose(gpu, status, words.number(2)? as u64);
+                Ok(String::new())
             }
             // ID ADDRESS LEN
             "map" => self.map(words),

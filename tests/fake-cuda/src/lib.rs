@@ -3,7 +3,7 @@
 //! GPU, as with the real ones. What there is, is what the engine and its tests call.
 //!
 //! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`:
-//! there is no more pinned memory.
+//! there is no more pinned memory. `switches` has what tests do to it while they run.
 
 #![allow(
     clippy::missing_safety_doc,
@@ -13,6 +13,7 @@
 
 mod memory;
 mod stream;
+mod switches;
 
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_uint, c_void};
@@ -27,6 +28,7 @@ const OUT_OF_MEMORY: Status = 2;
 const INVALID_CONTEXT: Status = 201;
 const NOT_READY: Status = 600;
 const NOT_SUPPORTED: Status = 801;
+const CAPTURE_INVALIDATED: Status = 901;
 
 /// Contexts are these and the number of their GPU.
 const CONTEXTS: usize = 0x1000;
@@ -44,7 +46,8 @@ pub struct IpcHandle {
     fd: u64,
     len: u64,
     gpu: u64,
-    unused: [u64; 3],
+    id: u64,
+    unused: [u64; 2],
 }
 
 const MAGIC: [u8; 8] = *b"fake-gpu";
@@ -64,13 +67,29 @@ fn current() -> Option<c_int> {
     CURRENT.with_borrow(|stack| stack.last().map(|context| (context - CONTEXTS) as c_int))
 }
 
-/// Runs `call` unless no context is current or the GPU was lost.
+/// Runs `call` unless no context is current, the GPU was lost, or a capture goes on that does not allow it.
 fn within(call: impl FnOnce(c_int) -> Status) -> Status {
-    match (stream::lost(), current()) {
-        (0, Some(gpu)) => call(gpu),
-        (0, None) => INVALID_CONTEXT,
+    let Some(gpu) = current() else { return INVALID_CONTEXT };
+    match (stream::lost(gpu as usize), switches::refuse_amid_capture()) {
+        (0, 0) => call(gpu),
+        (0, refused) => refused,
         (lost, _) => lost,
     }
+}
+
+/// Waits as calls do that change what memory there is: for the GPU of this thread.
+fn wait_for_gpu() {
+    if let Some(gpu) = current() {
+        stream::wait_for_all(gpu as usize);
+    }
+}
+
+/// Gives memory back.
+fn release(address: u64) -> Status {
+    within(|_| {
+        wait_for_gpu();
+        if memory::free(address) { 0 } else { INVALID_VALUE }
+    })
 }
 
 /// # Safety
@@ -87,6 +106,9 @@ macro_rules! driver {
             #[unsafe(no_mangle)]
             #[allow(missing_docs, non_snake_case)]
             pub unsafe extern "C" fn $name($($argument: $kind),*) -> Status {
+                if let Some(refused) = switches::begin(stringify!($name)) {
+                    return refused;
+                }
                 // SAFETY: the driver's manual asks callers for places to write to that are good, and for streams that it made
                 // and that are not destroyed.
                 #[allow(unused_unsafe)]
@@ -102,6 +124,8 @@ driver! {
         let said = match status {
             OUT_OF_MEMORY => c"out of memory",
             700 => c"an illegal memory access was encountered",
+            719 => c"unspecified launch failure",
+            900 => c"operation not permitted when stream is capturing",
             NOT_SUPPORTED => c"operation not supported",
             _ => c"an error of the fake driver",
         };
@@ -114,6 +138,7 @@ driver! {
     fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
         put(context, CONTEXTS + device as usize)
     }
+    fn cuDevicePrimaryCtxRelease_v2(_device: c_int) { 0 }
     fn cuCtxPushCurrent_v2(context: usize) {
         CURRENT.with_borrow_mut(|stack| stack.push(context));
         0
@@ -137,13 +162,32 @@ driver! {
         within(|_| unsafe { put(least, 0) + put(greatest, -5) })
     }
     fn cuCtxSynchronize() {
-        stream::wait_for_all();
-        stream::lost()
+        wait_for_gpu();
+        within(|_| 0)
     }
     fn cuStreamCreateWithPriority(stream: *mut *mut Stream, _flags: c_uint, _priority: c_int) {
         // SAFETY: the caller's place for the result.
-        within(|_| unsafe { put(stream, Box::into_raw(Box::new(Stream::new()))) })
+        within(|gpu| unsafe { put(stream, Box::into_raw(Box::new(Stream::new(gpu as usize)))) })
     }
+    fn cuStreamCreate(stream: *mut *mut Stream, flags: c_uint) {
+        // SAFETY: the caller's place for the result.
+        unsafe { cuStreamCreateWithPriority(stream, flags, 0) }
+    }
+    fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) {
+        let before = switches::exchange_mode(*mode);
+        put(mode, before)
+    }
+    fn cuStreamBeginCapture_v2(_stream: *mut Stream, mode: c_int) {
+        if mode == switches::GLOBAL {
+            switches::begin_capture();
+            return 0;
+        }
+        NOT_SUPPORTED
+    }
+    fn cuStreamEndCapture(_stream: *mut Stream, graph: *mut usize) {
+        if switches::end_capture() { put(graph, 1) } else { CAPTURE_INVALIDATED }
+    }
+    fn cuGraphDestroy(_graph: usize) { 0 }
     fn cuStreamDestroy_v2(stream: *mut Stream) {
         drop(Box::from_raw(stream));
         0
@@ -154,7 +198,7 @@ driver! {
     }
     fn cuStreamSynchronize(stream: *mut Stream) {
         (*stream).wait();
-        stream::lost()
+        stream::lost((*stream).gpu())
     }
     fn cuStreamWriteValue32_v2(stream: *mut Stream, at: u64, value: u32, _flags: c_uint) {
         within(|_| {
@@ -171,8 +215,7 @@ driver! {
         })
     }
     fn cuMemFree_v2(address: u64) {
-        stream::wait_for_all();
-        if memory::free(address) { 0 } else { INVALID_VALUE }
+        release(address)
     }
     fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, address: u64) {
         match memory::at(address) {
@@ -211,8 +254,7 @@ driver! {
         })
     }
     fn cuMemFreeHost(address: *mut c_void) {
-        stream::wait_for_all();
-        if memory::free(address as u64) { 0 } else { INVALID_VALUE }
+        release(address as u64)
     }
     fn cuMemcpyAsync(to: u64, from: u64, len: usize, stream: *mut Stream) {
         within(|_| {
@@ -241,6 +283,10 @@ driver! {
     }
     fn cuPointerGetAttribute(value: *mut c_void, attribute: c_int, address: u64) {
         let Some(found) = memory::at(address) else { return INVALID_VALUE };
+        let lost = found.gpu.map_or(0, |gpu| stream::lost(gpu as usize));
+        if lost != 0 {
+            return lost;
+        }
         match attribute {
             1 => put(value.cast::<usize>(), CONTEXTS + found.gpu.unwrap_or(0) as usize),
             2 => put(value.cast::<u32>(), if found.gpu.is_some() { 2 } else { 1 }),
@@ -264,7 +310,9 @@ driver! {
             fd: found.fd as u64,
             len: found.len as u64,
             gpu: gpu as u64,
-            unused: [0; 3],
+            // A handle is never given to another allocation.
+            id: found.id,
+            unused: [0; 2],
         })
     }
     fn cuIpcOpenMemHandle_v2(address: *mut u64, handle: IpcHandle, _flags: c_uint) {
@@ -278,19 +326,14 @@ driver! {
         }
     }
     fn cuIpcCloseMemHandle(address: u64) {
-        stream::wait_for_all();
-        if memory::free(address) { 0 } else { INVALID_VALUE }
+        release(address)
     }
     fn cuModuleLoadData(module: *mut usize, _image: *const c_void) { put(module, 1) }
+    fn cuModuleUnload(_module: usize) { 0 }
     fn cuModuleGetFunction(function: *mut usize, _module: usize, _name: *const c_char) {
         put(function, 1)
     }
 }
-
-/// Tells tests which driver they have.
-#[unsafe(no_mangle)]
-#[allow(missing_docs)]
-pub extern "C" fn corelane_fake_cuda() {}
 
 /// The only kernel there is: the engine's, which copies tiles.
 #[unsafe(no_mangle)]
@@ -308,6 +351,9 @@ pub unsafe extern "C" fn cuLaunchKernel(
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> Status {
+    if let Some(refused) = switches::begin("cuLaunchKernel") {
+        return refused;
+    }
     // SAFETY: the engine's kernel has these arguments, in this order, and its caller a stream that is not destroyed.
     within(|_| unsafe {
         let work = Work::Kernel {
