@@ -194,6 +194,7 @@ run_fake_gpu() {
     mkdir -p "$driver"
     cp "$target/debug/libcorelane_fake_cuda.so" "$driver/libcuda.so.1"
     LD_LIBRARY_PATH=$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu --test gpu_faults
+    LD_LIBRARY_PATH=$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-bench --test cli vram
 }
 
 run_cargo_tests() {

@@ -20,8 +20,8 @@ use crate::peers::PeersArgs;
 use crate::pinning::{Cores, MaybeCore};
 use crate::plot::PlotArgs;
 use crate::posting::PostingArgs;
-use crate::vram;
 use crate::units::{parse_bytes, parse_duration, parse_rate, parse_shape};
+use crate::vram;
 
 /// Port of `server` and `client` when none is given.
 pub(crate) const DEFAULT_PORT: u16 = 7471;

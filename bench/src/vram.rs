@@ -217,8 +217,7 @@ impl Vram {
         let Ok(handle) = <[u8; 64]>::try_from(bytes) else { bail!("this is no handle of memory") };
         let mut base = 0;
         // SAFETY: room for an address; the driver checks the handle.
-        let status =
-            unsafe { (driver.open)(&raw mut base, IpcHandle(handle), LAZY_PEER_ACCESS) };
+        let status = unsafe { (driver.open)(&raw mut base, IpcHandle(handle), LAZY_PEER_ACCESS) };
         check("cuIpcOpenMemHandle", status)?;
         Ok(Self { gpu: address.gpu, base, len, is_mapped: true })
     }
@@ -262,7 +261,11 @@ impl PeerCopies {
             if other != driver.context(gpu)? {
                 // SAFETY: a living context. Without peer access the driver copies through host memory.
                 let status = unsafe { (driver.enable_peer)(other, 0) };
-                tracing::debug!(status, enabled = status == 0 || status == PEER_ACCESS_ALREADY_ENABLED, "peer access");
+                tracing::debug!(
+                    status,
+                    enabled = status == 0 || status == PEER_ACCESS_ALREADY_ENABLED,
+                    "peer access"
+                );
             }
         }
         let mut stream = 0;
@@ -280,9 +283,8 @@ impl PeerCopies {
         driver.enter(self.gpu)?;
         for &(to, from) in &self.blocks {
             // SAFETY: both ends lie in memory (checked when the list was made) that the owner of this value keeps.
-            let status = unsafe {
-                (driver.copy)(to, self.to, from, self.from, self.len, self.stream)
-            };
+            let status =
+                unsafe { (driver.copy)(to, self.to, from, self.from, self.len, self.stream) };
             check("cuMemcpyPeerAsync", status)?;
         }
         loop {

@@ -274,7 +274,7 @@ impl GpuCopies {
         let given_up = self.flying.extract_if(.., |flying| is_concerned(&flying.transfer));
         for flying in given_up {
             let Flying { transfer, flight, in_use } = flying;
-            let error = self.lane.give_up(flight);
+            let error = self.lane.give_up(&flight);
             transfer.plan.regions.iter().for_each(|region| region.abandon());
             std::mem::forget(in_use);
             std::mem::forget(transfer.plan.clone());

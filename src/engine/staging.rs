@@ -170,7 +170,7 @@ impl Staging {
     ) {
         for (one, flight) in self.moving.extract_if(.., |(one, _)| is_concerned(one)) {
             one.what.each_region(regions, RegionInner::abandon);
-            let error = lane.give_up(flight);
+            let error = lane.give_up(&flight);
             tracing::error!(%error, "a block of pinned memory is given up");
             std::mem::forget(one);
         }

@@ -247,9 +247,8 @@ impl DeviceBuilder {
 
     /// Remembers what is there of the peer's GPU memory, which is addressed directly.
     fn watch_theirs(&self, watched: &mut Watched) -> std::result::Result<(), Unfit> {
-        let there = |address: u64| watched.add(address);
-        let ends = self.pairs.iter().flat_map(|pair| [pair.remote, pair.remote + pair.len - 1]);
-        if ends.map(there).all(|found| found) {
+        let mut ends = self.pairs.iter().flat_map(|pair| [pair.remote, pair.remote + pair.len - 1]);
+        if ends.all(|end| watched.add(end)) {
             return Ok(());
         }
         Err(Unfit::Never("the peer's GPU memory is not there any more".into()))

@@ -77,21 +77,34 @@ impl Cuda {
         done
     }
 
-    fn symbol<T: Copy>(&self, name: &str) -> T {
+    pub(crate) fn symbol<T: Copy>(&self, name: &str) -> T {
         // SAFETY: the caller names the type that the driver's manual gives.
         unsafe { *self.library.get::<T>(name).unwrap_or_else(|error| panic!("{name}: {error}")) }
     }
 
     /// Calls a function of three arguments in a GPU's context; panics if it fails.
-    fn call<A, B, C>(&self, gpu: u32, name: &str, (a, b, c): (A, B, C)) {
-        let set: unsafe extern "C" fn(usize) -> c_int = self.symbol("cuCtxSetCurrent");
+    pub(crate) fn call<A, B, C>(&self, gpu: u32, name: &str, (a, b, c): (A, B, C)) {
+        self.enter(gpu);
         let call: Call<A, B, C> = self.symbol(name);
         // SAFETY: as the manual says of these functions; the callers' pointers are good.
-        let status = unsafe {
-            assert_eq!(set(self.contexts[gpu as usize]), 0);
-            call(a, b, c)
-        };
+        let status = unsafe { call(a, b, c) };
         assert_eq!(status, 0, "{name} on GPU {gpu}");
+    }
+
+    /// As `call`, of four.
+    pub(crate) fn call4<A, B, C, D>(&self, gpu: u32, name: &str, (a, b, c, d): (A, B, C, D)) {
+        self.enter(gpu);
+        let call: unsafe extern "C" fn(A, B, C, D) -> c_int = self.symbol(name);
+        // SAFETY: as above.
+        let status = unsafe { call(a, b, c, d) };
+        assert_eq!(status, 0, "{name} on GPU {gpu}");
+    }
+
+    /// Makes this thread's calls go to a GPU.
+    pub(crate) fn enter(&self, gpu: u32) {
+        let set: unsafe extern "C" fn(usize) -> c_int = self.symbol("cuCtxSetCurrent");
+        // SAFETY: a living context.
+        assert_eq!(unsafe { set(self.contexts[gpu as usize]) }, 0);
     }
 
     fn wait(&self) {
@@ -187,6 +200,11 @@ impl GpuBuffer {
     pub fn poison(&self) {
         Self::cuda().call(self.gpu, "cuMemsetD8_v2", (self.base, POISON, self.len));
         Self::cuda().wait();
+    }
+
+    /// Whose it is.
+    pub fn gpu(&self) -> u32 {
+        self.gpu
     }
 
     /// Its address.

@@ -328,10 +328,11 @@ fn a_lane_that_gets_no_streams_keeps_nothing_and_tries_again() {
         let far = far(0, "");
         let peer = engine.load_peer(&far.metadata).unwrap();
         peer.connect(BOUND).unwrap();
-        let (local, remote) = (memory.segment(0, 5000), far.region.segment(1, 5000));
+        // One range: a list would stay with the GPU, to be used again.
+        let (local, remote) = (memory.segment(0, 4000), far.region.segment(1, 4000));
         let plan = engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap();
         end_of(&plan.transfer()).unwrap();
-        assert_bytes(&memory.read(0, 5000), &pattern(1, 1, 5000), "the second try");
+        assert_bytes(&memory.read(0, 4000), &pattern(1, 1, 4000), "the second try");
         drop(plan);
         engine.deregister(&region).unwrap();
         engine.shutdown().unwrap();

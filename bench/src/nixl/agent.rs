@@ -138,16 +138,17 @@ impl NixlAgent {
         block_bytes: usize,
     ) -> Result<Prepared> {
         let (_, address) = self.peer(peer)?;
-        let list = |base: u64, gpu: Option<u32>, offsets: &[u64]| -> Result<XferDescList<'static>> {
-            let kind = gpu.map_or(MemType::Dram, |_| MemType::Vram);
-            let mut list = XferDescList::new(kind).context("a descriptor list")?;
-            for offset in offsets {
-                list.add_desc((base + offset) as usize, block_bytes, gpu.unwrap_or(0).into());
-            }
-            // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
-            let _ = list.as_ptr();
-            Ok(list)
-        };
+        let list =
+            |base: u64, gpu: Option<u32>, offsets: &[u64]| -> Result<XferDescList<'static>> {
+                let kind = gpu.map_or(MemType::Dram, |_| MemType::Vram);
+                let mut list = XferDescList::new(kind).context("a descriptor list")?;
+                for offset in offsets {
+                    list.add_desc((base + offset) as usize, block_bytes, gpu.unwrap_or(0).into());
+                }
+                // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
+                let _ = list.as_ptr();
+                Ok(list)
+            };
         let mut prepared = Prepared {
             peer,
             operation: match operation {

@@ -15,10 +15,10 @@ use super::nixlbench::{NixlbenchArgs, SegmentType};
 use super::trace::{self, TraceArgs};
 use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::cli::parse_gpus;
 use crate::load_options::LoadArgs;
 use crate::models::ModelArgs;
 use crate::raw_local::RawKind;
-use crate::cli::parse_gpus;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
 use crate::vram;
 

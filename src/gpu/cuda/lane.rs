@@ -161,7 +161,7 @@ impl LaneGpu {
 
     /// A copy is not waited for any longer, though it may go on: nothing that it touches may be given back. The answer is what
     /// its users are told.
-    pub(crate) fn give_up(&self, flight: Flight) -> GpuError {
+    pub(crate) fn give_up(&self, flight: &Flight) -> GpuError {
         let part = self.devices.iter().find(|part| part.device.ordinal() == flight.device);
         part.map_or_else(
             || GpuError("a copy of an unknown GPU".into()),

@@ -261,7 +261,7 @@ pub(crate) fn open_mapping(
 ) -> std::result::Result<Arc<Mapping>, GpuError> {
     let theirs = theirs..theirs.saturating_add(len);
     // Closed when the list is not locked any more.
-    let mut _stale: Vec<Opened> = Vec::new();
+    let mut stale: Vec<Opened>;
     let mut all = opened();
     let known = all.iter().find(|known| {
         known.handle == *handle && known.owner == owner && known.device == device.ordinal()
@@ -272,7 +272,7 @@ pub(crate) fn open_mapping(
     }
     // The driver never gives a handle twice. Where the owner has another one for these addresses, it has freed what was
     // there, and what is mapped here of it only takes the GPU's room; plans that still use it keep it.
-    (_stale, *all) = all.drain(..).partition(|known| {
+    (stale, *all) = all.drain(..).partition(|known| {
         known.owner == owner
             && known.handle != *handle
             && known.theirs.start < theirs.end
@@ -286,7 +286,7 @@ pub(crate) fn open_mapping(
                 "{MAX_MAPPINGS} allocations of other processes are mapped and in use"
             )));
         };
-        _stale.push(all.remove(unused));
+        stale.push(all.remove(unused));
     }
     let _entered = device.enter()?;
     let mut base = 0;

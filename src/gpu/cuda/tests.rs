@@ -82,7 +82,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
             // SAFETY: the memory is this test's.
             let mut flight = unsafe { lane.launch(&launch) }.unwrap().unwrap();
             posts.push(began.elapsed());
-            while lane.poll(&mut flight).is_none() {}
+            while lane.poll(&mut flight, None).is_none() {}
             ends.push(began.elapsed());
         }
         (p50(posts), p50(ends))

@@ -16,7 +16,7 @@ mod stream;
 mod switches;
 
 use std::cell::RefCell;
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use stream::{Stream, Tile, Work};
@@ -29,6 +29,13 @@ const INVALID_CONTEXT: Status = 201;
 const NOT_READY: Status = 600;
 const NOT_SUPPORTED: Status = 801;
 const CAPTURE_INVALIDATED: Status = 901;
+
+const NOT_FOUND: Status = 500;
+
+/// The kernels that there are: the engine's, which copies tiles, and those of tests.
+const COPY: usize = 1;
+const FILL: usize = 2;
+const CHECK: usize = 3;
 
 /// Contexts are these and the number of their GPU.
 const CONTEXTS: usize = 0x1000;
@@ -263,6 +270,20 @@ driver! {
             0
         })
     }
+    fn cuMemcpyPeerAsync(
+        to: u64,
+        _to_context: usize,
+        from: u64,
+        _from_context: usize,
+        len: usize,
+        stream: *mut Stream
+    ) {
+        within(|_| {
+            // SAFETY: a stream that was made and is not destroyed.
+            unsafe { &*stream }.enqueue(Work::Copy { to, from, len });
+            0
+        })
+    }
     fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, len: usize) {
         match memory::shadow(to, len) {
             Some(to) => {
@@ -330,16 +351,22 @@ driver! {
     }
     fn cuModuleLoadData(module: *mut usize, _image: *const c_void) { put(module, 1) }
     fn cuModuleUnload(_module: usize) { 0 }
-    fn cuModuleGetFunction(function: *mut usize, _module: usize, _name: *const c_char) {
-        put(function, 1)
+    fn cuModuleGetFunction(function: *mut usize, _module: usize, name: *const c_char) {
+        let number = match CStr::from_ptr(name).to_bytes() {
+            b"corelane_copy" => COPY,
+            b"corelane_test_fill" => FILL,
+            b"corelane_test_check" => CHECK,
+            _ => return NOT_FOUND,
+        };
+        put(function, number)
     }
 }
 
-/// The only kernel there is: the engine's, which copies tiles.
+/// Of the kernels that there are.
 #[unsafe(no_mangle)]
 #[allow(missing_docs, non_snake_case, clippy::too_many_arguments)]
 pub unsafe extern "C" fn cuLaunchKernel(
-    _function: usize,
+    function: usize,
     _grid_x: c_uint,
     _grid_y: c_uint,
     _grid_z: c_uint,
@@ -354,14 +381,26 @@ pub unsafe extern "C" fn cuLaunchKernel(
     if let Some(refused) = switches::begin("cuLaunchKernel") {
         return refused;
     }
-    // SAFETY: the engine's kernel has these arguments, in this order, and its caller a stream that is not destroyed.
+    // SAFETY: the kernels have these arguments, in this order, and their caller a stream that is not destroyed.
     within(|_| unsafe {
-        let work = Work::Kernel {
-            tiles: (*arguments).cast::<u64>().read(),
-            count: (*arguments.add(1)).cast::<u32>().read(),
-            done: (*arguments.add(3)).cast::<u64>().read(),
-            value: (*arguments.add(4)).cast::<u32>().read(),
-            only: (*arguments.add(5)).cast::<Tile>().read(),
+        let long = |at: usize| (*arguments.add(at)).cast::<u64>().read();
+        let short = |at: usize| (*arguments.add(at)).cast::<u32>().read();
+        let work = match function {
+            FILL => Work::Fill { base: long(0), words: short(1), seed: short(2) },
+            CHECK => Work::Check {
+                base: long(0),
+                list: long(1),
+                count: short(2),
+                seed: short(3),
+                wrong: long(4),
+            },
+            _ => Work::Kernel {
+                tiles: long(0),
+                count: short(1),
+                done: long(3),
+                value: short(4),
+                only: (*arguments.add(5)).cast::<Tile>().read(),
+            },
         };
         (*stream).enqueue(work);
         0

@@ -33,6 +33,20 @@ pub(crate) enum Work {
         at: u64,
         value: u32,
     },
+    /// A test's: word i becomes i * FACTOR + seed.
+    Fill {
+        base: u64,
+        words: u32,
+        seed: u32,
+    },
+    /// A test's: counts words that are not what was filled.
+    Check {
+        base: u64,
+        list: u64,
+        count: u32,
+        seed: u32,
+        wrong: u64,
+    },
     Kernel {
         tiles: u64,
         count: u32,
@@ -119,6 +133,16 @@ fn store(gpu: usize, at: u64, value: u32) {
     }
 }
 
+/// What the kernels of tests take a word for.
+fn filled(word: u32, seed: u32) -> u32 {
+    const FACTOR: u32 = 2654435761;
+    word.wrapping_mul(FACTOR).wrapping_add(seed)
+}
+
+fn word_at(base: u64, word: u32) -> *mut u32 {
+    (base + u64::from(word) * 4) as *mut u32
+}
+
 fn run(gpu: usize, work: &Work) {
     let state = &STATES[gpu];
     while state.held.load(Ordering::Acquire) && lost(gpu) == 0 {
@@ -139,6 +163,36 @@ fn run(gpu: usize, work: &Work) {
             None => illegal(gpu, at),
         },
         Work::Write { at, value } => store(gpu, at, value),
+        Work::Fill { base, words, seed } => {
+            let Some(at) = memory::shadow(base, words as usize * 4) else {
+                return illegal(gpu, base);
+            };
+            for word in 0..words {
+                // SAFETY: within an allocation.
+                unsafe { word_at(at, word).write(filled(word, seed)) };
+            }
+        }
+        Work::Check { base, list, count, seed, wrong } => {
+            let Some(list) = memory::shadow(list, count as usize * 16) else {
+                return illegal(gpu, list);
+            };
+            let mut bad = 0;
+            for range in 0..count {
+                // SAFETY: within an allocation, each.
+                let [here, there, words] =
+                    [0, 1, 2].map(|at| unsafe { word_at(list, range * 4 + at).read() });
+                let start = base + u64::from(here) * 4;
+                let Some(found) = memory::shadow(start, words as usize * 4) else {
+                    return illegal(gpu, start);
+                };
+                // SAFETY: as above.
+                let is_bad = |at: &u32| unsafe {
+                    word_at(found, *at).read() != filled(there.wrapping_add(*at), seed)
+                };
+                bad += (0..words).filter(is_bad).count() as u32;
+            }
+            store(gpu, wrong, bad);
+        }
         Work::Kernel { tiles, count, done, value, only } => {
             for at in 0..u64::from(count) {
                 let size = size_of::<Tile>();

@@ -73,17 +73,17 @@ pub(crate) fn end_capture() -> bool {
 /// Tells tests which driver they have.
 #[unsafe(no_mangle)]
 #[allow(missing_docs)]
-pub extern "C" fn corelane_fake_cuda() {}
+pub(crate) extern "C" fn corelane_fake_cuda() {}
 
 /// A GPU does nothing while it is held.
 #[unsafe(no_mangle)]
-pub extern "C" fn corelane_fake_hold(gpu: c_int, held: c_int) {
+pub(crate) extern "C" fn corelane_fake_hold(gpu: c_int, held: c_int) {
     stream::hold(gpu as usize, held != 0);
 }
 
 /// A GPU is lost by an error, after so much more work.
 #[unsafe(no_mangle)]
-pub extern "C" fn corelane_fake_lose(gpu: c_int, status: c_int, after: u64) {
+pub(crate) extern "C" fn corelane_fake_lose(gpu: c_int, status: c_int, after: u64) {
     stream::lose(gpu as usize, status, after);
 }
 
@@ -99,7 +99,7 @@ unsafe fn text(name: *const c_char) -> String {
 /// # Safety
 /// The name ends in a zero.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn corelane_fake_refuse(
+pub(crate) unsafe extern "C" fn corelane_fake_refuse(
     name: *const c_char,
     status: c_int,
     before: u64,
@@ -116,7 +116,7 @@ pub unsafe extern "C" fn corelane_fake_refuse(
 /// # Safety
 /// The name ends in a zero.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn corelane_fake_calls(name: *const c_char) -> u64 {
+pub(crate) unsafe extern "C" fn corelane_fake_calls(name: *const c_char) -> u64 {
     // SAFETY: the caller's promise.
     let name = unsafe { text(name) };
     let calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -128,7 +128,7 @@ pub unsafe extern "C" fn corelane_fake_calls(name: *const c_char) -> u64 {
 /// # Safety
 /// The name ends in a zero.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn corelane_fake_to_refuse(name: *const c_char) -> u64 {
+pub(crate) unsafe extern "C" fn corelane_fake_to_refuse(name: *const c_char) -> u64 {
     // SAFETY: the caller's promise.
     let name = unsafe { text(name) };
     let calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,7 +4,6 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::Peer;
-use corelane_tests::Cuda;
 use sha2::{Digest, Sha256};
 
 use super::*;
