@@ -213,7 +213,7 @@ impl DeviceBuilder {
             }
             self.require_pinned("the peer's", &mut watched, |pair| pair.remote)?;
         } else if same_process {
-            self.watch_theirs(&mut watched)?;
+            self.watch_theirs(device, &mut watched)?;
         }
         let mut shifts = Vec::with_capacity(self.theirs.len());
         for theirs in &self.theirs {
@@ -246,12 +246,17 @@ impl DeviceBuilder {
     }
 
     /// Remembers what is there of the peer's GPU memory, which is addressed directly.
-    fn watch_theirs(&self, watched: &mut Watched) -> std::result::Result<(), Unfit> {
-        let mut ends = self.pairs.iter().flat_map(|pair| [pair.remote, pair.remote + pair.len - 1]);
-        if ends.all(|end| watched.add(end)) {
-            return Ok(());
+    fn watch_theirs(
+        &self,
+        device: &Device,
+        watched: &mut Watched,
+    ) -> std::result::Result<(), Unfit> {
+        for theirs in &self.theirs {
+            if !watched.add_range(device, theirs.start, theirs.end)? {
+                return Err(Unfit::Never("the peer's GPU memory is not there any more".into()));
+            }
         }
-        Err(Unfit::Never("the peer's GPU memory is not there any more".into()))
+        Ok(())
     }
 
     fn require_pinned(

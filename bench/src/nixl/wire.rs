@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::case::NixlCase;
 use super::fault::Watched;
+#[cfg(feature = "nixl")]
 use crate::arena::Arena;
 use crate::cpu::Usage;
 use crate::measure::{LoadOutcome, Points};
@@ -58,6 +59,7 @@ pub(crate) struct Setup {
     pub(crate) seed: u64,
 }
 
+#[cfg(feature = "nixl")]
 impl Setup {
     /// The memory of this side.
     pub(crate) fn arena(&self) -> anyhow::Result<Arena> {

@@ -32,6 +32,7 @@ use crate::vram::{Vram, VramAddress};
 /// How a baseline moves its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[expect(clippy::enum_variant_names, reason = "as users name them")]
 pub(crate) enum RawKind {
     /// Bare `process_vm_readv` and `process_vm_writev`: the floor of this kernel's cross-process copies
     RawCma,

@@ -16,7 +16,7 @@ fn vram_is_measured_and_verified_beside_bare_copies() {
         let bench = Bench::new();
         let (ran, results) = bench.results(&format!(
             "loopback --memory vram --gpus 0 --baseline raw-gpu --rounds 2 --duration 30ms --transport {transport} \
-             --scenario sizes,kv,notify,decode-under-prefill --sizes 64,64KiB,5MiB --kv 64x4KiB --phase-duration 100ms"
+             --scenario sizes,kv,notify,decode-under-prefill --sizes 64,5MiB --kv 64x4KiB --phase-duration 100ms --prefill-bytes 1MiB"
         ));
         let series = results["series"].as_array().expect("series");
         for (id, backends) in [
@@ -45,7 +45,7 @@ fn wrong_bytes_in_vram_are_found() {
     let bench = Bench::new();
     let ran = bench.run(
         "loopback --memory vram --rounds 1 --duration 30ms --transport local --scenario sizes --sizes 4KiB \
-         --sabotage skip-transfer",
+         --sabotage noop",
     );
     assert_eq!(ran.code, 1, "{}", ran.stderr);
     assert!(ran.stderr.contains("verification failed"), "{}", ran.stderr);

@@ -29,6 +29,7 @@ pub(super) struct Uuid(pub(super) [u8; 16]);
 pub(super) const SUCCESS: Status = 0;
 pub(super) const INVALID_HANDLE: Status = 400;
 pub(super) const NOT_READY: Status = 600;
+pub(super) const UNKNOWN: Status = 999;
 pub(super) const PEER_ACCESS_ALREADY_ENABLED: Status = 704;
 
 macro_rules! entry_points {
@@ -136,8 +137,8 @@ pub(super) fn is_sticky(status: Status) -> bool {
         4 | 46 | 201 | 709
         // Memory errors that cannot be corrected, of the device, its links, and the process's own.
         | 214 | 220 | 226
-        // What kernels did: addresses, time, assertions, instructions; and what has no name.
-        | 700 | 702 | 710 | 714..=719 | 721 | 999
+        // What kernels did: addresses, time, assertions, instructions.
+        | 700 | 702 | 710 | 714..=719 | 721
     )
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::super::GpuError;
 use super::api::{
     self, Api, Context, Function, INVALID_HANDLE, NOT_READY, Once, PEER_ACCESS_ALREADY_ENABLED,
-    SUCCESS, Status, Stream, Uuid,
+    SUCCESS, Status, Stream, UNKNOWN, Uuid,
 };
 use super::table::Arena;
 
@@ -294,8 +294,10 @@ impl Device {
         match unsafe { (self.api.stream_query)(stream) } {
             SUCCESS => Ok(Some(())),
             NOT_READY => Ok(None),
-            // Streams go with their context.
-            INVALID_HANDLE => Err(self.lose(&self.api.error("cuStreamQuery", INVALID_HANDLE))),
+            // Streams go with their context; and what has no name is no way to go on.
+            status @ (INVALID_HANDLE | UNKNOWN) => {
+                Err(self.lose(&self.api.error("cuStreamQuery", status)))
+            }
             status if api::is_sticky(status) => Err(self.error("cuStreamQuery", status)),
             status => {
                 tracing::debug!(status, gpu = self.ordinal, "cuStreamQuery does not say");

@@ -80,6 +80,31 @@ impl Watched {
         true
     }
 
+    /// Adds all that is in a range of GPU memory; false: not all of it is any.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn add_range(
+        &mut self,
+        device: &Device,
+        start: u64,
+        end: u64,
+    ) -> std::result::Result<bool, GpuError> {
+        let _entered = device.enter()?;
+        let mut at = start;
+        while at < end {
+            let (mut base, mut bytes) = (0, 0);
+            // SAFETY: room for two numbers; the driver looks the address up.
+            let status = unsafe { (device.api.memory_range)(&raw mut base, &raw mut bytes, at) };
+            let next = base.saturating_add(bytes as u64);
+            if status != SUCCESS || next <= at || !self.add(at) {
+                return Ok(false);
+            }
+            at = next;
+        }
+        Ok(true)
+    }
+
     /// Whether all that was there still is. Some hundred nanoseconds: a kernel that touches memory which was freed takes the
     /// context of the whole process down.
     pub(crate) fn are_live(&self) -> bool {
@@ -293,7 +318,10 @@ pub(crate) fn open_mapping(
     // SAFETY: room for one address. Whatever the bytes of the handle are, the driver checks them.
     let status =
         unsafe { (device.api.ipc_open)(&raw mut base, IpcHandle(*handle), LAZY_PEER_ACCESS) };
-    device.check("cuIpcOpenMemHandle", status)?;
+    if let Err(error) = device.api.check("cuIpcOpenMemHandle", status) {
+        // The other process's fault, mostly; or the device is lost.
+        return Err(device.check_alive().err().unwrap_or(error));
+    }
     let mapping = Arc::new(Mapping { device, base });
     let (mut start, mut bytes) = (0, 0);
     // SAFETY: room for two numbers.
