@@ -251,8 +251,9 @@ impl GpuCopies {
     /// The transfer in this place, if its copy has ended; it is taken out, and its part counted.
     fn poll(&mut self, at: usize) -> Option<Arc<TransferShared>> {
         let Flying { transfer, flight, .. } = &mut self.flying[at];
-        let (plan, closed) = (&transfer.plan, transfer.copy.is_closed());
-        let rest = plan.on_device().filter(|_| !closed);
+        let plan = &transfer.plan;
+        let go_on = flight.wants_more() && !transfer.copy.is_closed();
+        let rest = plan.on_device().filter(|_| go_on);
         let rest = rest.map(|device| device.launch(plan.class == Class::Bulk));
         let ended = self.lane.poll(flight, rest.as_ref())?;
         let outcome = ended.map_err(|error| failed(plan, error));

@@ -80,11 +80,11 @@ def run_router(options):
     workers = []
     try:
         # Whether that can be had at all.
-        choose(options.device)
+        where = choose(options.device).name
         workers += [Process(role, worker_arguments(options)) for role in ("prefill", "decode")]
         # NIXL takes its time to load; as long again for a busy machine.
         pids = [worker.receive("ready", 60 + options.timeout)["ready"] for worker in workers]
-        report.print_start(options, pids)
+        report.print_start(options, pids, where)
         return serve_requests(options, *workers)
     except (Failure, KeyboardInterrupt) as failure:
         # The other side notices by itself; what it has to say belongs to the story.

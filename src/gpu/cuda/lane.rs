@@ -68,6 +68,13 @@ pub(crate) struct Flight {
     stage: Stage,
 }
 
+impl Flight {
+    /// Whether the copy engine is still to be given ranges: `poll` wants what the copy was started with.
+    pub(crate) fn wants_more(&self) -> bool {
+        matches!(self.stage, Stage::Giving)
+    }
+}
+
 #[derive(Debug)]
 enum Stage {
     /// More ranges are to be given.
