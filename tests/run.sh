@@ -194,7 +194,9 @@ run_fake_gpu() {
     if builds_rdma; then
         local -x CORELANE_NOOP_VERBS=$target/debug/libcorelane_noop_verbs.so
     fi
-    LD_LIBRARY_PATH=$fake_driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} run_cargo_tests --package corelane-tests --test gpu
+    local -x LD_LIBRARY_PATH=$fake_driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    run_cargo_tests --package corelane-tests --test gpu --test gpu_faults
+    run_cargo_tests --package corelane-bench --test cli vram
 }
 
 # Leaves a libcuda.so.1 in the directory `fake_driver`.

@@ -16,6 +16,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::pattern::{self, Mismatch};
+use crate::vram::{Vram, VramAddress};
 
 /// A shared handle; the mapping lives until the last one is gone.
 #[derive(Clone)]
@@ -26,6 +27,8 @@ pub(crate) struct Arena {
 struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    /// Memory of a GPU, which this process does not touch itself.
+    vram: Option<Vram>,
     /// Gives the memory back when it is dropped.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -91,6 +94,27 @@ impl Arena {
         Self::mapped(start, size)
     }
 
+    /// Memory of a GPU.
+    pub(crate) fn of_gpu(gpu: u32, len: usize) -> Result<Self> {
+        Self::of_vram(Vram::new(gpu, whole_pages(len)?.get())?, whole_pages(len)?.get())
+    }
+
+    /// As [`Arena::of_gpu`], of another process.
+    pub(crate) fn of_other_gpu(address: &VramAddress, len: usize) -> Result<Self> {
+        Self::of_vram(Vram::open(address, len)?, len)
+    }
+
+    fn of_vram(vram: Vram, len: usize) -> Result<Self> {
+        let start = NonNull::new(vram.base() as *mut u8).context("memory at no address")?;
+        let mapping = Mapping { start, len, vram: Some(vram), _owner: Box::new(()) };
+        Ok(Self { mapping: Arc::new(mapping) })
+    }
+
+    /// The memory of a GPU that it is.
+    pub(crate) fn vram(&self) -> Option<&Vram> {
+        self.mapping.vram.as_ref()
+    }
+
     fn mapped(start: nix::Result<NonNull<std::ffi::c_void>>, size: NonZeroUsize) -> Result<Self> {
         let start = start.with_context(|| {
             format!(
@@ -112,7 +136,7 @@ impl Arena {
         len: usize,
         owner: impl Any + Send + Sync,
     ) -> Self {
-        Self { mapping: Arc::new(Mapping { start, len, _owner: Box::new(owner) }) }
+        Self { mapping: Arc::new(Mapping { start, len, vram: None, _owner: Box::new(owner) }) }
     }
 
     /// Bytes of the memory.
@@ -144,6 +168,13 @@ impl Arena {
             self.contains(offset, len as u64),
             "block {offset}+{len} lies outside of the arena"
         );
+        if let Some(vram) = &self.mapping.vram {
+            let mut block = vec![0; len];
+            must(vram.read(offset, &mut block));
+            let done = access(&mut block);
+            must(vram.write(offset, &block));
+            return done;
+        }
         // SAFETY: in bounds (asserted) of a live mapping of initialised bytes. Exclusive for the duration of the call:
         // passes and verification alternate, no transfer is in flight during the latter, and one thread does it. The
         // raw TCP pair uses it for the block that its one thread is receiving into or sending from.
@@ -154,6 +185,11 @@ impl Arena {
     pub(crate) fn load_word(&self, offset: u64) -> Option<u64> {
         if !offset.is_multiple_of(8) || !self.contains(offset, 8) {
             return None;
+        }
+        if let Some(vram) = &self.mapping.vram {
+            let mut word = [0; 8];
+            vram.read(offset, &mut word).ok()?;
+            return Some(u64::from_le_bytes(word));
         }
         // SAFETY: aligned and in bounds (checked; the memory is word-aligned), valid for the mapping's life, and
         // only ever read through this atomic while transfers are under way.
@@ -179,7 +215,20 @@ impl Arena {
         sequence: u64,
         index: u64,
     ) -> Result<(), Mismatch> {
+        if let Some(vram) = &self.mapping.vram {
+            // Not written back: what is checked stays what it is.
+            let mut block = vec![0; len];
+            must(vram.read(offset, &mut block));
+            return pattern::check(&block, sequence, index);
+        }
         self.with_block(offset, len, |block| pattern::check(block, sequence, index))
+    }
+}
+
+/// A GPU that fails while its memory is filled or checked leaves nothing to be measured.
+fn must(done: Result<()>) {
+    if let Err(error) = done {
+        panic!("{error:#}");
     }
 }
 

@@ -79,6 +79,8 @@ pub(crate) enum Backend {
     RawCma,
     /// Bare memcpy in memory that both processes map: the floor of this machine
     RawMemcpy,
+    /// Bare `cuMemcpyPeerAsync` between memory of GPUs, a call a block: the floor of the driver
+    RawGpu,
 }
 
 impl Backend {
@@ -88,6 +90,7 @@ impl Backend {
             Self::Corelane | Self::RawTcp => None,
             Self::RawCma => Some(RawKind::RawCma),
             Self::RawMemcpy => Some(RawKind::RawMemcpy),
+            Self::RawGpu => Some(RawKind::RawGpu),
         }
     }
 }
@@ -99,6 +102,7 @@ impl fmt::Display for Backend {
             Self::RawTcp => "raw-tcp",
             Self::RawCma => "raw-cma",
             Self::RawMemcpy => "raw-memcpy",
+            Self::RawGpu => "raw-gpu",
         })
     }
 }
@@ -121,6 +125,8 @@ pub(crate) enum Memory {
     Registered,
     /// Allocated by the engine, so that a peer on the same host can map it
     Engine,
+    /// Of GPUs, see --gpus
+    Vram,
 }
 
 /// What the target's application does while it is not needed.
@@ -249,6 +255,8 @@ pub(crate) struct RunSpec {
     pub(crate) rdma_devices: Vec<String>,
     pub(crate) server_rdma_devices: Vec<String>,
     pub(crate) memory: Memory,
+    /// The initiator's and the target's, where memory of GPUs is moved.
+    pub(crate) gpus: [u32; 2],
     /// Lanes of each engine.
     pub(crate) lanes: usize,
     /// Idle policy of the lanes, in the engine's notation: microseconds or `inf`.
@@ -290,6 +298,16 @@ impl RunSpec {
                 self.backend
             ));
         }
+        let on_gpus = match self.backend {
+            Backend::Corelane => self.memory == Memory::Vram,
+            backend => backend == Backend::RawGpu,
+        };
+        if on_gpus != (self.memory == Memory::Vram) {
+            return Err(format!(
+                "{} and --memory vram: beside memory of GPUs there is the baseline raw-gpu, which is for such memory only",
+                self.backend
+            ));
+        }
         if self.lanes == 0 || self.lanes > MAX_LANES {
             return Err(format!("{} lanes (1 to {MAX_LANES})", self.lanes));
         }
@@ -325,8 +343,8 @@ impl RunSpec {
     /// a process keeps from case to case.
     pub(crate) fn needs_other_memory(&self) -> bool {
         match self.backend {
-            Backend::Corelane => self.memory == Memory::Engine,
-            Backend::RawMemcpy => true,
+            Backend::Corelane => self.memory != Memory::Registered,
+            Backend::RawMemcpy | Backend::RawGpu => true,
             Backend::RawTcp | Backend::RawCma => false,
         }
     }

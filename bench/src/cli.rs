@@ -21,6 +21,7 @@ use crate::pinning::{Cores, MaybeCore};
 use crate::plot::PlotArgs;
 use crate::posting::PostingArgs;
 use crate::units::{parse_bytes, parse_duration, parse_rate, parse_shape};
+use crate::vram;
 
 /// Port of `server` and `client` when none is given.
 pub(crate) const DEFAULT_PORT: u16 = 7471;
@@ -185,6 +186,9 @@ pub(crate) struct MeasureArgs {
     /// Whose memory the engines transfer
     #[arg(long, value_enum, default_value_t = Memory::Registered, help_heading = "System")]
     pub(crate) memory: Memory,
+    /// GPUs of the initiator and of the target with `--memory vram`, INITIATOR[,TARGET]
+    #[arg(long, value_name = "GPUS", value_parser = parse_gpus, default_value = "0", help_heading = "System")]
+    pub(crate) gpus: [u32; 2],
     /// Lanes of each engine
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_lanes, help_heading = "System")]
     pub(crate) lanes: usize,
@@ -260,6 +264,12 @@ fn parse_notification(text: &str) -> Result<usize, String> {
         return Ok(bytes);
     }
     Err(format!("must be between {} and {MAX_NOTIFICATION} bytes", Stamp::LEN))
+}
+
+pub(crate) fn parse_gpus(text: &str) -> Result<[u32; 2], String> {
+    let (initiator, target) = text.split_once(',').unwrap_or((text, text));
+    let gpu = |text: &str| text.trim().parse().map_err(|_| format!("'{text}' is no GPU's number"));
+    Ok([gpu(initiator)?, gpu(target)?])
 }
 
 fn parse_spin(text: &str) -> Result<String, String> {
@@ -346,6 +356,7 @@ impl MeasureArgs {
                 devices => devices.to_vec(),
             },
             memory: self.memory,
+            gpus: self.gpus,
             lanes: self.lanes,
             spin: self.spin.clone(),
             burn: self.burn,
@@ -360,6 +371,9 @@ impl MeasureArgs {
                 let spec = RunSpec { case: case.clone(), backend, ..template.clone() };
                 spec.validate(self.max_memory)?;
             }
+        }
+        if self.memory == Memory::Vram {
+            vram::ensure_gpu(self.gpus[0]).map_err(|error| format!("{error:#}"))?;
         }
         let phase_duration = self.load.phase_duration()?;
         let baselines = self.baseline.clone();

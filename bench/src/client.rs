@@ -124,11 +124,18 @@ impl Client {
                     RawInitiator::connect(target, arena.clone(), spec.case.operation, &layout)?;
                 (Session::RawTcp(Box::new(raw)), arena, format!("thread on core {core}"))
             }
-            (Backend::RawCma | Backend::RawMemcpy, TargetAddress::RawLocal(address)) => {
+            (
+                Backend::RawCma | Backend::RawMemcpy | Backend::RawGpu,
+                TargetAddress::RawLocal(address),
+            ) => {
                 let Some(kind) = spec.backend.local_kind().filter(|_| self.one_clock) else {
                     bail!("{} copies within one host: leave it out, or use loopback", spec.backend)
                 };
-                let arena = arena::grow(&mut self.memory, layout.arena_bytes, limit)?;
+                let arena = if spec.backend == Backend::RawGpu {
+                    Arena::of_gpu(spec.gpus[0], layout.arena_bytes)?
+                } else {
+                    arena::grow(&mut self.memory, layout.arena_bytes, limit)?
+                };
                 pinning::pin_current_thread(core)?;
                 let (operation, one_core) = (spec.case.operation, self.allowed.len() == 1);
                 let raw =

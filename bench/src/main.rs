@@ -52,6 +52,7 @@ mod sabotage;
 mod server;
 mod session;
 mod units;
+mod vram;
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;

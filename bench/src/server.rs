@@ -160,12 +160,14 @@ impl OpenCase {
                 let address = TargetAddress::RawTcp { port: target.port() };
                 (Serving::RawTcp(target), arena, address, format!("thread on core {core}"))
             }
-            Backend::RawCma | Backend::RawMemcpy => {
-                let (arena, file) = if spec.backend == Backend::RawMemcpy {
-                    let (arena, file) = Arena::shared(layout.arena_bytes)?;
-                    (arena, Some(file))
-                } else {
-                    (own()?, None)
+            Backend::RawCma | Backend::RawMemcpy | Backend::RawGpu => {
+                let (arena, file) = match spec.backend {
+                    Backend::RawMemcpy => {
+                        let (arena, file) = Arena::shared(layout.arena_bytes)?;
+                        (arena, Some(file))
+                    }
+                    Backend::RawGpu => (Arena::of_gpu(spec.gpus[1], layout.arena_bytes)?, None),
+                    _ => (own()?, None),
                 };
                 let one_core = pinning::allowed_cores()?.len() == 1;
                 let (mut target, mailbox) = RawLocalTarget::start(&arena, file, one_core)?;

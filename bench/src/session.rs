@@ -292,6 +292,7 @@ fn engine_options(options: &Options) -> String {
     let memory = match memory {
         Memory::Registered => "registered memory",
         Memory::Engine => "memory of the engine",
+        Memory::Vram => "memory of GPUs",
     };
     format!("engine with {transport}, {lanes}, {memory}")
 }

@@ -7,9 +7,10 @@ Three processes play the parts of a disaggregated inference server:
     prefill                 fills blocks of its paged KV cache from the prompt, and keeps them until a notification comes
     decode                  moves these blocks into other blocks of its own cache, and generates from there
 
-The model is a small transformer in numpy with random weights. The ticket holds block numbers, the length and the last
-token of the prompt, as between vLLM's prefill and decode; the prompt never reaches the decode process, so its tokens can
-only be those of a run in one process if every block has arrived whole. The router makes such a run and compares.
+The model is a small transformer with random weights: in numpy, or in torch on the GPU (--device), where the two processes
+take two GPUs if there are several. The ticket holds block numbers, the length and the last token of the prompt, as between
+vLLM's prefill and decode; the prompt never reaches the decode process, so its tokens can only be those of a run in one
+process if every block has arrived whole. The router makes such a run and compares.
 """
 
 import argparse
@@ -41,6 +42,8 @@ def parse_options():
     add("--seed", type=at_least(0), default=1, metavar="N", help="of weights, prompts and block order (default %(default)s)")
     add("--backend", default="CORELANE", metavar="NAME", help="NIXL backend (default %(default)s)")
     add("--push", action="store_true", help="prefill WRITEs the blocks, instead of decode READing them")
+    device_help = "where model and cache are: auto is gpu where torch sees one (default %(default)s)"
+    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help=device_help)
     add("--corrupt-block", type=at_least(0), metavar="N", help="flip the bytes of block N of those that request 1 moves")
     add("--timeout", type=at_least(1), default=30, metavar="S", help="longest wait for a peer in seconds (default %(default)s)")
     add("--role", choices=("prefill", "decode"), help=argparse.SUPPRESS)

@@ -15,8 +15,8 @@ use super::staging::Staging;
 use crate::config::{GpuConfig, TransportKind};
 use crate::error::Error;
 use crate::gpu::{Flight, GpuError, LaneGpu};
-use crate::memory::RegionInner;
-use crate::plan::Class;
+use crate::memory::{LaneRegions, RegionInner};
+use crate::plan::{Class, PlanInner};
 use crate::transfer::TransferShared;
 use crate::transport::local::{CopyError, OwnedUse};
 
@@ -33,7 +33,7 @@ struct Flying {
     transfer: Arc<TransferShared>,
     flight: Flight,
     /// The peer keeps its memory until this is dropped.
-    _in_use: OwnedUse,
+    in_use: OwnedUse,
 }
 
 /// What one lane has on GPUs.
@@ -169,7 +169,8 @@ fn is_of_same_peer(one: &TransferShared, other: &TransferShared) -> bool {
 }
 
 impl LaneDriver {
-    /// A peer is about to be forgotten: waits until no GPU copies anything for its transfers.
+    /// A peer is about to be forgotten: waits until no GPU copies anything for its transfers. What a GPU does not end is
+    /// abandoned.
     pub(super) fn settle_gpu_of(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let Some(peer) = self.peers.get(slot).map(|peer| peer.core.peer.clone()) else { return };
         let is_of = |transfer: &TransferShared| Arc::ptr_eq(&transfer.plan.peer, &peer);
@@ -177,7 +178,11 @@ impl LaneDriver {
         let is_busy = |driver: &Self| {
             driver.gpu.transfers().any(is_of) || driver.gpu.staging.is_busy_with(slot)
         };
-        while is_busy(self) && Instant::now() < patience {
+        while is_busy(self) {
+            if Instant::now() >= patience {
+                self.gpu.abandon(is_of);
+                return self.abandon_moves_of(slot, cx);
+            }
             if !self.poll_gpu(cx) {
                 std::hint::spin_loop();
             }
@@ -193,16 +198,12 @@ impl GpuCopies {
 
     fn start(&mut self, transfer: &Arc<TransferShared>) -> Started {
         let plan = &transfer.plan;
-        let failed = |error: GpuError| {
-            let what = format!("copying to or from the memory of `{}`", plan.peer.name);
-            Started::Failed(Error::Gpu { what, reason: error.0 })
-        };
+        let failed = |error| Started::Failed(failed(plan, error));
         if transfer.copy.is_closed() {
             return Started::Failed(Error::Cancelled);
         }
         let Some(path) = transfer.copy.path() else { return Started::Failed(Error::Cancelled) };
-        let launch = plan.on_device().map(|device| device.launch(plan.class == Class::Bulk));
-        let Some(launch) = launch else {
+        let Some(on_device) = plan.on_device() else {
             return Started::Failed(Error::Backend("a plan for no GPU was given to one".into()));
         };
         let of_peer = |flying: &&Flying| Arc::ptr_eq(&flying.transfer.plan.peer, &plan.peer);
@@ -218,14 +219,28 @@ impl GpuCopies {
         // asks the driver.
         let freed =
             plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
-        if let Some(region) = freed {
-            return Started::Failed(Error::Fault { addr: region.descriptor.base() });
+        if freed.is_some() || !on_device.is_live() {
+            // The driver of a lost GPU knows no memory of it.
+            if let Err(error) = on_device.device().check_alive() {
+                return failed(error);
+            }
+            return match freed {
+                Some(region) => {
+                    Started::Failed(Error::Fault { addr: region.descriptor.base() })
+                }
+                None => failed(GpuError(
+                    "pinned host memory, or the peer's GPU memory in this process, is not what it was when the \
+                     transfer was prepared: it was freed"
+                        .into(),
+                )),
+            };
         }
+        let launch = on_device.launch(plan.class == Class::Bulk);
         // SAFETY: the plan's own regions are counted as used by this lane until the transfer ends, which waits for the
         // claimed part of its job; the peer's rights were just checked, and it keeps the memory while `in_use` is there.
         match unsafe { self.lane.launch(&launch) } {
             Ok(Some(flight)) => {
-                self.flying.push(Flying { transfer: transfer.clone(), flight, _in_use: in_use });
+                self.flying.push(Flying { transfer: transfer.clone(), flight, in_use });
                 Started::Yes
             }
             Ok(None) => Started::Full,
@@ -235,25 +250,51 @@ impl GpuCopies {
 
     /// The transfer in this place, if its copy has ended; it is taken out, and its part counted.
     fn poll(&mut self, at: usize) -> Option<Arc<TransferShared>> {
-        let ended = self.lane.poll(&mut self.flying[at].flight)?;
+        let Flying { transfer, flight, .. } = &mut self.flying[at];
+        let plan = &transfer.plan;
+        let go_on = flight.wants_more() && !transfer.copy.is_closed();
+        let rest = plan.on_device().filter(|_| go_on);
+        let rest = rest.map(|device| device.launch(plan.class == Class::Bulk));
+        let ended = self.lane.poll(flight, rest.as_ref())?;
+        let outcome = ended.map_err(|error| failed(plan, error));
         let Flying { transfer, .. } = self.flying.swap_remove(at);
-        let outcome = ended.map_err(|error| {
-            let what = format!("copying to or from the memory of `{}`", transfer.plan.peer.name);
-            Error::Gpu { what, reason: error.0 }
-        });
         transfer.copy.finish(outcome, 1);
         Some(transfer)
     }
 
+    /// Transfers are about to end whose copies the GPU does not end. Whatever these touch stays for ever: the regions are
+    /// never quiet, the peer is never told that its memory is left alone, list and mappings of the plan are kept.
+    fn abandon(&mut self, is_concerned: impl Fn(&TransferShared) -> bool) {
+        self.waiting.retain(|transfer| {
+            let concerned = is_concerned(transfer);
+            if concerned {
+                transfer.copy.finish(Err(Error::Cancelled), 1);
+            }
+            !concerned
+        });
+        let given_up = self.flying.extract_if(.., |flying| is_concerned(&flying.transfer));
+        for flying in given_up {
+            let Flying { transfer, flight, in_use } = flying;
+            let error = self.lane.give_up(&flight);
+            transfer.plan.regions.iter().for_each(|region| region.abandon());
+            std::mem::forget(in_use);
+            std::mem::forget(transfer.plan.clone());
+            transfer.copy.finish(Err(failed(&transfer.plan, error)), 1);
+        }
+    }
+
     /// Waits until no GPU copies anything for a lane that ends: its transfers are about to end, and nothing may touch
-    /// their memory afterwards. Some 100 us, as a rule.
-    pub(super) fn settle(&mut self) {
+    /// their memory afterwards. Some 100 us, as a rule; what a GPU does not end is abandoned.
+    pub(super) fn settle(&mut self, regions: &LaneRegions) {
         for transfer in self.waiting.drain(..) {
             transfer.copy.finish(Err(Error::Cancelled), 1);
         }
         let patience = Instant::now() + PATIENCE;
-        self.staging.settle(&mut self.lane, patience);
-        while !self.flying.is_empty() && Instant::now() < patience {
+        self.staging.settle(&mut self.lane, regions, patience);
+        while !self.flying.is_empty() {
+            if Instant::now() >= patience {
+                return self.abandon(|_| true);
+            }
             let mut at = 0;
             while at < self.flying.len() {
                 if self.poll(at).is_none() {
@@ -263,4 +304,9 @@ impl GpuCopies {
             std::hint::spin_loop();
         }
     }
+}
+
+fn failed(plan: &PlanInner, error: GpuError) -> Error {
+    let what = format!("copying to or from the memory of `{}`", plan.peer.name);
+    Error::Gpu { what, reason: error.0 }
 }

@@ -412,7 +412,7 @@ impl LaneDriver {
 
     fn fail_everything(&mut self, error: &Error) {
         self.copies.clear();
-        self.gpu.settle();
+        self.gpu.settle(&self.regions);
         // Nothing moves any more once the queue pairs are destroyed.
         self.rdma.clear();
         for (_, peer) in &mut self.peers {

@@ -56,7 +56,7 @@ impl Engine {
         let backing = match kind {
             MemoryKind::Vram { device } => Backing::Gpu(gpu::allocation_of(base, len, device)?),
             MemoryKind::Dram => {
-                if let Some(device) = gpu::is_device_memory(base) {
+                if let Some(device) = gpu::holds_device_memory(base, len) {
                     return Err(Error::InvalidArgument(format!(
                         "{len} bytes at {base:#x} are memory of GPU {device}: register them as such"
                     )));

@@ -83,7 +83,11 @@ impl What {
             }
         });
         match (device, freed) {
-            (_, Some(addr)) => Err(Error::Fault { addr }),
+            // The driver of a lost GPU knows no memory of it.
+            (Some(device), Some(addr)) => {
+                Err(device.check_alive().map_or_else(failed, |()| Error::Fault { addr }))
+            }
+            (None, Some(addr)) => Err(Error::Fault { addr }),
             (Some(device), None) => Ok(device),
             (None, None) => Err(failed(GpuError("this is no memory of a GPU".into()))),
         }
@@ -147,15 +151,29 @@ impl Staging {
         None
     }
 
-    /// A lane ends: waits until no GPU touches a block or a region.
-    pub(super) fn settle(&mut self, lane: &mut LaneGpu, patience: Instant) {
+    /// A lane ends: waits until no GPU touches a block or a region. What a GPU does not end is abandoned.
+    pub(super) fn settle(&mut self, lane: &mut LaneGpu, regions: &LaneRegions, patience: Instant) {
         self.waiting.clear();
         while !self.moving.is_empty() && Instant::now() < patience {
-            self.moving.retain_mut(|(_, flight)| lane.poll(flight).is_none());
+            self.moving.retain_mut(|(_, flight)| lane.poll(flight, None).is_none());
             std::hint::spin_loop();
         }
-        // What a GPU does not let go of is never used again.
-        self.moving.drain(..).for_each(std::mem::forget);
+        self.abandon(lane, regions, |_| true);
+    }
+
+    /// What a GPU does not let go of is never used again: block and regions stay as they are.
+    fn abandon(
+        &mut self,
+        lane: &LaneGpu,
+        regions: &LaneRegions,
+        is_concerned: impl Fn(&Move) -> bool,
+    ) {
+        for (one, flight) in self.moving.extract_if(.., |(one, _)| is_concerned(one)) {
+            one.what.each_region(regions, RegionInner::abandon);
+            let error = lane.give_up(&flight);
+            tracing::error!(%error, "a block of pinned memory is given up");
+            std::mem::forget(one);
+        }
     }
 }
 
@@ -277,6 +295,19 @@ impl LaneDriver {
         self.mark(slot);
     }
 
+    /// A peer is about to be forgotten, and a GPU does not end copies for it.
+    pub(super) fn abandon_moves_of(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Self { gpu, regions, .. } = self;
+        gpu.staging.abandon(&gpu.lane, regions, |one| one.slot == slot);
+        let waiting = &mut gpu.staging.waiting;
+        let (unstarted, others): (VecDeque<Move>, _) =
+            std::mem::take(waiting).into_iter().partition(|one| one.slot == slot);
+        *waiting = others;
+        for one in unstarted {
+            self.end_move(slot, one.what, Err(Error::Cancelled), cx);
+        }
+    }
+
     /// Looks at what is on its way; true: something has ended.
     pub(super) fn look_at_staging(&mut self, cx: &mut Cx<'_>) -> bool {
         if self.gpu.staging.is_idle() {
@@ -285,7 +316,8 @@ impl LaneDriver {
         let mut worked = false;
         let mut at = 0;
         while at < self.gpu.staging.moving.len() {
-            let Some(ended) = self.gpu.lane.poll(&mut self.gpu.staging.moving[at].1) else {
+            let flight = &mut self.gpu.staging.moving[at].1;
+            let Some(ended) = self.gpu.lane.poll(flight, None) else {
                 at += 1;
                 continue;
             };

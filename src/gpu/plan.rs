@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::cuda::{Device, Mapping, Table, Tile, is_device_memory, is_pinned_host, open_mapping};
+use super::cuda::{
+    Device, Mapping, Table, Tile, Watched, is_device_memory, is_pinned_host, open_mapping,
+};
 use super::{GpuError, Launch};
 use crate::error::{Error, Result};
 use crate::memory::{RegionInner, RemoteSegment};
@@ -70,6 +72,8 @@ pub(crate) struct DevicePlan {
     /// Ranges for the copy engine: to, from, length.
     large: Box<[(u64, u64, u64)]>,
     blocks: u32,
+    /// Memory besides that of our own regions of a GPU: pinned, and the peer's in this process.
+    watched: Watched,
     /// Memory of the peer's process, mapped here.
     _mappings: SmallVec<[Arc<Mapping>; 2]>,
 }
@@ -203,9 +207,10 @@ impl DeviceBuilder {
         settings: Settings,
     ) -> std::result::Result<DevicePlan, Unfit> {
         let mut mappings = SmallVec::new();
+        let mut watched = Watched::default();
         let device = self.device(same_process)?;
         if self.local_kind == MemoryKind::Dram {
-            self.require_pinned("this side's", |pair| pair.local)?;
+            self.require_pinned("this side's", &mut watched, |pair| pair.local)?;
         }
         if !self.remote_on_gpu {
             if !same_process {
@@ -215,7 +220,9 @@ impl DeviceBuilder {
                         .into(),
                 ));
             }
-            self.require_pinned("the peer's", |pair| pair.remote)?;
+            self.require_pinned("the peer's", &mut watched, |pair| pair.remote)?;
+        } else if same_process {
+            self.watch_theirs(device, &mut watched)?;
         }
         let mut shifts = Vec::with_capacity(self.theirs.len());
         for theirs in &self.theirs {
@@ -235,25 +242,46 @@ impl DeviceBuilder {
                 cut(to, from, pair.len, tile, |tile| tiles.push(tile));
             }
         }
-        let table = Table::new(device, &tiles)?;
+        let table = Table::new(device, tiles)?;
         Ok(DevicePlan {
             same_process,
             remote_on_gpu: self.remote_on_gpu,
             table,
             large: large.into(),
             blocks: settings.multiprocessors,
+            watched,
             _mappings: mappings,
         })
+    }
+
+    /// Remembers what is there of the peer's GPU memory, which is addressed directly.
+    fn watch_theirs(
+        &self,
+        device: &Device,
+        watched: &mut Watched,
+    ) -> std::result::Result<(), Unfit> {
+        for theirs in &self.theirs {
+            if !watched.add_range(device, theirs.start, theirs.end)? {
+                return Err(Unfit::Never("the peer's GPU memory is not there any more".into()));
+            }
+        }
+        Ok(())
     }
 
     fn require_pinned(
         &self,
         whose: &str,
+        watched: &mut Watched,
         address: impl Fn(&Pair) -> u64,
     ) -> std::result::Result<(), Unfit> {
         let unpinned = self.pairs.iter().find(|pair| !is_pinned_host(address(pair), pair.len));
         match unpinned {
-            None => Ok(()),
+            None => {
+                self.pairs.iter().for_each(|pair| {
+                    watched.add(address(pair));
+                });
+                Ok(())
+            }
             Some(pair) => Err(Unfit::Never(format!(
                 "{whose} host memory at {:#x} is not pinned, so that no GPU addresses it: allocate it with \
                  cudaHostAlloc or pin_memory=True",
@@ -292,7 +320,7 @@ impl DeviceBuilder {
         if memory.host != crate::sys::host_id() {
             return Err(Unfit::Never("the peer is on another host".into()));
         }
-        let mapping = open_mapping(device, self.owner, &handle, memory.len).map_err(|error| {
+        let mapping = open_mapping(device, self.owner, &handle, (memory.base, memory.len)).map_err(|error| {
             Unfit::Never(format!(
                 "its GPU memory cannot be mapped: {error}; both processes must share the IPC and PID namespaces"
             ))
@@ -328,6 +356,16 @@ pub(super) fn cut(to: u64, from: u64, len: u64, tile: u64, mut each: impl FnMut(
 }
 
 impl DevicePlan {
+    /// Whether the memory that is no region of a GPU here is what it was when the plan was made: to be asked before each
+    /// launch.
+    pub(crate) fn is_live(&self) -> bool {
+        self.watched.are_live()
+    }
+
+    pub(crate) fn device(&self) -> &'static Device {
+        self.table.device()
+    }
+
     /// What is to be started for a posting.
     pub(crate) fn launch(&self, bulk: bool) -> Launch<'_> {
         Launch {

@@ -73,6 +73,11 @@ impl RegionInner {
         (before & CLOSED == 0).then_some(copy)
     }
 
+    /// Something may touch it for ever: it is never quiet again.
+    pub(crate) fn abandon(&self) {
+        self.copies.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Lets no copy begin any more; true: none is under way.
     pub(crate) fn close_to_copies(&self) -> bool {
         self.copies.fetch_or(CLOSED, Ordering::AcqRel) & !CLOSED == 0

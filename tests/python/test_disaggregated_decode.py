@@ -12,6 +12,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,7 +20,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "plugin" / "examples"
 BACKEND = os.environ.get("CORELANE_TEST_BACKEND", "CORELANE")
 sys.path.insert(0, str(EXAMPLES))
 
-from disaggregated import Failure, model, report  # noqa: E402
+from harness import pretended_torch  # noqa: E402
+
+from disaggregated import Failure, arrays, model, report  # noqa: E402
 from disaggregated.router import Process, single_process_run  # noqa: E402
 
 PROGRAM = [sys.executable, str(EXAMPLES / "disaggregated_decode.py")]
@@ -191,7 +194,7 @@ def test_decode_is_told_no_token_of_the_prompt_but_the_last(start, direction: li
         assert ticket["last_token"] == prompt[-1] and ticket["length"] == len(prompt) - 1
         assert len(ticket["blocks"]) == model.blocks_for(len(prompt) - 1)
         tokens = decoded(decode, ticket)
-        options = Namespace(layers=LAYERS, seed=SEED, decode_tokens=DECODE_TOKENS)
+        options = Namespace(layers=LAYERS, seed=SEED, decode_tokens=DECODE_TOKENS, device="auto")
         assert tokens == single_process_run(options, prompt)
         assert prefill.receive("freed", PATIENCE_S)["freed"] == f"r{number}"
     decode.child.stdin.close()
@@ -359,6 +362,36 @@ def test_the_processes_end_with_a_killed_router(running: subprocess.Popen) -> No
 
 
 # --- the model
+
+
+def test_a_model_in_torch_generates_what_one_in_numpy_does(monkeypatch) -> None:
+    prompt = random_prompt()
+    options = Namespace(layers=LAYERS, seed=SEED, decode_tokens=DECODE_TOKENS, device="cpu")
+    expected = single_process_run(options, prompt)
+    monkeypatch.setitem(sys.modules, "torch", pretended_torch.make())
+    options.device = "gpu"
+    assert single_process_run(options, prompt) == expected
+    cache = model.PagedCache(1, range(2), 0, arrays.choose("auto", 3))
+    assert (cache.arrays.kind, cache.arrays.device) == ("VRAM", 1)
+    assert cache.descriptors()[:, 2].tolist() == [1, 1]
+    cache.corrupt(0, 1)
+    assert set(cache.memory.values.view("uint8")[0, 1].ravel()) == {0xFF}
+    assert not cache.memory.values[0, 0].any()
+
+
+@pytest.mark.parametrize("torch", [None, ModuleType("torch")], ids=["absent", "broken"])
+def test_a_gpu_is_used_where_torch_sees_one(monkeypatch, torch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert arrays.choose("auto").kind == "DRAM"
+    with pytest.raises(Failure, match="--device gpu: torch cannot be used"):
+        arrays.choose("gpu")
+    blind = pretended_torch.make()
+    blind.cuda.is_available = lambda: False
+    monkeypatch.setitem(sys.modules, "torch", blind)
+    assert arrays.choose("auto").kind == "DRAM"
+    with pytest.raises(Failure, match="--device gpu: torch sees no GPU"):
+        arrays.choose("gpu")
+
 
 
 def test_a_cache_with_nothing_free_says_so() -> None:

@@ -1,6 +1,6 @@
 //! Memory of GPUs, for tests: allocated, filled and looked at by the driver itself, without anything of corelane.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
 use corelane::{Access, Engine, Error, LocalSegment, MemoryKind, Region};
@@ -63,27 +63,111 @@ impl Cuda {
         unsafe { count() }
     }
 
-    fn symbol<T: Copy>(&self, name: &str) -> T {
+    /// The switches of the one of `tests/fake-cuda`. Says so on standard error if it is another: the test is skipped.
+    pub fn fake() -> Option<FakeCuda> {
+        let fake = Self::get().filter(|cuda| cuda.is_fake()).map(FakeCuda);
+        if fake.is_none() {
+            eprintln!("SKIPPED: needs the driver of tests/fake-cuda (tests/run.sh fake-gpu)");
+        }
+        fake
+    }
+
+    /// Runs `work` while a stream of that GPU is captured into a graph, in the mode in which the whole process may make no call
+    /// that is unsafe meanwhile, as `PyTorch` does for CUDA graphs. Panics if something has spoilt the capture.
+    pub fn capturing<R>(&self, gpu: u32, work: impl FnOnce() -> R) -> R {
+        let (mut stream, mut graph) = (0usize, 0usize);
+        self.call(gpu, "cuStreamCreate", (&raw mut stream, 1 as c_uint, 0usize));
+        self.call(gpu, "cuStreamBeginCapture_v2", (stream, 0 as c_int, 0usize));
+        let done = work();
+        self.call(gpu, "cuStreamEndCapture", (stream, &raw mut graph, 0usize));
+        self.call(gpu, "cuGraphDestroy", (graph, 0usize, 0usize));
+        self.call(gpu, "cuStreamDestroy_v2", (stream, 0usize, 0usize));
+        done
+    }
+
+    pub(crate) fn symbol<T: Copy>(&self, name: &str) -> T {
         // SAFETY: the caller names the type that the driver's manual gives.
         unsafe { *self.library.get::<T>(name).unwrap_or_else(|error| panic!("{name}: {error}")) }
     }
 
     /// Calls a function of three arguments in a GPU's context; panics if it fails.
-    fn call<A, B, C>(&self, gpu: u32, name: &str, (a, b, c): (A, B, C)) {
-        let set: unsafe extern "C" fn(usize) -> c_int = self.symbol("cuCtxSetCurrent");
+    pub(crate) fn call<A, B, C>(&self, gpu: u32, name: &str, (a, b, c): (A, B, C)) {
+        self.enter(gpu);
         let call: Call<A, B, C> = self.symbol(name);
         // SAFETY: as the manual says of these functions; the callers' pointers are good.
-        let status = unsafe {
-            assert_eq!(set(self.contexts[gpu as usize]), 0);
-            call(a, b, c)
-        };
+        let status = unsafe { call(a, b, c) };
         assert_eq!(status, 0, "{name} on GPU {gpu}");
+    }
+
+    /// As `call`, of four.
+    pub(crate) fn call4<A, B, C, D>(&self, gpu: u32, name: &str, (a, b, c, d): (A, B, C, D)) {
+        self.enter(gpu);
+        let call: unsafe extern "C" fn(A, B, C, D) -> c_int = self.symbol(name);
+        // SAFETY: as above.
+        let status = unsafe { call(a, b, c, d) };
+        assert_eq!(status, 0, "{name} on GPU {gpu}");
+    }
+
+    /// Makes this thread's calls go to a GPU.
+    pub(crate) fn enter(&self, gpu: u32) {
+        let set: unsafe extern "C" fn(usize) -> c_int = self.symbol("cuCtxSetCurrent");
+        // SAFETY: a living context.
+        assert_eq!(unsafe { set(self.contexts[gpu as usize]) }, 0);
     }
 
     fn wait(&self) {
         let wait: unsafe extern "C" fn() -> c_int = self.symbol("cuCtxSynchronize");
         // SAFETY: no pointers.
         assert_eq!(unsafe { wait() }, 0);
+    }
+}
+
+/// What tests can do to the driver of `tests/fake-cuda`, in this process.
+#[derive(Clone, Copy)]
+pub struct FakeCuda(&'static Cuda);
+
+impl FakeCuda {
+    /// A GPU does nothing while it is held.
+    pub fn hold(self, gpu: u32, held: bool) {
+        let hold: unsafe extern "C" fn(c_int, c_int) = self.0.symbol("corelane_fake_hold");
+        // SAFETY: no pointers.
+        unsafe { hold(gpu.cast_signed(), c_int::from(held)) };
+    }
+
+    /// A GPU is lost after so much more work: from then on its calls fail with this error.
+    pub fn lose(self, gpu: u32, status: i32, after: u64) {
+        let lose: unsafe extern "C" fn(c_int, c_int, u64) = self.0.symbol("corelane_fake_lose");
+        // SAFETY: no pointers.
+        unsafe { lose(gpu.cast_signed(), status, after) };
+    }
+
+    /// The next calls of a function fail with this error.
+    pub fn refuse(self, name: &CStr, status: i32, count: u64) {
+        self.refuse_later(name, status, 0, count);
+    }
+
+    /// As `refuse`, after some more calls.
+    pub fn refuse_later(self, name: &CStr, status: i32, before: u64, count: u64) {
+        let refuse: unsafe extern "C" fn(*const c_char, c_int, u64, u64) =
+            self.0.symbol("corelane_fake_refuse");
+        // SAFETY: a text that ends in a zero.
+        unsafe { refuse(name.as_ptr(), status, before, count) };
+    }
+
+    /// Whether all calls were made that `refuse` has spoken of.
+    pub fn has_refused(self, name: &CStr) -> bool {
+        let left: unsafe extern "C" fn(*const c_char) -> u64 =
+            self.0.symbol("corelane_fake_to_refuse");
+        // SAFETY: a text that ends in a zero.
+        unsafe { left(name.as_ptr()) == 0 }
+    }
+
+    /// How many calls of a function were made and not refused.
+    pub fn calls(self, name: &CStr) -> u64 {
+        let calls: unsafe extern "C" fn(*const c_char) -> u64 =
+            self.0.symbol("corelane_fake_calls");
+        // SAFETY: a text that ends in a zero.
+        unsafe { calls(name.as_ptr()) }
     }
 }
 
@@ -124,6 +208,11 @@ impl GpuBuffer {
     pub fn poison(&self) {
         Self::cuda().call(self.gpu, "cuMemsetD8_v2", (self.base, POISON, self.len));
         Self::cuda().wait();
+    }
+
+    /// Whose it is.
+    pub fn gpu(&self) -> u32 {
+        self.gpu
     }
 
     /// Its address.
@@ -207,6 +296,7 @@ impl Drop for GpuBuffer {
 pub struct PinnedBuffer {
     base: *mut u8,
     len: usize,
+    freed: bool,
 }
 
 impl PinnedBuffer {
@@ -216,7 +306,14 @@ impl PinnedBuffer {
         GpuBuffer::cuda().call(0, "cuMemHostAlloc", (&raw mut base, len, 1 as c_uint));
         // SAFETY: so many bytes were just allocated.
         unsafe { std::ptr::write_bytes(base, POISON, len) };
-        Self { base, len }
+        Self { base, len, freed: false }
+    }
+
+    /// Gives it back, registered or not.
+    pub fn free(&mut self) {
+        if !std::mem::replace(&mut self.freed, true) {
+            GpuBuffer::cuda().call(0, "cuMemFreeHost", (self.base, 0usize, 0usize));
+        }
     }
 
     /// Its address.
@@ -234,7 +331,7 @@ impl PinnedBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            GpuBuffer::cuda().call(0, "cuMemFreeHost", (self.base, 0usize, 0usize));
+            self.free();
         }
     }
 }

@@ -9,6 +9,8 @@ mod buffer;
 mod children;
 mod forge;
 mod gpu;
+mod gpu_kernels;
+mod gpu_sides;
 pub mod hostile;
 mod limits;
 mod log;
@@ -28,7 +30,9 @@ pub use allocations::{CountingAllocator, assert_allocation_free, exempt_this_thr
 pub use buffer::{Buffer, POISON, pattern};
 pub use children::{Killed, in_forked_child, skipped, start_with_id, wait_for_process};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
-pub use gpu::{Cuda, GpuBuffer, PinnedBuffer, gpus};
+pub use gpu::{Cuda, FakeCuda, GpuBuffer, PinnedBuffer, gpus};
+pub use gpu_kernels::{GpuKernels, WordRange};
+pub use gpu_sides::{FarGpu, GPU_LEN, GpuSide, assert_bytes};
 pub use log::Log;
 pub use near::{Near, transport};
 pub use peer_process::{PeerProcess, Target, from_hex, to_hex};
@@ -46,7 +50,7 @@ pub use settings::{
 pub use slots::{Slots, block_holds, fill_block, watch};
 pub use sockets::{reset, sockets_of};
 pub use streams::{exchange, exchange_sizes, sized_payload};
-pub use wait::{BOUND, collect, end_of, eventually, kind, outcome};
+pub use wait::{BOUND, collect, cut_short, end_of, eventually, kind, outcome};
 
 /// Makes tests of functions that take a [`Configuration`], `local::NAME`, `rdma::NAME` and `tcp::NAME`: of what each transport
 /// promises. Those of `rdma` are ignored unless they are asked for, on a machine with a device: in the rig (tests/rdma).

@@ -13,9 +13,9 @@ use std::time::Instant;
 use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
 
 use crate::{
-    BOUND, Buffer, GpuBuffer, Log, POISON, apply, children, end_of, exchange, exchange_sizes,
-    exempt_this_thread, from_hex, kind, limits, local_config, outcome, pattern, pin_process,
-    to_hex, transport, watch,
+    BOUND, Buffer, Cuda, GpuBuffer, GpuKernels, Log, POISON, apply, children, end_of, exchange,
+    exchange_sizes, exempt_this_thread, from_hex, kind, limits, local_config, outcome, pattern,
+    pin_process, to_hex, transport, watch,
 };
 
 use crate::streams::{flood, take_flood, take_sizes};
@@ -33,6 +33,7 @@ struct Script {
     regions: HashMap<String, (Arc<Buffer>, Region)>,
     mapped: HashMap<String, Arc<Buffer>>,
     gpu: HashMap<String, (GpuBuffer, Region)>,
+    kernels: Option<GpuKernels>,
     hammers: Vec<(Arc<AtomicBool>, JoinHandle<Answer>)>,
     log: Option<Log>,
     taken: Vec<OwnedFd>,
@@ -134,6 +135,30 @@ impl Script {
                 let found = self.gpu(words)?.read(words.number(1)?, words.number(2)?);
                 let whole = found.iter().all(|byte| *byte == POISON);
                 whole.then(String::new).ok_or("bytes outside of the range were written".into())
+            }
+            // ID WORDS SEED: by a kernel
+            "gpu-kernel-fill" => {
+                let (id, count, seed) = (words.text(0)?, words.number(1)?, words.number(2)?);
+                let (memory, _) = self.gpu.get(id).ok_or("no such region")?;
+                let kernels =
+                    self.kernels.get_or_insert_with(|| GpuKernels::new(memory.gpu(), &[]));
+                kernels.fill(memory, count as u32, seed as u32);
+                Ok(String::new())
+            }
+            // ID: it is deregistered and freed
+            "gpu-drop" => {
+                let (mut memory, region) =
+                    self.gpu.remove(words.text(0)?).ok_or("no such region")?;
+                self.engine()?.deregister(&region).map_err(told)?;
+                memory.free();
+                Ok(String::new())
+            }
+            // GPU STATUS AFTER
+            "gpu-lose" => {
+                let fake = Cuda::fake().ok_or("the driver cannot be told to")?;
+                let (gpu, status) = (words.number(0)? as u32, words.number(1)? as i32);
+                fake.lose(gpu, status, words.number(2)? as u64);
+                Ok(String::new())
             }
             // ID ADDRESS LEN
             "map" => self.map(words),

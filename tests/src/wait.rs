@@ -57,6 +57,15 @@ pub fn collect(engine: &Engine, count: usize) -> Vec<Notification> {
     all
 }
 
+/// Whether a transfer that was cancelled ended in that; done is the only other end that it may have.
+pub fn cut_short(transfer: &Transfer) -> bool {
+    match outcome(transfer) {
+        Ok(()) => false,
+        Err(Error::Cancelled) => true,
+        Err(other) => panic!("cancelled, and ended in {other}"),
+    }
+}
+
 /// The name of an error's variant.
 pub fn kind(error: &Error) -> &'static str {
     match error {

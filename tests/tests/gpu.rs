@@ -5,20 +5,23 @@
 use std::time::{Duration, Instant};
 
 use corelane::{
-    Access, Engine, EngineConfig, LocalSegment, MemoryKind, Operation, Peer, Region,
-    RegionDescriptor, Status, TransportKind,
+    Access, Engine, EngineConfig, LocalSegment, MemoryKind, Operation, RegionDescriptor, Status,
+    Transfer, TransportKind,
 };
 use corelane_tests::{
-    BOUND, Buffer, Cuda, GpuBuffer, POISON, PeerProcess, PinnedBuffer, Random, collect, end_of,
-    from_hex, gpus, kind, local_config, outcome, pattern, peer_process, tcp_config, to_hex,
+    BOUND, Buffer, Cuda, FarGpu, GPU_LEN, GpuBuffer, GpuSide, POISON, PeerProcess, PinnedBuffer,
+    Random, assert_bytes, collect, cut_short, end_of, from_hex, gpus, kind, local_config, outcome,
+    pattern, peer_process, tcp_config, to_hex,
 };
 
+#[path = "gpu/kernels.rs"]
+mod kernels;
 #[path = "gpu/registration.rs"]
 mod registration;
 #[path = "gpu/staged.rs"]
 mod staged;
 
-const LEN: usize = (24 << 20) + 1000;
+const LEN: usize = GPU_LEN;
 
 /// Around the borders of vectors, of tiles, and of what the copy engine takes.
 const LENGTHS: [usize; 14] = [
@@ -38,88 +41,19 @@ const LENGTHS: [usize; 14] = [
     20 << 20,
 ];
 
-struct Side {
-    engine: Engine,
-    memory: GpuBuffer,
-    region: Region,
+fn side(name: &str, config: EngineConfig, gpu: u32) -> GpuSide {
+    GpuSide::new(name, config, gpu)
 }
 
-fn side(name: &str, config: EngineConfig, gpu: u32) -> Side {
-    let engine = Engine::new(name, config).unwrap();
-    let memory = GpuBuffer::new(gpu, LEN);
-    let region = memory.register(&engine, Access::READ_WRITE).unwrap();
-    Side { engine, memory, region }
-}
-
-/// A second process with one region of a GPU, `r`, which holds pattern 1.
-struct Far {
-    process: PeerProcess,
-    metadata: Vec<u8>,
-    region: RegionDescriptor,
-}
-
-fn far(gpu: u32, settings: &str) -> Far {
-    far_of(peer_process!(), gpu, settings)
-}
-
-fn far_of(mut process: PeerProcess, gpu: u32, settings: &str) -> Far {
-    let metadata = process.engine("far", settings);
-    let bytes = from_hex(&process.ask(&format!("gpu-region r {LEN} read-write {gpu}"))).unwrap();
-    process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
-    Far { process, metadata, region: RegionDescriptor::from_bytes(&bytes).unwrap() }
-}
-
-fn connect(engine: &Engine, metadata: &[u8]) -> Peer {
-    let peer = engine.load_peer(metadata).unwrap();
-    peer.connect(BOUND).unwrap();
-    peer
-}
-
-fn copy(
-    near: &Side,
-    peer: &Peer,
-    operation: Operation,
-    (here, there): (usize, usize),
-    remote: &RegionDescriptor,
-    len: usize,
-) {
-    let local = near.memory.segment(here, len);
-    let remote = remote.segment(there as u64, len as u64);
-    let plan = near.engine.prepare(operation, peer, &[local], &[remote]).unwrap();
-    end_of(&plan.transfer()).unwrap();
-}
-
-#[track_caller]
-fn assert_bytes(found: &[u8], expected: &[u8], what: &str) {
-    let wrong = found.iter().zip(expected).position(|(found, expected)| found != expected);
-    assert_eq!(wrong, None, "{what}: the first wrong byte");
-    assert_eq!(found.len(), expected.len());
+fn far(gpu: u32, settings: &str) -> FarGpu {
+    FarGpu::new(peer_process!(), gpu, settings)
 }
 
 fn every_length_between_processes(near_gpu: u32, far_gpu: u32) {
     let mut far = far(far_gpu, "");
     let near = side("near", local_config(), near_gpu);
-    let peer = connect(&near.engine, &far.metadata);
-    for (round, &len) in LENGTHS.iter().enumerate() {
-        for shift in [0, 1, 4, 8] {
-            let (here, there) = (round * 16 + 64, round * 16 + 32 + shift);
-            copy(&near, &peer, Operation::Read, (here, there), &far.region, len);
-            let found = near.memory.read(0, here + len + 64);
-            assert_bytes(&found[here..here + len], &pattern(1, there as u64, len), "read");
-            let around = found[..here].iter().chain(&found[here + len..]);
-            assert!(around.copied().all(|byte| byte == POISON), "bytes around {len} were written");
-            near.memory.poison();
-        }
-        let (here, there) = (round * 16 + 3, round * 16 + 32);
-        near.memory.write(here, &pattern(2, here as u64, len));
-        far.process.ask(&format!("gpu-poison r 0 {LEN}"));
-        copy(&near, &peer, Operation::Write, (here, there), &far.region, len);
-        far.process.ask(&format!("gpu-check r 2 {there} {len} {here}"));
-        far.process.ask(&format!("gpu-check-poison r 0 {there}"));
-        far.process.ask(&format!("gpu-check-poison r {} 64", there + len));
-        far.process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
-        near.memory.poison();
-    }
+    let peer = near.connect(&far.metadata);
+    near.exchange_lengths(&peer, &mut far, LENGTHS, &[0, 1, 4, 8]);
     assert_eq!(near.engine.stats().totals.requests_sent, 0, "the peer was asked to serve");
 }
 
@@ -144,13 +78,13 @@ fn engines_of_one_process_copy_directly_between_all_gpus() {
     for other in 0..count.min(2) as u32 {
         let (near, far) = (side("near", local_config(), 0), side("far", local_config(), other));
         far.memory.write(0, &pattern(1, 0, LEN));
-        let peer = connect(&near.engine, &far.engine.metadata());
+        let peer = near.connect(&far.engine.metadata());
         for len in LENGTHS {
-            copy(&near, &peer, Operation::Read, (100, 7), far.region.descriptor(), len);
+            near.copy(&peer, Operation::Read, (100, 7), far.region.descriptor(), len);
             assert_bytes(&near.memory.read(100, len), &pattern(1, 7, len), "read");
         }
         near.memory.write(0, &pattern(2, 0, LEN));
-        copy(&near, &peer, Operation::Write, (3, 90), far.region.descriptor(), LEN - 90);
+        near.copy(&peer, Operation::Write, (3, 90), far.region.descriptor(), LEN - 90);
         assert_bytes(&far.memory.read(90, LEN - 90), &pattern(2, 3, LEN - 90), "write");
     }
 }
@@ -179,7 +113,7 @@ fn scattered_blocks_of_any_shape_arrive_whole_again_and_again() {
     let gpu = u32::from(gpus(1).unwrap() > 1);
     let far = far(gpu, "");
     let near = side("near", local_config(), 0);
-    let peer = connect(&near.engine, &far.metadata);
+    let peer = near.connect(&far.metadata);
     let mut random = Random::new(7);
     for count in [2, 33, 500, 4096] {
         let list = blocks(&mut random, count);
@@ -210,7 +144,7 @@ fn many_transfers_at_once_all_arrive() {
     }
     let far = far(0, "");
     let near = side("near", local_config(), 0);
-    let peer = connect(&near.engine, &far.metadata);
+    let peer = near.connect(&far.metadata);
     // More than there are places on the GPU, and for copies at the peer.
     let transfers: Vec<_> = (0..200)
         .map(|at| {
@@ -244,7 +178,8 @@ fn pinned_host_memory_and_a_gpu_exchange_both_ways() {
     let mut memory = PinnedBuffer::new(LEN);
     // SAFETY: it outlives the engine.
     let region = unsafe { engine.register(memory.base(), LEN, Access::READ_WRITE) }.unwrap();
-    let peer = connect(&engine, &far.metadata);
+    let peer = engine.load_peer(&far.metadata).unwrap();
+    peer.connect(BOUND).unwrap();
     let mut far = far;
     for len in [1, 4097, (1 << 20) + 3, 20 << 20] {
         let (local, remote) = (region.segment(33, len), far.region.segment(5, len));
@@ -269,7 +204,7 @@ fn notifications_come_after_the_data() {
     }
     let gpu = u32::from(gpus(1).unwrap() > 1);
     let (near, far) = (side("near", local_config(), 0), side("far", local_config(), gpu));
-    let peer = connect(&near.engine, &far.engine.metadata());
+    let peer = near.connect(&far.engine.metadata());
     let len = 30_000;
     let local = near.memory.segment(0, len);
     let remote = far.region.descriptor().segment(64, len as u64);
@@ -294,7 +229,7 @@ fn what_reads_between_two_processes_take() {
     for gpu in 0..count.min(2) as u32 {
         let far = far(gpu, "");
         let near = side("near", local_config(), 0);
-        let peer = connect(&near.engine, &far.metadata);
+        let peer = near.connect(&far.metadata);
         for (blocks, bytes) in
             [(1, 4096), (1, 1 << 20), (1, 16 << 20), (256, 16 << 10), (2048, 4096)]
         {
@@ -337,7 +272,7 @@ fn a_cancelled_transfer_is_quiet_at_its_end() {
     }
     let far = far(0, "");
     let near = side("near", local_config(), 0);
-    let peer = connect(&near.engine, &far.metadata);
+    let peer = near.connect(&far.metadata);
     let (mut cancelled, mut done) = (0, 0);
     for round in 0..100 {
         let local = near.memory.segment(0, 16 << 20);
@@ -348,12 +283,10 @@ fn a_cancelled_transfer_is_quiet_at_its_end() {
         if round % 2 == 0 {
             transfer.cancel();
         }
-        match outcome(&transfer) {
-            Ok(()) => done += 1,
-            Err(error) => {
-                assert_eq!(kind(&error), "Cancelled");
-                cancelled += 1;
-            }
+        if cut_short(&transfer) {
+            cancelled += 1;
+        } else {
+            done += 1;
         }
         // From here on nothing is written.
         near.memory.poison();
@@ -371,8 +304,8 @@ fn a_killed_peer_ends_its_transfers_and_the_engine_goes_on() {
     }
     let near = side("near", local_config(), 0);
     let first = far(0, "");
-    let peer = connect(&near.engine, &first.metadata);
-    copy(&near, &peer, Operation::Read, (0, 0), &first.region, 1 << 20);
+    let peer = near.connect(&first.metadata);
+    near.copy(&peer, Operation::Read, (0, 0), &first.region, 1 << 20);
     first.process.end();
     let local = near.memory.segment(0, 1 << 20);
     let remote = first.region.segment(0, 1 << 20);
@@ -381,8 +314,8 @@ fn a_killed_peer_ends_its_transfers_and_the_engine_goes_on() {
         let _ = end_of(&plan.transfer());
     }
     let second = far(0, "");
-    let peer = connect(&near.engine, &second.metadata);
-    copy(&near, &peer, Operation::Read, (0, 9), &second.region, 1 << 20);
+    let peer = near.connect(&second.metadata);
+    near.copy(&peer, Operation::Read, (0, 9), &second.region, 1 << 20);
     assert_bytes(&near.memory.read(0, 1 << 20), &pattern(1, 9, 1 << 20), "from the second");
 }
 
@@ -423,7 +356,7 @@ fn freed_memory_is_an_error_and_the_engine_goes_on() {
     }
     let far = far(0, "");
     let near = side("near", local_config(), 0);
-    let peer = connect(&near.engine, &far.metadata);
+    let peer = near.connect(&far.metadata);
     let mut freed = GpuBuffer::new(0, 8 << 20);
     let region = freed.register(&near.engine, Access::LOCAL).unwrap();
     let plan = near
@@ -436,8 +369,91 @@ fn freed_memory_is_an_error_and_the_engine_goes_on() {
     let error = end_of(&transfer).unwrap_err();
     assert_eq!(kind(&error), "Fault", "{error}");
     near.engine.deregister(&region).unwrap();
-    copy(&near, &peer, Operation::Read, (0, 0), &far.region, 4096);
+    near.copy(&peer, Operation::Read, (0, 0), &far.region, 4096);
     assert_bytes(&near.memory.read(0, 4096), &pattern(1, 0, 4096), "afterwards");
+}
+
+/// Posts it once, takes memory away by `free`, and posts it again: the engine is told why, and goes on.
+fn fails_once_freed(near: &GpuSide, transfer: &Transfer, free: impl FnOnce()) {
+    end_of(transfer).unwrap();
+    free();
+    let error = end_of(transfer).unwrap_err();
+    assert_eq!(kind(&error), "Gpu", "{error}");
+    assert!(error.to_string().contains("freed"), "{error}");
+    let other = side("other", local_config(), 0);
+    let peer = near.connect(&other.engine.metadata());
+    near.copy(&peer, Operation::Read, (0, 0), other.region.descriptor(), 4096);
+    assert_bytes(&near.memory.read(0, 4096), &[POISON; 4096], "afterwards");
+}
+
+#[test]
+fn pinned_memory_that_was_freed_is_an_error_and_the_engine_goes_on() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let (near, far) = (side("near", local_config(), 0), side("far", local_config(), 0));
+    let peer = near.connect(&far.engine.metadata());
+    let mut memory = PinnedBuffer::new(1 << 20);
+    // SAFETY: nothing is done with it once it is freed: that is what is tested.
+    let region = unsafe { near.engine.register(memory.base(), 1 << 20, Access::LOCAL) }.unwrap();
+    let (local, remote) = (region.segment(0, 9000), far.region.descriptor().segment(0, 9000));
+    let plan = near.engine.prepare(Operation::Write, &peer, &[local], &[remote]).unwrap();
+    fails_once_freed(&near, &plan.transfer(), || memory.free());
+    near.engine.deregister(&region).unwrap();
+}
+
+#[test]
+fn memory_that_a_peer_of_this_process_has_freed_is_an_error_and_the_engine_goes_on() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let (near, mut far) = (side("near", local_config(), 0), side("far", local_config(), 0));
+    let peer = near.connect(&far.engine.metadata());
+    let (local, remote) = (near.memory.segment(0, 9000), far.region.descriptor().segment(0, 9000));
+    let plan = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap();
+    fails_once_freed(&near, &plan.transfer(), || far.memory.free());
+    far.engine.deregister(&far.region).unwrap();
+}
+
+#[test]
+fn hundreds_of_ranges_for_the_copy_engine_arrive_whole_or_are_cut_short() {
+    if gpus(1).is_none() {
+        return;
+    }
+    let far = far(0, "");
+    let mut config = local_config();
+    config.gpu.copy_engine_bytes = 64 << 10;
+    let near = side("near", config, 0);
+    let peer = near.connect(&far.metadata);
+    let (count, len) = (300, 70_000);
+    let local: Vec<_> = (0..count).map(|at| near.memory.segment(at * 80_000, len)).collect();
+    let there = |at: usize| (count - 1 - at) * 75_000;
+    let remote: Vec<_> =
+        (0..count).map(|at| far.region.segment(there(at) as u64, len as u64)).collect();
+    let plan = near.engine.prepare(Operation::Read, &peer, &local, &remote).unwrap();
+    let transfer = plan.transfer();
+    let mut cut = 0;
+    for round in 0..20u64 {
+        near.memory.poison();
+        transfer.post().unwrap();
+        if round % 2 == 1 {
+            std::thread::sleep(Duration::from_micros(round * 20));
+            transfer.cancel();
+            cut += u32::from(cut_short(&transfer));
+            // From here on nothing is written.
+            near.memory.poison();
+            assert!(near.memory.read(0, LEN).iter().all(|byte| *byte == POISON), "written later");
+            continue;
+        }
+        outcome(&transfer).unwrap();
+        let found = near.memory.read(0, LEN);
+        for at in 0..count {
+            let (range, gap) = found[at * 80_000..][..80_000].split_at(len);
+            assert_bytes(range, &pattern(1, there(at) as u64, len), "a range");
+            assert!(gap.iter().all(|byte| *byte == POISON), "bytes behind a range were written");
+        }
+    }
+    eprintln!("{cut} of 10 were cut short");
 }
 
 #[test]
@@ -446,7 +462,7 @@ fn a_deregistered_region_of_a_peer_is_refused() {
         return;
     }
     let (near, far) = (side("near", local_config(), 0), side("far", local_config(), 0));
-    let peer = connect(&near.engine, &far.engine.metadata());
+    let peer = near.connect(&far.engine.metadata());
     let local = near.memory.segment(0, 4096);
     let remote = far.region.descriptor().segment(0, 4096);
     let transfer =
@@ -481,7 +497,7 @@ fn a_plan_of_host_and_gpu_memory_is_refused() {
         return;
     }
     let (near, far) = (side("near", local_config(), 0), side("far", local_config(), 0));
-    let peer = connect(&near.engine, &far.engine.metadata());
+    let peer = near.connect(&far.engine.metadata());
     let host = Buffer::new(4096);
     host.register(&near.engine, Access::LOCAL);
     let remote = far.region.descriptor().segment(0, 4096);

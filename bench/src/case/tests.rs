@@ -30,6 +30,7 @@ pub(crate) fn spec(case: Case) -> RunSpec {
         rdma_devices: Vec::new(),
         server_rdma_devices: Vec::new(),
         memory: Memory::Registered,
+        gpus: [0, 0],
         lanes: 1,
         spin: None,
         burn: false,

@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 
 use anyhow::{Context as _, Result};
-use corelane::{Access, Engine, Region};
+use corelane::{Access, Engine, MemoryKind, Region};
 
 use crate::arena::Arena;
 use crate::case::{Memory, RunSpec};
@@ -21,6 +21,7 @@ impl EngineMemory {
     pub(super) fn provide(
         engine: &Engine,
         spec: &RunSpec,
+        gpu: u32,
         len: usize,
         access: Access,
         own: impl FnOnce() -> Result<Arena>,
@@ -32,6 +33,15 @@ impl EngineMemory {
                 // deregister it or stop the engine before they drop that. The harness touches blocks only between
                 // passes, when no transfer is in flight.
                 let region = unsafe { engine.register(arena.as_ptr(), arena.len(), access) }?;
+                Ok(Self { arena, region, registered: true })
+            }
+            Memory::Vram => {
+                let arena = Arena::of_gpu(gpu, len)?;
+                let (base, len) = (arena.as_ptr() as u64, arena.len() as u64);
+                // SAFETY: as above.
+                let region = unsafe {
+                    engine.register_kind(base, len, MemoryKind::Vram { device: gpu }, access)
+                }?;
                 Ok(Self { arena, region, registered: true })
             }
             Memory::Engine => {

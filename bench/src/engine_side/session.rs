@@ -46,7 +46,14 @@ impl EngineSession {
             from_hex(descriptor).context("the server sent a descriptor that is not hexadecimal")?;
         let remote = RegionDescriptor::from_bytes(&descriptor)?;
         let engine = start_engine("initiator", spec, cores, ip)?;
-        let memory = EngineMemory::provide(&engine, spec, layout.arena_bytes, Access::LOCAL, own)?;
+        let memory = EngineMemory::provide(
+            &engine,
+            spec,
+            spec.gpus[0],
+            layout.arena_bytes,
+            Access::LOCAL,
+            own,
+        )?;
         let region = &memory.region;
         let peer = engine.load_peer(&metadata)?;
         peer.connect(PATIENCE)?;

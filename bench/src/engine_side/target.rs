@@ -63,7 +63,8 @@ impl EngineTarget {
         ledger: Ledger,
     ) -> Result<Self> {
         let engine = start_engine("target", spec, cores, ip)?;
-        let memory = EngineMemory::provide(&engine, spec, len, Access::READ_WRITE, own)?;
+        let memory =
+            EngineMemory::provide(&engine, spec, spec.gpus[1], len, Access::READ_WRITE, own)?;
         Ok(Self { engine, memory, ledger, application: None, cores: cores.to_vec() })
     }
 

@@ -16,6 +16,7 @@ use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::measure::OPERATION_TIMEOUT_NS;
 use crate::parent::Refusal;
+use crate::vram::Vram;
 
 /// Unfinished polls between two looks at the clock: a hang is noticed, and the loop stays what is measured.
 const POLLS_PER_LOOK: u32 = 4096;
@@ -41,11 +42,11 @@ impl MemoryRegion for Registered {
 
 impl NixlDescriptor for Registered {
     fn mem_type(&self) -> MemType {
-        MemType::Dram
+        self.0.vram().map_or(MemType::Dram, |_| MemType::Vram)
     }
 
     fn device_id(&self) -> u64 {
-        0
+        self.0.vram().map_or(0, |vram| u64::from(vram.gpu()))
     }
 }
 
@@ -59,6 +60,8 @@ pub(crate) struct NixlAgent {
     peers: Vec<(String, u64)>,
     notifications: NotificationMap,
     arena: Arena,
+    /// The peers' GPU, where their memory is one's.
+    their_gpu: Option<u32>,
     _registration: RegistrationHandle,
 }
 
@@ -66,6 +69,16 @@ impl NixlAgent {
     /// Creates agent and backend and registers memory. The process's number in the agent's name tells it from those of
     /// other processes.
     pub(crate) fn new(name: &str, system: &NixlSystem, arena_bytes: usize) -> Result<Self> {
+        Self::with_memory(name, system, Arena::new(arena_bytes.max(4096))?, None)
+    }
+
+    /// As [`NixlAgent::new`], of any memory on either side.
+    pub(crate) fn with_memory(
+        name: &str,
+        system: &NixlSystem,
+        arena: Arena,
+        their_gpu: Option<u32>,
+    ) -> Result<Self> {
         if nixl_sys::is_stub() {
             bail!(Refusal(
                 "libnixl_capi.so cannot be loaded: name the folder of the NIXL wheel that holds it \
@@ -93,7 +106,6 @@ impl NixlAgent {
         };
         let mut only_backend = OptArgs::new().context("optional arguments")?;
         only_backend.add_backend(&backend).context("optional arguments")?;
-        let arena = Arena::new(arena_bytes.max(4096))?;
         let registration = agent
             .register_memory(&Registered(arena.clone()), Some(&only_backend))
             .with_context(|| format!("registering {} bytes", arena.len()))?;
@@ -105,6 +117,7 @@ impl NixlAgent {
             peers: Vec::new(),
             notifications,
             arena,
+            their_gpu,
             _registration: registration,
         })
     }
@@ -125,23 +138,25 @@ impl NixlAgent {
         block_bytes: usize,
     ) -> Result<Prepared> {
         let (_, address) = self.peer(peer)?;
-        let list = |base: u64, offsets: &[u64]| -> Result<XferDescList<'static>> {
-            let mut list = XferDescList::new(MemType::Dram).context("a descriptor list")?;
-            for offset in offsets {
-                list.add_desc((base + offset) as usize, block_bytes, 0);
-            }
-            // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
-            let _ = list.as_ptr();
-            Ok(list)
-        };
+        let list =
+            |base: u64, gpu: Option<u32>, offsets: &[u64]| -> Result<XferDescList<'static>> {
+                let kind = gpu.map_or(MemType::Dram, |_| MemType::Vram);
+                let mut list = XferDescList::new(kind).context("a descriptor list")?;
+                for offset in offsets {
+                    list.add_desc((base + offset) as usize, block_bytes, gpu.unwrap_or(0).into());
+                }
+                // nixl-sys hands the descriptors over when it is first asked for the list: not in the timed call.
+                let _ = list.as_ptr();
+                Ok(list)
+            };
         let mut prepared = Prepared {
             peer,
             operation: match operation {
                 Operation::Write => XferOp::Write,
                 _ => XferOp::Read,
             },
-            local: list(self.arena.as_ptr() as u64, local)?,
-            remote: list(*address, remote)?,
+            local: list(self.arena.as_ptr() as u64, self.arena.vram().map(Vram::gpu), local)?,
+            remote: list(*address, self.their_gpu, remote)?,
             request: None,
         };
         prepared.request = Some(self.request(&prepared)?);

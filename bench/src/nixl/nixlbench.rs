@@ -21,6 +21,9 @@ pub(crate) enum Format {
 pub(crate) enum SegmentType {
     #[value(name = "DRAM")]
     Dram,
+    /// Of a GPU, see --gpus
+    #[value(name = "VRAM")]
+    Vram,
 }
 
 /// Named as nixlbench names them.

@@ -11,14 +11,16 @@ use super::backend::Contender;
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
 use super::choice::{BackendArgs, ensure_distinct};
 use super::fault::{self, FaultKind};
-use super::nixlbench::NixlbenchArgs;
+use super::nixlbench::{NixlbenchArgs, SegmentType};
 use super::trace::{self, TraceArgs};
 use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::cli::parse_gpus;
 use crate::load_options::LoadArgs;
 use crate::models::ModelArgs;
 use crate::raw_local::RawKind;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
+use crate::vram;
 
 /// What the target's application does while no notification has to be answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -137,6 +139,9 @@ pub(crate) struct NixlArgs {
     /// Also run these in the same rounds: bare copies between two processes, without NIXL
     #[arg(long, value_enum, value_delimiter = ',', help_heading = "System")]
     pub(crate) baseline: Vec<RawKind>,
+    /// GPUs of the initiator and of the target where their memory is VRAM, INITIATOR[,TARGET]
+    #[arg(long, value_name = "GPUS", value_parser = parse_gpus, default_value = "0", help_heading = "System")]
+    pub(crate) gpus: [u32; 2],
     /// What the target's application does while no notification has to be answered
     #[arg(long, value_enum, default_value_t = NixlTargetApp::Poll, help_heading = "System")]
     pub(crate) target_app: NixlTargetApp,
@@ -243,9 +248,30 @@ impl NixlArgs {
         let mut backends: Vec<Contender> =
             self.choice.backends().into_iter().map(Contender::Nixl).collect();
         backends.extend(self.baseline.iter().copied().map(Contender::Raw));
+        self.check_memory()?;
         ensure_distinct(&backends)?;
         self.choice.check_folders()?;
         Ok(NixlPlan { cases, faults, backends, arena_bytes: arena })
+    }
+
+    /// The GPU of each side, initiator first, where its memory is one's.
+    pub(crate) fn vram(&self) -> [Option<u32>; 2] {
+        let NixlbenchArgs { initiator_seg_type, target_seg_type, .. } = &self.nixlbench;
+        let of = |kind: SegmentType, gpu| (kind == SegmentType::Vram).then_some(gpu);
+        [of(*initiator_seg_type, self.gpus[0]), of(*target_seg_type, self.gpus[1])]
+    }
+
+    fn check_memory(&self) -> Result<(), String> {
+        let sides = self.vram();
+        let on_gpus = sides.iter().flatten().count();
+        let misfit = |kind: &&RawKind| on_gpus != if **kind == RawKind::RawGpu { 2 } else { 0 };
+        if let Some(kind) = self.baseline.iter().find(misfit) {
+            return Err(format!(
+                "--baseline {kind}: raw-gpu is for VRAM on both sides, all others for DRAM on both"
+            ));
+        }
+        let missing = sides.iter().flatten().find_map(|&gpu| vram::ensure_gpu(gpu).err());
+        missing.map_or(Ok(()), |error| Err(format!("{error:#}")))
     }
 
     /// The case of a recording, where scenario `trace` is asked for.
@@ -401,6 +427,9 @@ mod tests {
             ("--scenario trace", "--trace FILE"),
             ("--trace /nowhere.csv", "--scenario trace"),
             ("--scenario trace --trace /nowhere.csv", "/nowhere.csv"),
+            ("--baseline raw-gpu", "raw-gpu"),
+            ("--initiator_seg_type VRAM --baseline raw-cma", "raw-gpu"),
+            ("--initiator_seg_type VRAM --gpus 4000", "GPU"),
             ("--start_block_size 8192 --max_block_size 4096", "--max_block_size"),
         ] {
             let message = plan(options).expect_err(options);
@@ -421,7 +450,6 @@ mod tests {
             "--num_iter 0",
             "--trace-speed 0",
             "--format xml",
-            "--initiator_seg_type VRAM",
             "--target_seg_type BLK",
         ] {
             assert!(parse(options).is_err(), "{options}");

@@ -167,6 +167,10 @@ fn start_side(
         },
         sleeps: options.target_app.sleeps(backend),
         arena_bytes: plan.arena_bytes,
+        gpus: match (role, options.vram()) {
+            (Role::Initiator, gpus) => gpus,
+            (Role::Target, [initiator, target]) => [target, initiator],
+        },
         seed: options.seed,
     };
     let name = format!("{backend} {}", role.name());

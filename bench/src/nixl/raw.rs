@@ -31,14 +31,13 @@ enum Side {
 impl RawSide {
     /// Maps the memory; what it takes to reach the other side comes with the introduction.
     pub(crate) fn new(kind: RawKind, setup: &Setup) -> Result<Self> {
-        let len = setup.arena_bytes.max(4096);
         let one_core = pinning::allowed_cores()?.len() == 1;
         let (arena, memory) = match (kind, setup.role) {
             (RawKind::RawMemcpy, Role::Target) => {
-                let (arena, memory) = Arena::shared(len)?;
+                let (arena, memory) = Arena::shared(setup.arena_bytes.max(4096))?;
                 (arena, Some(memory))
             }
-            _ => (Arena::new(len)?, None),
+            _ => (setup.arena()?, None),
         };
         let side = match setup.role {
             Role::Initiator => Side::Initiator(None),

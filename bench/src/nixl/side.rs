@@ -35,7 +35,8 @@ fn work(parent: &Parent<Order>) -> Result<()> {
     };
     match &setup.system {
         System::Nixl(system) => {
-            let agent = NixlAgent::new(setup.role.name(), system, setup.arena_bytes)?;
+            let agent =
+                NixlAgent::with_memory(setup.role.name(), system, setup.arena()?, setup.gpus[1])?;
             drive(parent, agent, &setup)
         }
         System::Raw(kind) => drive(parent, RawSide::new(*kind, &setup)?, &setup),

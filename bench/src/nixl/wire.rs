@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::case::NixlCase;
 use super::fault::Watched;
+#[cfg(feature = "nixl")]
+use crate::arena::Arena;
 use crate::cpu::Usage;
 use crate::measure::{LoadOutcome, Points};
 use crate::raw_local::RawKind;
@@ -52,7 +54,18 @@ pub(crate) struct Setup {
     /// Target: sleep between polls where no notification has to be answered.
     pub(crate) sleeps: bool,
     pub(crate) arena_bytes: usize,
+    /// Its own GPU and the other side's, where the memory is one's.
+    pub(crate) gpus: [Option<u32>; 2],
     pub(crate) seed: u64,
+}
+
+#[cfg(feature = "nixl")]
+impl Setup {
+    /// The memory of this side.
+    pub(crate) fn arena(&self) -> anyhow::Result<Arena> {
+        let len = self.arena_bytes.max(4096);
+        self.gpus[0].map_or_else(|| Arena::new(len), |gpu| Arena::of_gpu(gpu, len))
+    }
 }
 
 /// What the parent asks.

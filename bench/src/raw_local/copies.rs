@@ -1,11 +1,12 @@
 //! Copies between two processes, prepared once and run again and again.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use libc::iovec;
 use nix::errno::Errno;
 
 use super::RawAddress;
 use crate::arena::Arena;
+use crate::vram::PeerCopies;
 
 /// Segments that the kernel takes in one call, on each side (`UIO_MAXIOV`).
 const MAX_SEGMENTS: usize = 1024;
@@ -30,6 +31,7 @@ pub(crate) struct Copies {
 enum Way {
     Kernel { direction: Direction, pid: i32, calls: Vec<Call> },
     Memcpy(Vec<Block>),
+    Gpu(PeerCopies),
 }
 
 /// One system call.
@@ -101,10 +103,30 @@ impl Copies {
         Self { way, _here: here.clone(), _there: Some(there.clone()) }
     }
 
+    /// By the driver of GPUs, of blocks that lie inside (checked by the caller).
+    pub(super) fn by_gpu(
+        direction: Direction,
+        here: &Arena,
+        there: &Arena,
+        blocks: impl Iterator<Item = (u64, u64)>,
+        len: usize,
+    ) -> Result<Self> {
+        let (Some(own), Some(other)) = (here.vram(), there.vram()) else {
+            bail!("raw-gpu moves memory of GPUs only");
+        };
+        let (ends, blocks) = match direction {
+            Direction::Read => ((own, other), blocks.collect()),
+            Direction::Write => ((other, own), blocks.map(|(here, there)| (there, here)).collect()),
+        };
+        let way = Way::Gpu(PeerCopies::new(own.gpu(), ends, blocks, len)?);
+        Ok(Self { way, _here: here.clone(), _there: Some(there.clone()) })
+    }
+
     /// Moves the bytes; they are there when it returns.
     #[inline]
     pub(crate) fn run(&self) -> Result<()> {
         match &self.way {
+            Way::Gpu(copies) => copies.run()?,
             Way::Memcpy(blocks) => {
                 for block in blocks {
                     // SAFETY: both ends lie in memory (checked when the list was made) that this value keeps mapped, in
@@ -129,7 +151,7 @@ impl Copies {
     pub(super) fn calls(&self) -> usize {
         match &self.way {
             Way::Kernel { calls, .. } => calls.len(),
-            Way::Memcpy(_) => 0,
+            Way::Memcpy(_) | Way::Gpu(_) => 0,
         }
     }
 }

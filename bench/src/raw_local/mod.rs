@@ -27,15 +27,19 @@ use crate::arena::Arena;
 use crate::clock::now_ns;
 use crate::layout::WARM_LEN;
 use crate::pattern::mix;
+use crate::vram::{Vram, VramAddress};
 
 /// How a baseline moves its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[expect(clippy::enum_variant_names, reason = "as users name them")]
 pub(crate) enum RawKind {
     /// Bare `process_vm_readv` and `process_vm_writev`: the floor of this kernel's cross-process copies
     RawCma,
     /// Bare memcpy in memory that both processes map: the floor of this machine
     RawMemcpy,
+    /// Bare `cuMemcpyPeerAsync` between memory of GPUs, a call a block: the floor of the driver
+    RawGpu,
 }
 
 impl fmt::Display for RawKind {
@@ -43,6 +47,7 @@ impl fmt::Display for RawKind {
         f.write_str(match self {
             Self::RawCma => "raw-cma",
             Self::RawMemcpy => "raw-memcpy",
+            Self::RawGpu => "raw-gpu",
         })
     }
 }
@@ -57,6 +62,8 @@ pub(crate) struct RawAddress {
     /// Descriptors of the target's: its mailbox, and its memory where that is a file.
     mailbox: i32,
     memory: Option<i32>,
+    /// Where it is memory of a GPU.
+    vram: Option<VramAddress>,
     /// Content tag of the first bytes, which tells this target from another process of the same number.
     token: u64,
 }
@@ -92,6 +99,7 @@ impl Offer {
             len: arena.len(),
             mailbox: file.as_raw_fd(),
             memory: memory.as_ref().map(AsRawFd::as_raw_fd),
+            vram: arena.vram().map(Vram::address).transpose()?,
             token,
         };
         let files = [Some(file), memory].into_iter().flatten().collect();
@@ -124,9 +132,16 @@ impl Reached {
                 Some(Arena::of_file(&open(address.pid, memory)?, address.len)?)
             }
             (RawKind::RawMemcpy, None) => bail!("the target's memory is no file"),
+            (RawKind::RawGpu, _) => {
+                let vram = address.vram.as_ref().context("the target's memory is of no GPU")?;
+                Some(Arena::of_other_gpu(vram, address.len)?)
+            }
         };
         let reached = Self { address, mapped };
-        let scratch = Arena::new(WARM_LEN)?;
+        let scratch = match reached.mapped.as_ref().and_then(Arena::vram) {
+            Some(there) => Arena::of_gpu(there.gpu(), WARM_LEN)?,
+            None => Arena::new(WARM_LEN)?,
+        };
         reached.copies(Direction::Read, &scratch, (&[0], &[0]), WARM_LEN)?.run()?;
         if scratch.check(0, WARM_LEN, reached.address.token, 0).is_err() {
             bail!(
@@ -156,6 +171,9 @@ impl Reached {
         let blocks = local.iter().copied().zip(remote.iter().copied());
         Ok(match &self.mapped {
             None => Copies::by_kernel(direction, arena, &self.address, blocks, block_bytes),
+            Some(there) if there.vram().is_some() => {
+                Copies::by_gpu(direction, arena, there, blocks, block_bytes)?
+            }
             Some(there) => Copies::by_memcpy(direction, arena, there, blocks, block_bytes),
         })
     }

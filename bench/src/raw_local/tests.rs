@@ -19,6 +19,7 @@ fn memory(kind: RawKind, len: usize) -> (Arena, Option<File>) {
             let (arena, file) = Arena::shared(len).expect("map");
             (arena, Some(file))
         }
+        RawKind::RawGpu => (Arena::of_gpu(0, len).expect("a GPU"), None),
     }
 }
 

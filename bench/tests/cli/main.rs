@@ -7,3 +7,4 @@ mod nixl;
 mod options;
 mod plot;
 mod processes;
+mod vram;

@@ -7,8 +7,6 @@ import socket
 import sys
 import time
 
-import numpy as np
-
 from . import Failure, now_ns
 from .model import prefill
 from .worker import Worker, receive_json, send_json
@@ -63,7 +61,7 @@ class Prefill(Worker):
         blocks = prefill(self.model, prompt, self.cache)
         if corrupt_block is not None:
             layer, index = divmod(corrupt_block, len(blocks))
-            self.cache.memory[layer, blocks[index]].view(np.uint8)[...] ^= 0xFF
+            self.cache.corrupt(layer, blocks[index])
         self.lent[request] = {"blocks": blocks, "since": time.monotonic()}
         ticket = {
             "request": request,

@@ -5,10 +5,10 @@ import statistics
 from .model import BLOCK_BYTES, BLOCK_POSITIONS, HEADS, VOCABULARY, WIDTH, blocks_for
 
 
-def print_start(options, pids):
+def print_start(options, pids, where):
     print(
         f"model    {options.layers} layers, {HEADS} heads, width {WIDTH}, vocabulary {VOCABULARY}; "
-        f"{BLOCK_POSITIONS} positions a block, {BLOCK_BYTES} bytes a block and layer"
+        f"{BLOCK_POSITIONS} positions a block, {BLOCK_BYTES} bytes a block and layer; {where}"
     )
     direction = "prefill WRITEs into decode" if options.push else "decode READs from prefill"
     print(f"running  prefill as process {pids[0]}, decode as process {pids[1]}; {direction} through {options.backend}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import Failure, now_ns, report
+from .arrays import choose
 from .model import VOCABULARY, PagedCache, Transformer, blocks_for, decode, prefill
 
 PROGRAM = Path(__file__).resolve().parents[1] / "disaggregated_decode.py"
@@ -76,11 +77,14 @@ class Process:
 
 
 def run_router(options):
-    workers = [Process(role, worker_arguments(options)) for role in ("prefill", "decode")]
+    workers = []
     try:
+        # Whether that can be had at all.
+        where = choose(options.device).name
+        workers += [Process(role, worker_arguments(options)) for role in ("prefill", "decode")]
         # NIXL takes its time to load; as long again for a busy machine.
         pids = [worker.receive("ready", 60 + options.timeout)["ready"] for worker in workers]
-        report.print_start(options, pids)
+        report.print_start(options, pids, where)
         return serve_requests(options, *workers)
     except (Failure, KeyboardInterrupt) as failure:
         # The other side notices by itself; what it has to say belongs to the story.
@@ -99,7 +103,7 @@ def run_router(options):
 
 
 def worker_arguments(options):
-    names = ("layers", "seed", "backend", "prompt_tokens", "decode_tokens", "timeout")
+    names = ("layers", "seed", "backend", "prompt_tokens", "decode_tokens", "timeout", "device")
     arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
     return arguments + ["--push"] * options.push
 
@@ -140,8 +144,10 @@ def serve_request(options, prefill_worker, decode_worker, request, prompt, corru
 
 def single_process_run(options, prompt):
     """The tokens of the same model, prompt and cache without any transfer."""
-    model = Transformer(options.layers, options.seed)
-    cache = PagedCache(options.layers, range(2 * blocks_for(len(prompt) + options.decode_tokens)), options.seed)
+    arrays = choose(options.device)
+    model = Transformer(options.layers, options.seed, arrays)
+    block_ids = range(2 * blocks_for(len(prompt) + options.decode_tokens))
+    cache = PagedCache(options.layers, block_ids, options.seed, arrays)
     blocks = prefill(model, prompt, cache)
     length = len(prompt) - 1
     blocks += cache.take(blocks_for(length + options.decode_tokens) - len(blocks))

@@ -9,6 +9,7 @@ import time
 import traceback
 
 from . import Failure, now_ns
+from .arrays import choose
 from .model import BLOCK_BYTES, PagedCache, Transformer, block_descriptors, blocks_for, descriptor_indices
 
 
@@ -18,17 +19,20 @@ class Worker:
     def __init__(self, options, messages_out):
         self.options = options
         self.messages_out = messages_out
-        self.model = Transformer(options.layers, options.seed)
+        # The two roles on two GPUs where there are several.
+        arrays = choose(options.device, 1 if options.role == "decode" else 0)
+        self.model = Transformer(options.layers, options.seed, arrays)
         count = 4 * blocks_for(options.prompt_tokens + options.decode_tokens)
         # The decode side has other block numbers, as it would have by chance: nothing may depend on their being equal.
         first_block = count if options.role == "decode" else 0
-        self.cache = PagedCache(options.layers, range(first_block, first_block + count), options.seed + first_block)
+        block_ids = range(first_block, first_block + count)
+        self.cache = PagedCache(options.layers, block_ids, options.seed + first_block, arrays)
         self.name = f"{options.role}-{os.getpid()}"
         self.agent = create_agent(self.name, options.backend)
-        region = [(self.cache.memory.ctypes.data, self.cache.memory.nbytes, 0, "")]
-        self.registration = self.agent.register_memory(region, "DRAM", backends=[options.backend])
+        region = [(self.cache.address(), self.cache.bytes, arrays.device, "")]
+        self.registration = self.agent.register_memory(region, arrays.kind, backends=[options.backend])
         # Prepared once for all transfers; each of them then names rows of this list.
-        self.local_list = self.prepare_list("NIXL_INIT_AGENT", self.cache.descriptors())
+        self.local_list = self.prepare_list("NIXL_INIT_AGENT", self.cache.descriptors(), arrays.kind)
         self.remote_lists = {}
         self.remote_caches = {}
         self.selector = selectors.DefaultSelector()
@@ -45,15 +49,17 @@ class Worker:
         self.messages_out.write(json.dumps(message) + "\n")
         self.messages_out.flush()
 
-    def prepare_list(self, agent_name, descriptors):
-        return self.agent.prep_xfer_dlist(agent_name, descriptors, "DRAM", backends=[self.options.backend])
+    def prepare_list(self, agent_name, descriptors, kind):
+        return self.agent.prep_xfer_dlist(agent_name, descriptors, kind, backends=[self.options.backend])
 
     def introduction(self):
         """What a peer must know: the metadata of the agent, and where the blocks lie."""
         return {
             "agent": self.name,
             "metadata": base64.b64encode(self.agent.get_agent_metadata()).decode(),
-            "address": self.cache.memory.ctypes.data,
+            "kind": self.cache.arrays.kind,
+            "device": self.cache.arrays.device,
+            "address": self.cache.address(),
             "layers": self.cache.layers,
             "blocks": self.cache.count,
             "block_bytes": BLOCK_BYTES,
@@ -64,8 +70,8 @@ class Worker:
             raise Failure(f"the cache of {introduction['agent']} has another shape")
         name = self.agent.add_remote_agent(base64.b64decode(introduction["metadata"]))
         name = name.decode() if isinstance(name, bytes) else name
-        blocks = block_descriptors(introduction["address"], introduction["layers"], introduction["blocks"])
-        self.remote_lists[name] = self.prepare_list(name, blocks)
+        where = [introduction[key] for key in ("address", "layers", "blocks", "device")]
+        self.remote_lists[name] = self.prepare_list(name, block_descriptors(*where), introduction["kind"])
         self.remote_caches[name] = introduction
         return name
 

@@ -1,7 +1,8 @@
 //! The entry points of the CUDA driver, looked up at run time.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use libloading::os::unix::Library;
 
@@ -26,7 +27,9 @@ pub(super) struct IpcHandle(pub(super) [u8; 64]);
 pub(super) struct Uuid(pub(super) [u8; 16]);
 
 pub(super) const SUCCESS: Status = 0;
+pub(super) const INVALID_HANDLE: Status = 400;
 pub(super) const NOT_READY: Status = 600;
+pub(super) const UNKNOWN: Status = 999;
 pub(super) const PEER_ACCESS_ALREADY_ENABLED: Status = 704;
 
 macro_rules! entry_points {
@@ -69,6 +72,7 @@ entry_points! {
     fn device_uuid = "cuDeviceGetUuid"(uuid: *mut Uuid, device: c_int);
     fn device_can_access = "cuDeviceCanAccessPeer"(can: *mut c_int, device: c_int, peer: c_int);
     fn context_retain = "cuDevicePrimaryCtxRetain"(context: *mut Context, device: c_int);
+    fn context_release = "cuDevicePrimaryCtxRelease_v2"(device: c_int);
     fn context_push = "cuCtxPushCurrent_v2"(context: Context);
     fn context_pop = "cuCtxPopCurrent_v2"(context: *mut Context);
     fn context_enable_peer = "cuCtxEnablePeerAccess"(peer: Context, flags: c_uint);
@@ -76,7 +80,6 @@ entry_points! {
     fn stream_create = "cuStreamCreateWithPriority"(stream: *mut Stream, flags: c_uint, priority: c_int);
     fn stream_destroy = "cuStreamDestroy_v2"(stream: Stream);
     fn stream_query = "cuStreamQuery"(stream: Stream);
-    fn stream_synchronize = "cuStreamSynchronize"(stream: Stream);
     fn stream_write = "cuStreamWriteValue32_v2"(stream: Stream, address: u64, value: u32, flags: c_uint);
     fn memory_alloc = "cuMemAlloc_v2"(address: *mut u64, bytes: usize);
     fn memory_free = "cuMemFree_v2"(address: u64);
@@ -90,6 +93,7 @@ entry_points! {
     fn ipc_open = "cuIpcOpenMemHandle_v2"(address: *mut u64, handle: IpcHandle, flags: c_uint);
     fn ipc_close = "cuIpcCloseMemHandle"(address: u64);
     fn module_load = "cuModuleLoadData"(module: *mut Module, image: *const c_void);
+    fn module_unload = "cuModuleUnload"(module: Module);
     fn module_function = "cuModuleGetFunction"(function: *mut Function, module: Module, name: *const c_char);
     fn launch = "cuLaunchKernel"(
         function: Function,
@@ -105,6 +109,7 @@ entry_points! {
     fn set_pointer_attribute = "cuPointerSetAttribute"(value: *const c_void, attribute: c_int, address: u64);
     fn range_handle = "cuMemGetHandleForAddressRange"(handle: *mut c_void, address: u64, bytes: usize, kind: c_int, flags: u64);
     fn flush_writes = "cuFlushGPUDirectRDMAWrites"(target: c_int, scope: c_int);
+    fn exchange_capture_mode = "cuThreadExchangeStreamCaptureMode"(mode: *mut c_int);
 }
 
 impl Api {
@@ -128,40 +133,129 @@ impl Api {
     }
 }
 
-static API: OnceLock<Result<Api, GpuError>> = OnceLock::new();
+/// Whether a context is of no more use after this status: every call in it answers so from then on, and what ran there has
+/// ended. All others say something of one call, and nothing of what is under way.
+pub(super) fn is_sticky(status: Status) -> bool {
+    matches!(
+        status,
+        // The driver is shutting down; the device is gone; its context is.
+        4 | 46 | 201 | 709
+        // Memory errors that cannot be corrected, of the device, its links, and the process's own.
+        | 214 | 220 | 226
+        // What kernels did: addresses, time, assertions, instructions.
+        | 700 | 702 | 710 | 714..=719 | 721
+    )
+}
+
+/// What succeeds once and stays; what fails is tried again, but not more often than once in this time.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// The outcome of something that is done once in a process.
+pub(super) struct Once<T> {
+    done: OnceLock<T>,
+    failed: Mutex<Option<(Instant, GpuError)>>,
+}
+
+impl<T> Once<T> {
+    pub(super) const fn new() -> Self {
+        Self { done: OnceLock::new(), failed: Mutex::new(None) }
+    }
+
+    pub(super) fn get(&self) -> Option<&T> {
+        self.done.get()
+    }
+
+    /// Does it, unless it is done or has failed just now: then the answer is that error.
+    pub(super) fn get_or_try(
+        &self,
+        attempt: impl FnOnce() -> Result<T, GpuError>,
+    ) -> Result<&T, GpuError> {
+        if let Some(done) = self.done.get() {
+            return Ok(done);
+        }
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(done) = self.done.get() {
+            return Ok(done);
+        }
+        if let Some((at, error)) = &*failed
+            && at.elapsed() < TRY_AGAIN_AFTER
+        {
+            return Err(error.clone());
+        }
+        match attempt() {
+            Ok(done) => Ok(self.done.get_or_init(|| done)),
+            Err(error) => {
+                *failed = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+}
+
+static API: Once<Api> = Once::new();
 
 /// The driver's functions, loaded by whoever asks first. Nothing is initialised.
 pub(super) fn loaded() -> Result<&'static Api, GpuError> {
-    API.get_or_init(load).as_ref().map_err(Clone::clone)
+    API.get_or_try(load)
 }
 
 /// The driver's functions if somebody in this process has loaded the driver; otherwise no address can be a GPU's.
 pub(super) fn loaded_before() -> Option<&'static Api> {
     if let Some(api) = API.get() {
-        return api.as_ref().ok();
+        return Some(api);
     }
     let flags = libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NOLOAD;
     // SAFETY: nothing is loaded, and no initialiser runs.
     let library = unsafe { Library::open(Some(LIBRARY), flags) }.ok()?;
-    let api = Api::look_up(&library).map_err(GpuError);
-    std::mem::forget(library);
-    API.get_or_init(|| api).as_ref().ok()
+    API.get_or_try(|| look_up_in(library)).ok()
 }
 
 /// The driver, initialised.
 pub(super) fn ready() -> Result<&'static Api, GpuError> {
-    static READY: OnceLock<Result<(), GpuError>> = OnceLock::new();
+    static READY: Once<()> = Once::new();
     let api = loaded()?;
     // SAFETY: no pointers.
-    READY.get_or_init(|| api.check("cuInit", unsafe { (api.init)(0) })).clone()?;
+    READY.get_or_try(|| api.check("cuInit", unsafe { (api.init)(0) }))?;
     Ok(api)
 }
 
 fn load() -> Result<Api, GpuError> {
     // SAFETY: loading runs the library's initialisers, as for every program that is linked with it.
     let library = unsafe { Library::open(Some(LIBRARY), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-    let library = library.map_err(|_| GpuError(format!("{LIBRARY} (the driver) not found")))?;
+    look_up_in(library.map_err(|_| GpuError(format!("{LIBRARY} (the driver) not found")))?)
+}
+
+fn look_up_in(library: Library) -> Result<Api, GpuError> {
     let api = Api::look_up(&library).map_err(|why| GpuError(format!("{LIBRARY}: {why}")))?;
     std::mem::forget(library);
     Ok(api)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_tried_again_but_not_at_once() {
+        let once = Once::new();
+        let mut tries = 0;
+        let mut attempt = |outcome: Result<u32, &str>| {
+            let attempt = || {
+                tries += 1;
+                outcome.map_err(|why| GpuError(why.into()))
+            };
+            once.get_or_try(attempt).copied().map_err(|error| error.0)
+        };
+        assert_eq!(attempt(Err("busy")), Err("busy".into()));
+        let earlier = || {
+            let mut failed = once.failed.lock().unwrap();
+            failed.as_mut().unwrap().0 -= TRY_AGAIN_AFTER;
+        };
+        // So soon that nothing is tried; a machine that sleeps here for a second tries, and fails likewise.
+        assert_eq!(attempt(Err("busy")), Err("busy".into()));
+        earlier();
+        assert_eq!(attempt(Ok(7)), Ok(7));
+        assert_eq!(attempt(Err("never tried")), Ok(7));
+        assert!(matches!(tries, 2 | 3));
+    }
 }

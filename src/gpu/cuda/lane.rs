@@ -5,10 +5,10 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use super::super::GpuError;
-use super::api::{NOT_READY, SUCCESS, Stream};
+use super::api::{SUCCESS, Stream};
 use super::device::Device;
 use super::memory::HostMemory;
-use super::table::Tiles;
+use super::table::{Tile, Tiles};
 
 /// Copies of one lane on one GPU at the same time; further ones wait.
 const SLOTS: usize = 64;
@@ -19,14 +19,19 @@ const WARP: u32 = 32;
 const MAX_WARPS: u32 = 32;
 /// How often the driver is asked about a copy whose flag is not there: only it tells of errors.
 const ASK_EVERY: Duration = Duration::from_millis(1);
+/// Ranges that the copy engine is given at a time, some 2 us each: then the lane has others to look after.
+const RANGES_AT_ONCE: usize = 32;
+/// How long a lane that ends waits for its streams. By then it has waited for its copies.
+const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
 /// One lane's part of one GPU.
 struct LaneDevice {
     device: &'static Device,
+    /// Null until it is made.
     streams: [Stream; 1 + BULK_STREAMS],
     /// A line for each slot: the kernel stores the copy's number there.
     flags: HostMemory,
-    /// A number for each slot, in the GPU's memory: blocks that have ended.
+    /// A number for each slot, in the GPU's memory: blocks that have ended. 0 until it is made.
     counters: u64,
     free: Vec<u8>,
     next: u32,
@@ -58,6 +63,28 @@ pub(crate) struct Flight {
     value: u32,
     stream: u8,
     asked: Instant,
+    /// Ranges that the copy engine has been given.
+    given: usize,
+    stage: Stage,
+}
+
+impl Flight {
+    /// Whether the copy engine is still to be given ranges: `poll` wants what the copy was started with.
+    pub(crate) fn wants_more(&self) -> bool {
+        matches!(self.stage, Stage::Giving)
+    }
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// More ranges are to be given.
+    Giving,
+    /// The flag is stored behind all.
+    Signalled,
+    /// The driver refused some of it, or the rest is not wanted. Over when the flag is stored.
+    Cut(GpuError),
+    /// As before, but nothing stores the flag: over when the stream has nothing to do.
+    Unsignalled(GpuError),
 }
 
 /// All that a lane has of GPUs; nothing until the first copy.
@@ -69,6 +96,9 @@ pub(crate) struct LaneGpu {
 impl LaneGpu {
     /// Starts a copy; `None`: as many as may be are under way. Nothing waits.
     ///
+    /// # Errors
+    /// The driver's: nothing is being copied.
+    ///
     /// # Safety
     /// Nothing but this copy writes the ranges that it writes, and all ranges stay what they are until `poll` has said
     /// that it has ended.
@@ -77,6 +107,9 @@ impl LaneGpu {
         launch: &Launch<'_>,
     ) -> Result<Option<Flight>, GpuError> {
         let device = launch.device;
+        if let Some(lost) = device.lost() {
+            return Err(lost.clone());
+        }
         let index = self.device(device)?;
         let part = &mut self.devices[index];
         let Some(slot) = part.free.pop() else { return Ok(None) };
@@ -84,23 +117,24 @@ impl LaneGpu {
         let value = part.next;
         let stream = if launch.bulk {
             part.next_bulk = (part.next_bulk + 1) % BULK_STREAMS;
-            1 + part.next_bulk
+            1 + part.next_bulk as u8
         } else {
             0
         };
+        let (device, asked) = (device.ordinal(), Instant::now());
+        let mut flight =
+            Flight { device, slot, value, stream, asked, given: 0, stage: Stage::Giving };
         // SAFETY: the caller's promise.
-        let launched = unsafe { part.enqueue(launch, slot, value, part.streams[stream]) };
-        match launched {
-            Ok(()) => {
-                let (device, stream) = (device.ordinal(), stream as u8);
-                Ok(Some(Flight { device, slot, value, stream, asked: Instant::now() }))
-            }
-            Err(error) => {
-                // Copies may have been enqueued before the kernel was refused.
-                part.settle(stream);
+        match unsafe { part.go_on(launch, &mut flight) } {
+            Err(error) if flight.given == 0 || part.device.lost().is_some() => {
                 part.free.push(slot);
                 Err(error)
             }
+            Err(error) => {
+                part.cut(&mut flight, error);
+                Ok(Some(flight))
+            }
+            Ok(()) => Ok(Some(flight)),
         }
     }
 
@@ -118,12 +152,31 @@ impl LaneGpu {
         Ok(self.devices.len() - 1)
     }
 
-    /// Whether a copy has ended: `None`, it has not. A load; once a millisecond, a call of the driver.
-    pub(crate) fn poll(&mut self, flight: &mut Flight) -> Option<Result<(), GpuError>> {
+    /// Whether a copy has ended: `None`, it has not. A load; once a millisecond, a call of the driver. Of what the copy engine
+    /// has not been given yet, it is given more of `rest`, which is what the copy was started with; without that the copy ends
+    /// in an error when what was begun has ended.
+    pub(crate) fn poll(
+        &mut self,
+        flight: &mut Flight,
+        rest: Option<&Launch<'_>>,
+    ) -> Option<Result<(), GpuError>> {
         let part = self.devices.iter_mut().find(|part| part.device.ordinal() == flight.device)?;
-        let ended = part.poll(flight)?;
+        let ended = part.poll(flight, rest)?;
         part.free.push(flight.slot);
         Some(ended)
+    }
+
+    /// A copy is not waited for any longer, though it may go on: nothing that it touches may be given back. The answer is what
+    /// its users are told.
+    pub(crate) fn give_up(&self, flight: &Flight) -> GpuError {
+        let part = self.devices.iter().find(|part| part.device.ordinal() == flight.device);
+        part.map_or_else(
+            || GpuError("a copy of an unknown GPU".into()),
+            |part| {
+                part.device.set_stuck();
+                part.device.does_not_answer()
+            },
+        )
     }
 }
 
@@ -131,54 +184,84 @@ impl LaneDevice {
     fn new(device: &'static Device) -> Result<Self, GpuError> {
         let _entered = device.enter()?;
         let flags = HostMemory::new(device, SLOTS * LINE)?;
-        let mut counters = 0;
+        let streams = [ptr::null_mut(); 1 + BULK_STREAMS];
+        let free = (0..SLOTS as u8).rev().collect();
+        // Whatever fails from here on, what was made before it is given back.
+        let mut part = Self { device, streams, flags, counters: 0, free, next: 0, next_bulk: 0 };
         // SAFETY: room for one address.
-        let status = unsafe { (device.api.memory_alloc)(&raw mut counters, SLOTS * LINE) };
-        device.api.check("cuMemAlloc", status)?;
-        let mut streams = [ptr::null_mut(); 1 + BULK_STREAMS];
-        for stream in &mut streams {
+        let status = unsafe { (device.api.memory_alloc)(&raw mut part.counters, SLOTS * LINE) };
+        if let Err(error) = device.check("cuMemAlloc", status) {
+            part.counters = 0;
+            return Err(error);
+        }
+        for stream in &mut part.streams {
             *stream = device.new_stream()?;
         }
+        let counters = part.counters;
         device.set_up(|stream| {
             // SAFETY: it was just allocated.
             let status =
                 unsafe { (device.api.memory_set_async)(counters, 0, SLOTS * LINE, stream) };
-            device.api.check("cuMemsetD8Async", status)
+            device.check("cuMemsetD8Async", status)
         })?;
-        let free = (0..SLOTS as u8).rev().collect();
-        Ok(Self { device, streams, flags, counters, free, next: 0, next_bulk: 0 })
+        Ok(part)
     }
 
+    /// Gives the driver the next part of a copy.
+    ///
     /// # Safety
     /// As for `LaneGpu::launch`.
-    unsafe fn enqueue(
-        &self,
-        launch: &Launch<'_>,
-        slot: u8,
-        value: u32,
-        stream: Stream,
-    ) -> Result<(), GpuError> {
-        let api = self.device.api;
+    unsafe fn go_on(&self, launch: &Launch<'_>, flight: &mut Flight) -> Result<(), GpuError> {
         let _entered = self.device.enter()?;
-        for &(to, from, len) in launch.large {
+        let stream = self.streams[flight.stream as usize];
+        let left = launch.large.get(flight.given..).unwrap_or(&[]);
+        for &(to, from, len) in left.iter().take(RANGES_AT_ONCE) {
             // SAFETY: the caller's promise.
-            let status = unsafe { (api.copy_async)(to, from, len as usize, stream) };
-            api.check("cuMemcpyAsync", status)?;
+            let status = unsafe { (self.device.api.copy_async)(to, from, len as usize, stream) };
+            self.device.check("cuMemcpyAsync", status)?;
+            flight.given += 1;
         }
-        let offset = u64::from(slot) * LINE as u64;
-        let flag = self.flags.address() + offset;
-        if launch.tiles.count == 0 {
+        if flight.given >= launch.large.len() {
+            // SAFETY: the caller's promise.
+            unsafe { self.finish(launch.tiles, launch.blocks, flight) }?;
+            flight.stage = Stage::Signalled;
+        }
+        Ok(())
+    }
+
+    /// Of what the driver has been given the end is waited for, and no more follows.
+    fn cut(&self, flight: &mut Flight, error: GpuError) {
+        let tiles =
+            Tiles { address: 0, count: 0, first: Tile { to: 0, from: 0, len: 0, reserved: 0 } };
+        // SAFETY: it copies nothing.
+        let signalled =
+            self.device.enter().and_then(|_entered| unsafe { self.finish(tiles, 1, flight) });
+        flight.stage =
+            if signalled.is_ok() { Stage::Cut(error) } else { Stage::Unsignalled(error) };
+    }
+
+    /// The last part of a copy, which stores its flag. The thread has entered.
+    ///
+    /// # Safety
+    /// As for `LaneGpu::launch`.
+    unsafe fn finish(&self, tiles: Tiles, blocks: u32, flight: &Flight) -> Result<(), GpuError> {
+        let api = self.device.api;
+        let stream = self.streams[flight.stream as usize];
+        let (offset, mut value) = (u64::from(flight.slot) * LINE as u64, flight.value);
+        let mut flag = self.flags.address() + offset;
+        if tiles.count == 0 {
             // No kernel: it would wait for a multiprocessor, behind a model's that has them all.
             // SAFETY: a line of the flags, which stay until the lane's end. The write comes behind the copies, and with
             // a fence.
-            if unsafe { (api.stream_write)(stream, flag, value, 0) } == SUCCESS {
+            let status = unsafe { (api.stream_write)(stream, flag, value, 0) };
+            if status == SUCCESS {
                 return Ok(());
             }
-            // A driver that does not do that has the kernel do it.
+            // A driver that does not do that has the kernel do it, unless it is lost.
         }
-        let Tiles { address: mut tiles, mut count, first: mut only } = launch.tiles;
-        let (mut counter, mut flag, mut value) = (self.counters + offset, flag, value);
-        let blocks = count.clamp(1, launch.blocks.max(1));
+        let Tiles { address: mut tiles, mut count, first: mut only } = tiles;
+        let mut counter = self.counters + offset;
+        let blocks = count.clamp(1, blocks.max(1));
         let warps = count.div_ceil(blocks).clamp(1, MAX_WARPS);
         let mut arguments: [*mut c_void; 6] = [
             (&raw mut tiles).cast(),
@@ -205,7 +288,7 @@ impl LaneDevice {
                 ptr::null_mut(),
             )
         };
-        api.check("cuLaunchKernel", status)
+        self.device.check("cuLaunchKernel", status)
     }
 
     fn flag(&self, slot: u8) -> u32 {
@@ -217,57 +300,86 @@ impl LaneDevice {
         value
     }
 
-    fn poll(&self, flight: &mut Flight) -> Option<Result<(), GpuError>> {
-        if self.flag(flight.slot) == flight.value {
-            return Some(Ok(()));
+    fn poll(&self, flight: &mut Flight, rest: Option<&Launch<'_>>) -> Option<Result<(), GpuError>> {
+        if let Some(ended) = self.signalled(flight) {
+            return Some(ended);
+        }
+        if let Some(lost) = self.device.lost() {
+            return Some(Err(lost.clone()));
+        }
+        if matches!(flight.stage, Stage::Giving) {
+            // SAFETY: as when it was started.
+            let given = rest.map(|launch| unsafe { self.go_on(launch, flight) });
+            match given {
+                Some(Ok(())) => {}
+                Some(Err(error)) => self.cut(flight, error),
+                None => self.cut(flight, GpuError("the rest was not wanted any more".into())),
+            }
+            return None;
         }
         let now = Instant::now();
         if now - flight.asked < ASK_EVERY {
             return None;
         }
         flight.asked = now;
-        let ended = self.ask(flight.stream as usize)?;
-        if self.flag(flight.slot) == flight.value {
-            return Some(Ok(()));
-        }
-        Some(ended.and(Err(GpuError("a copy ended without saying so".into()))))
-    }
-
-    /// What the driver says of a stream; `None`: it is working.
-    fn ask(&self, stream: usize) -> Option<Result<(), GpuError>> {
-        let entered = self.device.enter();
-        if let Err(error) = entered {
-            return Some(Err(error));
-        }
-        // SAFETY: a living stream.
-        match unsafe { (self.device.api.stream_query)(self.streams[stream]) } {
-            NOT_READY => None,
-            SUCCESS => Some(Ok(())),
-            error => Some(Err(self.device.api.error("cuStreamQuery", error))),
+        let stream = self.streams[flight.stream as usize];
+        match self.device.enter().and_then(|_entered| self.device.query(stream)) {
+            Ok(None) => None,
+            // The device is lost.
+            Err(error) => Some(Err(error)),
+            Ok(Some(())) => self.signalled(flight).or_else(|| {
+                Some(Err(match &flight.stage {
+                    Stage::Cut(error) | Stage::Unsignalled(error) => error.clone(),
+                    _ => GpuError("a copy ended without saying so".into()),
+                }))
+            }),
         }
     }
 
-    /// Waits until nothing runs in a stream. Only after an error, and at a lane's end.
-    fn settle(&self, stream: usize) {
-        if let Ok(_entered) = self.device.enter() {
-            // SAFETY: a living stream.
-            unsafe { (self.device.api.stream_synchronize)(self.streams[stream]) };
-        }
+    /// What the flag says; `None`: it is not stored yet.
+    fn signalled(&self, flight: &Flight) -> Option<Result<(), GpuError>> {
+        let outcome = match &flight.stage {
+            Stage::Signalled => Ok(()),
+            Stage::Cut(error) => Err(error),
+            Stage::Giving | Stage::Unsignalled(_) => return None,
+        };
+        (self.flag(flight.slot) == flight.value).then(|| outcome.map_err(Clone::clone))
+    }
+
+    /// Whether nothing runs in its streams, after some patience.
+    fn is_quiet(&self) -> bool {
+        let Ok(_entered) = self.device.enter() else { return false };
+        let patience = Instant::now() + DROP_PATIENCE;
+        self.streams.iter().filter(|stream| !stream.is_null()).all(|stream| {
+            loop {
+                match self.device.query(*stream) {
+                    Ok(Some(())) => return true,
+                    Ok(None) if Instant::now() < patience => std::thread::yield_now(),
+                    Ok(None) | Err(_) => return false,
+                }
+            }
+        })
     }
 }
 
 impl Drop for LaneDevice {
     fn drop(&mut self) {
-        for stream in 0..self.streams.len() {
-            self.settle(stream);
+        // What a GPU does not let go of stays as it is, and so does all of one that is lost.
+        if self.device.is_stuck() || !self.is_quiet() {
+            if self.device.lost().is_none() {
+                self.device.set_stuck();
+            }
+            return;
         }
         if let Ok(_entered) = self.device.enter() {
-            for stream in self.streams {
+            for stream in self.streams.iter().filter(|stream| !stream.is_null()) {
                 // SAFETY: nothing runs in it. An error leaves nothing to be done.
-                unsafe { (self.device.api.stream_destroy)(stream) };
+                unsafe { (self.device.api.stream_destroy)(*stream) };
             }
-            // SAFETY: no kernel is left that counts there.
-            unsafe { (self.device.api.memory_free)(self.counters) };
+            if self.counters != 0 {
+                // SAFETY: no kernel is left that counts there.
+                unsafe { (self.device.api.memory_free)(self.counters) };
+            }
         }
     }
 }

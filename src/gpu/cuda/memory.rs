@@ -46,6 +46,11 @@ pub(crate) fn is_device_memory(address: u64) -> Option<u32> {
         .map(c_int::cast_unsigned)
 }
 
+/// As [`is_device_memory`], for a range: by both its ends.
+pub(crate) fn holds_device_memory(base: u64, len: u64) -> Option<u32> {
+    is_device_memory(base).or_else(|| is_device_memory(base + len.max(1) - 1))
+}
+
 /// Whether GPUs can address this host memory: both ends of it are pinned, by the application.
 pub(crate) fn is_pinned_host(base: u64, len: u64) -> bool {
     let Some(api) = api::loaded_before() else { return false };
@@ -59,6 +64,59 @@ pub(crate) fn is_pinned_host(base: u64, len: u64) -> bool {
     pinned(base) && pinned(last) && id(base) == id(last)
 }
 
+/// Places in memory that the driver knows, and what lies there: a number that is never given to another allocation.
+#[derive(Debug, Default)]
+pub(crate) struct Watched(SmallVec<[(u64, u64); 1]>);
+
+impl Watched {
+    /// Adds a place, if no allocation is there that is watched already; false: there is none at all.
+    pub(crate) fn add(&mut self, address: u64) -> bool {
+        let id = api::loaded_before()
+            .and_then(|api| attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, address));
+        let Some(id) = id else { return false };
+        if self.0.len() < WATCHED && !self.0.iter().any(|&(_, known)| known == id) {
+            self.0.push((address, id));
+        }
+        true
+    }
+
+    /// Adds all that is in a range of GPU memory; false: not all of it is any.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn add_range(
+        &mut self,
+        device: &Device,
+        start: u64,
+        end: u64,
+    ) -> std::result::Result<bool, GpuError> {
+        let _entered = device.enter()?;
+        let mut at = start;
+        while at < end {
+            let (mut base, mut bytes) = (0, 0);
+            // SAFETY: room for two numbers; the driver looks the address up.
+            let status = unsafe { (device.api.memory_range)(&raw mut base, &raw mut bytes, at) };
+            let next = base.saturating_add(bytes as u64);
+            if status != SUCCESS || next <= at || !self.add(at) {
+                return Ok(false);
+            }
+            at = next;
+        }
+        Ok(true)
+    }
+
+    /// Whether all that was there still is. Some hundred nanoseconds: a kernel that touches memory which was freed takes the
+    /// context of the whole process down.
+    pub(crate) fn are_live(&self) -> bool {
+        self.0.is_empty()
+            || api::loaded_before().is_some_and(|api| {
+                self.0.iter().all(|&(address, id)| {
+                    attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, address) == Some(id)
+                })
+            })
+    }
+}
+
 /// Memory of a GPU that is registered.
 #[derive(Debug)]
 pub(crate) struct Allocation {
@@ -67,8 +125,7 @@ pub(crate) struct Allocation {
     base: u64,
     len: u64,
     handle: Option<[u8; 64]>,
-    /// Places, and what lies there: a number that is never given to another allocation.
-    ids: SmallVec<[(u64, u64); 1]>,
+    watched: Watched,
 }
 
 impl Allocation {
@@ -87,12 +144,9 @@ impl Allocation {
         }
     }
 
-    /// Whether the memory still is what was registered. Some hundred nanoseconds: a kernel that touches memory which was
-    /// freed takes the context of the whole process down.
+    /// Whether the memory still is what was registered.
     pub(crate) fn is_live(&self) -> bool {
-        self.ids.iter().all(|&(address, id)| {
-            attribute::<u64>(self.device.api, ATTRIBUTE_BUFFER_ID, address) == Some(id)
-        })
+        self.watched.are_live()
     }
 }
 
@@ -107,6 +161,7 @@ fn failed(what: impl Into<String>) -> impl FnOnce(GpuError) -> Error {
 /// [`Error::Gpu`] where there is no driver or no such GPU; [`Error::InvalidArgument`] for other memory.
 pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocation> {
     let device = Device::get(ordinal).map_err(failed(format!("GPU {ordinal}")))?;
+    device.check_alive().map_err(failed(format!("GPU {ordinal}")))?;
     let api = device.api;
     let refuse = |why: String| {
         Err(Error::InvalidArgument(format!(
@@ -138,7 +193,7 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
         let (mut start, mut bytes) = (0, 0);
         // SAFETY: room for two numbers; the driver looks the address up.
         let status = unsafe { (api.memory_range)(&raw mut start, &raw mut bytes, at) };
-        api.check("cuMemGetAddressRange", status).map_err(failed("the allocation"))?;
+        device.check("cuMemGetAddressRange", status).map_err(failed("the allocation"))?;
         let Some(id) = attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, at) else {
             return refuse("the driver does not name the allocation".into());
         };
@@ -174,7 +229,7 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
             .map(|(_, id)| id)
             .collect();
     }
-    Ok(Allocation { device, base: whole, len: whole_len, handle, ids: ids.into() })
+    Ok(Allocation { device, base: whole, len: whole_len, handle, watched: Watched(ids.into()) })
 }
 
 /// Memory of another process that this one can address.
@@ -193,7 +248,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if let Ok(_entered) = self.device.enter() {
+        if !self.device.is_stuck()
+            && let Ok(_entered) = self.device.enter()
+        {
             // SAFETY: it was opened in this context, and nothing uses it any more. An error leaves nothing to be done.
             unsafe { (self.device.api.ipc_close)(self.base) };
         }
@@ -203,6 +260,8 @@ impl Drop for Mapping {
 struct Opened {
     owner: u128,
     handle: [u8; 64],
+    /// Where the allocation is in its owner's process.
+    theirs: std::ops::Range<u64>,
     device: u32,
     /// As the driver says, not as the peer did.
     bytes: u64,
@@ -223,8 +282,11 @@ pub(crate) fn open_mapping(
     device: &'static Device,
     owner: u128,
     handle: &[u8; 64],
-    len: u64,
+    (theirs, len): (u64, u64),
 ) -> std::result::Result<Arc<Mapping>, GpuError> {
+    let theirs = theirs..theirs.saturating_add(len);
+    // Closed when the list is not locked any more.
+    let mut stale: Vec<Opened>;
     let mut all = opened();
     let known = all.iter().find(|known| {
         known.handle == *handle && known.owner == owner && known.device == device.ordinal()
@@ -233,6 +295,14 @@ pub(crate) fn open_mapping(
         check_length(known.bytes, len)?;
         return Ok(known.mapping.clone());
     }
+    // The driver never gives a handle twice. Where the owner has another one for these addresses, it has freed what was
+    // there, and what is mapped here of it only takes the GPU's room; plans that still use it keep it.
+    (stale, *all) = all.drain(..).partition(|known| {
+        known.owner == owner
+            && known.handle != *handle
+            && known.theirs.start < theirs.end
+            && theirs.start < known.theirs.end
+    });
     if all.len() >= MAX_MAPPINGS {
         // Of those that no plan uses, the one that was opened first.
         let Some(unused) = all.iter().position(|known| Arc::strong_count(&known.mapping) == 1)
@@ -241,23 +311,26 @@ pub(crate) fn open_mapping(
                 "{MAX_MAPPINGS} allocations of other processes are mapped and in use"
             )));
         };
-        all.remove(unused);
+        stale.push(all.remove(unused));
     }
     let _entered = device.enter()?;
     let mut base = 0;
     // SAFETY: room for one address. Whatever the bytes of the handle are, the driver checks them.
     let status =
         unsafe { (device.api.ipc_open)(&raw mut base, IpcHandle(*handle), LAZY_PEER_ACCESS) };
-    device.api.check("cuIpcOpenMemHandle", status)?;
+    if let Err(error) = device.api.check("cuIpcOpenMemHandle", status) {
+        // The other process's fault, mostly; or the device is lost.
+        return Err(device.check_alive().err().unwrap_or(error));
+    }
     let mapping = Arc::new(Mapping { device, base });
     let (mut start, mut bytes) = (0, 0);
     // SAFETY: room for two numbers.
     let status = unsafe { (device.api.memory_range)(&raw mut start, &raw mut bytes, base) };
-    device.api.check("cuMemGetAddressRange", status)?;
+    device.check("cuMemGetAddressRange", status)?;
     let bytes = if start == base { bytes as u64 } else { 0 };
     check_length(bytes, len)?;
     let device = device.ordinal();
-    all.push(Opened { owner, handle: *handle, device, bytes, mapping: mapping.clone() });
+    all.push(Opened { owner, handle: *handle, theirs, device, bytes, mapping: mapping.clone() });
     Ok(mapping)
 }
 
@@ -315,11 +388,10 @@ impl HostMemory {
 
     /// The thread has entered `device`.
     pub(super) fn new(device: &'static Device, len: usize) -> std::result::Result<Self, GpuError> {
-        let api = device.api;
         let mut start = std::ptr::null_mut();
         // SAFETY: room for one address.
-        let status = unsafe { (api.host_alloc)(&raw mut start, len, HOST_PORTABLE_MAPPED) };
-        api.check("cuMemHostAlloc", status)?;
+        let status = unsafe { (device.api.host_alloc)(&raw mut start, len, HOST_PORTABLE_MAPPED) };
+        device.check("cuMemHostAlloc", status)?;
         // SAFETY: so many bytes have just been allocated.
         unsafe { std::ptr::write_bytes(start.cast::<u8>(), 0, len) };
         Ok(Self { device, start })
@@ -332,7 +404,10 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        if let Ok(_entered) = self.device.enter() {
+        // The driver waits for the GPU, before it takes memory back.
+        if !self.device.is_stuck()
+            && let Ok(_entered) = self.device.enter()
+        {
             // SAFETY: nothing uses it any more. An error leaves nothing to be done.
             unsafe { (self.device.api.host_free)(self.start) };
         }

@@ -18,8 +18,8 @@ pub(crate) use device::Device;
 pub(crate) use direct::{DmaBuf, Visibility};
 pub(crate) use lane::{Flight, LaneGpu, Launch};
 pub(crate) use memory::{
-    Allocation, HostMemory, Mapping, allocation_of, forget_mappings, is_device_memory,
-    is_pinned_host, open_mapping,
+    Allocation, HostMemory, Mapping, Watched, allocation_of, forget_mappings, holds_device_memory,
+    is_device_memory, is_pinned_host, open_mapping,
 };
 pub(crate) use table::{Table, Tile, Tiles};
 

@@ -82,7 +82,7 @@ fn allocate(device: &Device, bytes: usize) -> Result<u64, GpuError> {
     let mut address = 0;
     // SAFETY: room for one address.
     let status = unsafe { (device.api.memory_alloc)(&raw mut address, bytes) };
-    device.api.check("cuMemAlloc of a block table", status)?;
+    device.check("cuMemAlloc of a block table", status)?;
     Ok(address)
 }
 
@@ -97,27 +97,37 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Copies the list to the device and waits for that: some 10 us.
-    pub(crate) fn new(device: &'static Device, tiles: &[Tile]) -> Result<Self, GpuError> {
+    /// Copies the list to the device and waits for that: some 10 us. One of a single range takes nothing of the device.
+    pub(crate) fn new(device: &'static Device, tiles: Vec<Tile>) -> Result<Self, GpuError> {
         let count = u32::try_from(tiles.len())
             .map_err(|_| GpuError(format!("a table of {} ranges", tiles.len())))?;
-        let bytes = size_of_val(tiles);
+        let nothing = Tile { to: 0, from: 0, len: 0, reserved: 0 };
+        let first = tiles.first().copied().unwrap_or(nothing);
+        if count <= 1 {
+            // The kernel is given it with its arguments.
+            return Ok(Self { device, address: 0, bytes: 0, count, first });
+        }
+        let bytes = size_of_val(tiles.as_slice());
         let address = {
             let _entered = device.enter()?;
             device.arena.lock().unwrap_or_else(PoisonError::into_inner).take(device, bytes)?
         };
-        let nothing = Tile { to: 0, from: 0, len: 0, reserved: 0 };
-        let first = tiles.first().copied().unwrap_or(nothing);
         let table = Self { device, address, bytes, count, first };
-        if bytes > 0 {
-            let from = tiles.as_ptr().cast::<c_void>() as usize as u64;
-            device.set_up(|stream| {
-                // SAFETY: the table has room for it, and `set_up` waits until it is there.
-                let status = unsafe { (device.api.copy_async)(address, from, bytes, stream) };
-                device.api.check("cuMemcpyAsync of a block table", status)
-            })?;
+        let from = tiles.as_ptr().cast::<c_void>() as usize as u64;
+        let uploaded = device.set_up(|stream| {
+            // SAFETY: the table has room for it. `set_up` waits until it is there; where it gives that up, both stay.
+            let status = unsafe { (device.api.copy_async)(address, from, bytes, stream) };
+            device.check("cuMemcpyAsync of a block table", status)
+        });
+        match uploaded {
+            Ok(()) => Ok(table),
+            Err(error) => {
+                if device.is_stuck() {
+                    std::mem::forget((table, tiles));
+                }
+                Err(error)
+            }
         }
-        Ok(table)
     }
 
     pub(crate) fn device(&self) -> &'static Device {
@@ -131,6 +141,9 @@ impl Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
+        if self.bytes == 0 {
+            return;
+        }
         let mut arena = self.device.arena.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(free) = arena.free.get_mut(class_of(self.bytes)) {
             free.push(self.address);

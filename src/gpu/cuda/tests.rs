@@ -74,7 +74,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
     let mut lane = LaneGpu::default();
     lane.prepare(device).unwrap();
     let mut run = |tiles: &[Tile], large: &[(u64, u64, u64)], blocks: u32| {
-        let table = Table::new(device, tiles).unwrap();
+        let table = Table::new(device, tiles.to_vec()).unwrap();
         let (mut posts, mut ends) = (Vec::new(), Vec::new());
         for _ in 0..200 {
             let launch = Launch { device, tiles: table.tiles(), large, blocks, bulk: true };
@@ -82,7 +82,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
             // SAFETY: the memory is this test's.
             let mut flight = unsafe { lane.launch(&launch) }.unwrap().unwrap();
             posts.push(began.elapsed());
-            while lane.poll(&mut flight).is_none() {}
+            while lane.poll(&mut flight, None).is_none() {}
             ends.push(began.elapsed());
         }
         (p50(posts), p50(ends))
@@ -129,7 +129,7 @@ fn ways_to_see_the_end(device: &'static Device, tile: Tile) {
     };
     let _entered = device.enter().unwrap();
     let mut asked = Vec::new();
-    let table = Table::new(device, &[tile]).unwrap();
+    let table = Table::new(device, vec![tile]).unwrap();
     let flags = super::memory::HostMemory::new(device, 64).unwrap();
     let mut counter = 0;
     // SAFETY: room for one address.

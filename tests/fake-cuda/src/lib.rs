@@ -3,8 +3,9 @@
 //! GPU, as with the real ones. What there is, is what the engine and its tests call.
 //!
 //! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_ORDERING`: for each of them whether it sees in order what other devices
-//! write: `native`, as all do by default, `flush`, if the host flushes it, `none`. `FAKE_CUDA_NO_DMABUF`: memory is not exported. `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`:
-//! there is no more pinned memory.
+//! write: `native`, as all do by default, `flush`, if the host flushes it, `none`. `FAKE_CUDA_NO_DMABUF`: memory is not exported.
+//! `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`: there is no more pinned memory.
+//! `switches` has what tests do to it while they run.
 
 #![allow(
     clippy::missing_safety_doc,
@@ -14,9 +15,10 @@
 
 mod memory;
 mod stream;
+mod switches;
 
 use std::cell::RefCell;
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use stream::{Stream, Tile, Work};
@@ -28,6 +30,14 @@ const OUT_OF_MEMORY: Status = 2;
 const INVALID_CONTEXT: Status = 201;
 const NOT_READY: Status = 600;
 const NOT_SUPPORTED: Status = 801;
+const CAPTURE_INVALIDATED: Status = 901;
+
+const NOT_FOUND: Status = 500;
+
+/// The kernels that there are: the engine's, which copies tiles, and those of tests.
+const COPY: usize = 1;
+const FILL: usize = 2;
+const CHECK: usize = 3;
 
 /// Contexts are these and the number of their GPU.
 const CONTEXTS: usize = 0x1000;
@@ -45,7 +55,8 @@ pub struct IpcHandle {
     fd: u64,
     len: u64,
     gpu: u64,
-    unused: [u64; 3],
+    id: u64,
+    unused: [u64; 2],
 }
 
 const MAGIC: [u8; 8] = *b"fake-gpu";
@@ -74,13 +85,29 @@ fn current() -> Option<c_int> {
     CURRENT.with_borrow(|stack| stack.last().map(|context| (context - CONTEXTS) as c_int))
 }
 
-/// Runs `call` unless no context is current or the GPU was lost.
+/// Runs `call` unless no context is current, the GPU was lost, or a capture goes on that does not allow it.
 fn within(call: impl FnOnce(c_int) -> Status) -> Status {
-    match (stream::lost(), current()) {
-        (0, Some(gpu)) => call(gpu),
-        (0, None) => INVALID_CONTEXT,
+    let Some(gpu) = current() else { return INVALID_CONTEXT };
+    match (stream::lost(gpu as usize), switches::refuse_amid_capture()) {
+        (0, 0) => call(gpu),
+        (0, refused) => refused,
         (lost, _) => lost,
     }
+}
+
+/// Waits as calls do that change what memory there is: for the GPU of this thread.
+fn wait_for_gpu() {
+    if let Some(gpu) = current() {
+        stream::wait_for_all(gpu as usize);
+    }
+}
+
+/// Gives memory back.
+fn release(address: u64) -> Status {
+    within(|_| {
+        wait_for_gpu();
+        if memory::free(address) { 0 } else { INVALID_VALUE }
+    })
 }
 
 /// # Safety
@@ -97,6 +124,9 @@ macro_rules! driver {
             #[unsafe(no_mangle)]
             #[allow(missing_docs, non_snake_case)]
             pub unsafe extern "C" fn $name($($argument: $kind),*) -> Status {
+                if let Some(refused) = switches::begin(stringify!($name)) {
+                    return refused;
+                }
                 // SAFETY: the driver's manual asks callers for places to write to that are good, and for streams that it made
                 // and that are not destroyed.
                 #[allow(unused_unsafe)]
@@ -112,6 +142,8 @@ driver! {
         let said = match status {
             OUT_OF_MEMORY => c"out of memory",
             700 => c"an illegal memory access was encountered",
+            719 => c"unspecified launch failure",
+            900 => c"operation not permitted when stream is capturing",
             NOT_SUPPORTED => c"operation not supported",
             _ => c"an error of the fake driver",
         };
@@ -124,6 +156,7 @@ driver! {
     fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
         put(context, CONTEXTS + device as usize)
     }
+    fn cuDevicePrimaryCtxRelease_v2(_device: c_int) { 0 }
     fn cuCtxPushCurrent_v2(context: usize) {
         CURRENT.with_borrow_mut(|stack| stack.push(context));
         0
@@ -147,13 +180,32 @@ driver! {
         within(|_| unsafe { put(least, 0) + put(greatest, -5) })
     }
     fn cuCtxSynchronize() {
-        stream::wait_for_all();
-        stream::lost()
+        wait_for_gpu();
+        within(|_| 0)
     }
     fn cuStreamCreateWithPriority(stream: *mut *mut Stream, _flags: c_uint, _priority: c_int) {
         // SAFETY: the caller's place for the result.
-        within(|_| unsafe { put(stream, Box::into_raw(Box::new(Stream::new()))) })
+        within(|gpu| unsafe { put(stream, Box::into_raw(Box::new(Stream::new(gpu as usize)))) })
     }
+    fn cuStreamCreate(stream: *mut *mut Stream, flags: c_uint) {
+        // SAFETY: the caller's place for the result.
+        unsafe { cuStreamCreateWithPriority(stream, flags, 0) }
+    }
+    fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) {
+        let before = switches::exchange_mode(*mode);
+        put(mode, before)
+    }
+    fn cuStreamBeginCapture_v2(_stream: *mut Stream, mode: c_int) {
+        if mode == switches::GLOBAL {
+            switches::begin_capture();
+            return 0;
+        }
+        NOT_SUPPORTED
+    }
+    fn cuStreamEndCapture(_stream: *mut Stream, graph: *mut usize) {
+        if switches::end_capture() { put(graph, 1) } else { CAPTURE_INVALIDATED }
+    }
+    fn cuGraphDestroy(_graph: usize) { 0 }
     fn cuStreamDestroy_v2(stream: *mut Stream) {
         drop(Box::from_raw(stream));
         0
@@ -164,7 +216,7 @@ driver! {
     }
     fn cuStreamSynchronize(stream: *mut Stream) {
         (*stream).wait();
-        stream::lost()
+        stream::lost((*stream).gpu())
     }
     fn cuStreamWriteValue32_v2(stream: *mut Stream, at: u64, value: u32, _flags: c_uint) {
         within(|_| {
@@ -181,8 +233,7 @@ driver! {
         })
     }
     fn cuMemFree_v2(address: u64) {
-        stream::wait_for_all();
-        if memory::free(address) { 0 } else { INVALID_VALUE }
+        release(address)
     }
     fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, address: u64) {
         match memory::at(address) {
@@ -221,10 +272,23 @@ driver! {
         })
     }
     fn cuMemFreeHost(address: *mut c_void) {
-        stream::wait_for_all();
-        if memory::free(address as u64) { 0 } else { INVALID_VALUE }
+        release(address as u64)
     }
     fn cuMemcpyAsync(to: u64, from: u64, len: usize, stream: *mut Stream) {
+        within(|_| {
+            // SAFETY: a stream that was made and is not destroyed.
+            unsafe { &*stream }.enqueue(Work::Copy { to, from, len });
+            0
+        })
+    }
+    fn cuMemcpyPeerAsync(
+        to: u64,
+        _to_context: usize,
+        from: u64,
+        _from_context: usize,
+        len: usize,
+        stream: *mut Stream
+    ) {
         within(|_| {
             // SAFETY: a stream that was made and is not destroyed.
             unsafe { &*stream }.enqueue(Work::Copy { to, from, len });
@@ -251,6 +315,10 @@ driver! {
     }
     fn cuPointerGetAttribute(value: *mut c_void, attribute: c_int, address: u64) {
         let Some(found) = memory::at(address) else { return INVALID_VALUE };
+        let lost = found.gpu.map_or(0, |gpu| stream::lost(gpu as usize));
+        if lost != 0 {
+            return lost;
+        }
         match attribute {
             1 => put(value.cast::<usize>(), CONTEXTS + found.gpu.unwrap_or(0) as usize),
             2 => put(value.cast::<u32>(), if found.gpu.is_some() { 2 } else { 1 }),
@@ -274,7 +342,9 @@ driver! {
             fd: found.fd as u64,
             len: found.len as u64,
             gpu: gpu as u64,
-            unused: [0; 3],
+            // A handle is never given to another allocation.
+            id: found.id,
+            unused: [0; 2],
         })
     }
     fn cuIpcOpenMemHandle_v2(address: *mut u64, handle: IpcHandle, _flags: c_uint) {
@@ -332,12 +402,18 @@ driver! {
         })
     }
     fn cuIpcCloseMemHandle(address: u64) {
-        stream::wait_for_all();
-        if memory::free(address) { 0 } else { INVALID_VALUE }
+        release(address)
     }
     fn cuModuleLoadData(module: *mut usize, _image: *const c_void) { put(module, 1) }
-    fn cuModuleGetFunction(function: *mut usize, _module: usize, _name: *const c_char) {
-        put(function, 1)
+    fn cuModuleUnload(_module: usize) { 0 }
+    fn cuModuleGetFunction(function: *mut usize, _module: usize, name: *const c_char) {
+        let number = match CStr::from_ptr(name).to_bytes() {
+            b"corelane_copy" => COPY,
+            b"corelane_test_fill" => FILL,
+            b"corelane_test_check" => CHECK,
+            _ => return NOT_FOUND,
+        };
+        put(function, number)
     }
 }
 
@@ -368,11 +444,11 @@ pub extern "C" fn corelane_fake_cuda_synchronised() -> u64 {
 #[allow(missing_docs)]
 pub extern "C" fn corelane_fake_cuda() {}
 
-/// The only kernel there is: the engine's, which copies tiles.
+/// Of the kernels that there are.
 #[unsafe(no_mangle)]
 #[allow(missing_docs, non_snake_case, clippy::too_many_arguments)]
 pub unsafe extern "C" fn cuLaunchKernel(
-    _function: usize,
+    function: usize,
     _grid_x: c_uint,
     _grid_y: c_uint,
     _grid_z: c_uint,
@@ -384,14 +460,29 @@ pub unsafe extern "C" fn cuLaunchKernel(
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> Status {
-    // SAFETY: the engine's kernel has these arguments, in this order, and its caller a stream that is not destroyed.
+    if let Some(refused) = switches::begin("cuLaunchKernel") {
+        return refused;
+    }
+    // SAFETY: the kernels have these arguments, in this order, and their caller a stream that is not destroyed.
     within(|_| unsafe {
-        let work = Work::Kernel {
-            tiles: (*arguments).cast::<u64>().read(),
-            count: (*arguments.add(1)).cast::<u32>().read(),
-            done: (*arguments.add(3)).cast::<u64>().read(),
-            value: (*arguments.add(4)).cast::<u32>().read(),
-            only: (*arguments.add(5)).cast::<Tile>().read(),
+        let long = |at: usize| (*arguments.add(at)).cast::<u64>().read();
+        let short = |at: usize| (*arguments.add(at)).cast::<u32>().read();
+        let work = match function {
+            FILL => Work::Fill { base: long(0), words: short(1), seed: short(2) },
+            CHECK => Work::Check {
+                base: long(0),
+                list: long(1),
+                count: short(2),
+                seed: short(3),
+                wrong: long(4),
+            },
+            _ => Work::Kernel {
+                tiles: long(0),
+                count: short(1),
+                done: long(3),
+                value: short(4),
+                only: (*arguments.add(5)).cast::<Tile>().read(),
+            },
         };
         (*stream).enqueue(work);
         0
