@@ -46,6 +46,7 @@
 
 mod config;
 mod core_watch;
+mod crew;
 mod driver;
 mod error;
 #[cfg_attr(loom, path = "executor_loom.rs")]

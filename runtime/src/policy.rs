@@ -38,6 +38,8 @@ static SPINNING_LANES: AtomicUsize = AtomicUsize::new(0);
 pub(crate) enum Idle {
     Turn,
     Standby,
+    /// Another lane of the process turns the pump meanwhile.
+    Rest,
     Park,
 }
 
@@ -58,6 +60,8 @@ pub(crate) struct Policy {
     park_at_once_for_ns: u64,
     /// When the last late yield came back.
     late_yield_ns: Option<u64>,
+    /// Idle for so long, before the last sleep, that nothing but work keeps it awake.
+    parks_next: bool,
     /// Tasks ran between the last two turns: the lane is polled by its own tasks, as by a caller that assists.
     has_busy_tasks: bool,
     watch: CoreWatch,
@@ -88,6 +92,7 @@ impl Policy {
             park_at_once_until_ns: 0,
             park_at_once_for_ns: 0,
             late_yield_ns: None,
+            parks_next: false,
             has_busy_tasks: false,
             watch: CoreWatch::NEW,
             evaluate_at_ns: 0,
@@ -159,9 +164,21 @@ impl Policy {
     /// The lane slept.
     pub(crate) fn woke<D: Driver>(&mut self, shared: &Shared<D>) {
         self.idle_since_ns = None;
+        self.parks_next = false;
         self.last_turn_ns = None;
         self.fresh_ns = Some(shared.clock_ns());
         self.seen_calls = shared.drive.calls.load(Ordering::Relaxed);
+    }
+
+    /// The lane has rested; `parks_next`: it was idle for long enough then.
+    pub(crate) fn rested<D: Driver>(&mut self, shared: &Shared<D>, parks_next: bool) {
+        self.woke(shared);
+        self.parks_next = parks_next;
+    }
+
+    /// Whether the lane is on its way to sleep, and stays out of what others do.
+    pub(crate) fn parks_next(&self) -> bool {
+        self.parks_next
     }
 
     /// After a turn at `now_ns`.
@@ -172,9 +189,11 @@ impl Policy {
         progress: bool,
         has_tasks: bool,
         must_poll: impl FnOnce() -> bool,
+        may_rest: impl FnOnce() -> bool,
     ) -> Idle {
         if progress || self.has_busy_tasks {
             self.idle_since_ns = None;
+            self.parks_next = false;
             return Idle::Turn;
         }
         if !self.dedicated && !has_tasks {
@@ -184,9 +203,13 @@ impl Policy {
                 return Idle::Standby;
             }
         }
+        if !self.parks_next && !self.dedicated && !has_tasks && may_rest() {
+            return Idle::Rest;
+        }
         let since = *self.idle_since_ns.get_or_insert(now_ns);
         let Some(spin_ns) = self.spin_ns else { return Idle::Turn };
-        let is_over = now_ns - since >= spin_ns || now_ns < self.park_at_once_until_ns;
+        let is_over =
+            now_ns - since >= spin_ns || now_ns < self.park_at_once_until_ns || self.parks_next;
         if !is_over || must_poll() {
             return Idle::Turn;
         }

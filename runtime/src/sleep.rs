@@ -13,7 +13,7 @@ use crate::sync::{AtomicU32, Ordering, fence};
 pub(crate) enum LaneState {
     /// Turning: it will see new work by itself.
     Awake = 0,
-    /// Asleep for at most ten milliseconds while callers drive the pump.
+    /// Asleep for at most ten milliseconds while callers, or another lane, drive the pump.
     Standby = 1,
     /// Asleep until a file descriptor, a timer or the doorbell.
     Parked = 2,
@@ -52,6 +52,11 @@ impl Sleep {
     /// Any thread, after making work visible: what the lane is doing.
     pub(crate) fn look(&self) -> LaneState {
         fence(Ordering::SeqCst);
+        LaneState::from_word(self.state.load(Ordering::Relaxed))
+    }
+
+    /// What the lane seems to be doing, for who can be wrong.
+    pub(crate) fn glance(&self) -> LaneState {
         LaneState::from_word(self.state.load(Ordering::Relaxed))
     }
 
