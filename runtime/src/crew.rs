@@ -14,7 +14,6 @@ use std::sync::{
 use crate::{
     Driver,
     shared::{Shared, Turn, lock},
-    sleep::LaneState,
 };
 
 /// A leader that was not seen for so long is held up: its place can be taken, and nobody counts on it.
@@ -28,7 +27,8 @@ const CALLERS_NS: u64 = 300_000;
 
 /// A lane, as its leader sees it.
 trait Member: Send + Sync {
-    /// Whether its thread sleeps and counts on the leader.
+    /// Whether its thread sleeps and counts on the leader, or was called and is not awake yet: with busy cores that may take
+    /// milliseconds.
     fn rests(&self) -> bool;
     /// One turn, at this time of the process's clock. False: nothing was done.
     fn turn(&self, now_ns: u64) -> bool;
@@ -38,7 +38,7 @@ trait Member: Send + Sync {
 
 impl<D: Driver> Member for Shared<D> {
     fn rests(&self) -> bool {
-        self.drive.rests.load(Ordering::Relaxed) && self.wakeup.sleep.glance() == LaneState::Standby
+        self.drive.rests.load(Ordering::Relaxed)
     }
 
     fn turn(&self, now_ns: u64) -> bool {
@@ -197,6 +197,11 @@ impl Place {
     /// Whether another lane leads.
     pub(crate) fn is_led(&self, now_ns: u64) -> bool {
         self.crew.is_led_by_another(self.number, now_ns)
+    }
+
+    /// Whether it leads others just now.
+    pub(crate) fn has_followers(&self) -> bool {
+        self.leads && self.crew.resting.load(Ordering::Relaxed) > 0
     }
 
     pub(crate) fn begin_rest(&self) {

@@ -27,6 +27,12 @@ const GAP_NS: u64 = 100_000;
 const PARK_AT_ONCE_FIRST_NS: u64 = 10_000_000;
 const PARK_AT_ONCE_MAX_NS: u64 = 100_000_000;
 
+/// A lane that leads others yields to them, too, and many that wake up at a time take this long. More is a time slice of somebody
+/// else.
+const LEADER_LATE_NS: u64 = 1_000_000;
+/// How many times longer an idle lane polls that leads others: all of those have to wake up for it to sleep.
+const LEADER_SPINS: u64 = 4;
+
 /// A late yield counts if another came at most so long before it: a few time slices.
 const LATE_AGAIN_NS: u64 = 20_000_000;
 
@@ -189,7 +195,7 @@ impl Policy {
         progress: bool,
         has_tasks: bool,
         must_poll: impl FnOnce() -> bool,
-        may_rest: impl FnOnce() -> bool,
+        (may_rest, leads): (impl FnOnce() -> bool, bool),
     ) -> Idle {
         if progress || self.has_busy_tasks {
             self.idle_since_ns = None;
@@ -208,6 +214,7 @@ impl Policy {
         }
         let since = *self.idle_since_ns.get_or_insert(now_ns);
         let Some(spin_ns) = self.spin_ns else { return Idle::Turn };
+        let spin_ns = if leads { LEADER_SPINS * spin_ns } else { spin_ns };
         let is_over =
             now_ns - since >= spin_ns || now_ns < self.park_at_once_until_ns || self.parks_next;
         if !is_over || must_poll() {
@@ -226,23 +233,24 @@ impl Policy {
     }
 
     /// Between idle turns, without the token unless dedicated.
-    pub(crate) fn pause<D: Driver>(&mut self, shared: &Shared<D>, now_ns: u64) {
+    pub(crate) fn pause<D: Driver>(&mut self, shared: &Shared<D>, now_ns: u64, leads: bool) {
         let polls_on = self.dedicated
             || (self.has_busy_tasks && self.watch.courtesy(now_ns) == Courtesy::None);
         if polls_on {
             std::hint::spin_loop();
         } else {
-            self.yield_core(shared);
+            self.yield_core(shared, leads);
         }
     }
 
     /// Yields the core, and notes how long it was away.
-    pub(crate) fn yield_core<D: Driver>(&mut self, shared: &Shared<D>) {
+    pub(crate) fn yield_core<D: Driver>(&mut self, shared: &Shared<D>, leads: bool) {
         let before = shared.clock_ns();
         std::thread::yield_now();
         let after = shared.clock_ns();
         self.fresh_ns = Some(after);
-        if self.watch.yielded(before, after) {
+        let is_own_doing = leads && after - before <= LEADER_LATE_NS;
+        if self.watch.yielded(before, after) && !is_own_doing {
             shared.counters.late_yields.add(1);
             // One late yield may be the hypervisor's doing; a thread that holds on to the core makes each one late.
             let last_ns = self.late_yield_ns.replace(after);

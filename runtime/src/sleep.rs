@@ -55,11 +55,6 @@ impl Sleep {
         LaneState::from_word(self.state.load(Ordering::Relaxed))
     }
 
-    /// What the lane seems to be doing, for who can be wrong.
-    pub(crate) fn glance(&self) -> LaneState {
-        LaneState::from_word(self.state.load(Ordering::Relaxed))
-    }
-
     /// Any thread, after `look` said that the lane sleeps: true for the one thread that has to ring the doorbell.
     pub(crate) fn claim_wake(&self, seen: LaneState) -> bool {
         seen != LaneState::Awake

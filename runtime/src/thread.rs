@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long a lane rests before it looks whether it is still led. Looking costs whoever has the core some microseconds.
-const REST_NS: u64 = 2_000_000;
+const REST_NS: u64 = 5_000_000;
 /// While tasks live, a spinning lane looks after glommio's I/O and timers this often.
 const PASS_EVERY_NS: u64 = 2_000_000;
 /// While tasks live, a parked lane looks after glommio's I/O and timers this often.
@@ -253,7 +253,7 @@ impl<D: Driver> LaneThread<D> {
         if !local.holds_token.get() {
             if !shared.token.try_acquire() {
                 // A caller is turning the pump.
-                self.policy.yield_core(shared);
+                self.policy.yield_core(shared, self.has_followers());
                 return Next::Turn;
             }
             local.holds_token.set(true);
@@ -273,7 +273,7 @@ impl<D: Driver> LaneThread<D> {
             shared.token.release();
         }
         if next == Next::Turn && turn == Turn::Idle && !self.others_worked {
-            self.policy.pause(shared, self.turn_ns);
+            self.policy.pause(shared, self.turn_ns, self.has_followers());
         }
         next
     }
@@ -307,8 +307,9 @@ impl<D: Driver> LaneThread<D> {
                     crew.is_some_and(|crew| crew.may_rest(now_ns))
                         && !shared.is_left_to_callers(now_ns)
                 };
+                let in_crew = (may_rest, self.has_followers());
                 let decided =
-                    self.policy.decide(shared, now_ns, progress, has_tasks, must_poll, may_rest);
+                    self.policy.decide(shared, now_ns, progress, has_tasks, must_poll, in_crew);
                 let next = match decided {
                     Idle::Turn => Next::Turn,
                     Idle::Rest => {
@@ -400,6 +401,11 @@ impl<D: Driver> LaneThread<D> {
         } else if !self.policy.parks_next() {
             self.others_worked = crew.lead(|| shared.process_ns());
         }
+    }
+
+    /// Whether others rest and count on this lane.
+    fn has_followers(&self) -> bool {
+        self.crew.as_ref().is_some_and(crew::Place::has_followers)
     }
 
     fn step_down(&mut self, idle: bool) {
