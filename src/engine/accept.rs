@@ -36,9 +36,7 @@ fn accept(listener: &OwnedFd) -> std::io::Result<(OwnedFd, Remote)> {
         // Who it is, the handshake tells.
         return Ok((fd, Remote::Unix(0)));
     };
-    let socket = socket2::SockRef::from(&fd);
-    addresses::set_up(&socket)?;
-    addresses::do_not_pace_on_this_host(&socket);
+    addresses::set_up(&socket2::SockRef::from(&fd))?;
     Ok((fd, Remote::Inet(address)))
 }
 

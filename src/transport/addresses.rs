@@ -276,22 +276,6 @@ pub(crate) fn set_up(socket: &socket2::SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)
 }
 
-/// A connection within this host needs no congestion control, and one that paces (BBR) does harm: it takes the rate of small
-/// answers, which wait for one another while a lane is busy, for the rate of the way, and sends the next ones that slowly, so that
-/// they wait for tens of milliseconds. Reno is there on every machine and everybody may choose it. Best effort: with what the
-/// machine's default is it works, too.
-pub(crate) fn do_not_pace_on_this_host(socket: &socket2::SockRef<'_>) {
-    let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip());
-    let (local, remote) = (ip(socket.local_addr()), ip(socket.peer_addr()));
-    if local.is_none() || local != remote {
-        return;
-    }
-    let paces = socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr"));
-    if paces && let Err(error) = socket.set_tcp_congestion(b"reno") {
-        tracing::debug!(%error, "TCP_CONGESTION");
-    }
-}
-
 /// A stream for bulk ends when what it has sent is not taken for so long: it has no liveness of its own, and what waits in
 /// its socket holds memory in use. Not sooner than the kernel sends anything again.
 pub(crate) fn bound_stream(stream: &OwnedFd, liveness: Duration) -> io::Result<()> {
@@ -318,7 +302,6 @@ pub(crate) fn connect(remote: Remote) -> io::Result<OwnedFd> {
         Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => {}
         Err(e) => return Err(e),
     }
-    do_not_pace_on_this_host(&socket2::SockRef::from(&socket));
     Ok(socket.into())
 }
 
@@ -335,20 +318,6 @@ mod tests {
         connect(Remote::Unix(incarnation)).unwrap();
         drop(listener);
         assert!(connect(Remote::Unix(incarnation)).is_err());
-    }
-
-    #[test]
-    fn connections_within_this_host_are_not_paced() {
-        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let ours = connect(Remote::Inet(listener.local_addr().unwrap())).unwrap();
-        let (theirs, _) = listener.accept().unwrap();
-        do_not_pace_on_this_host(&socket2::SockRef::from(&theirs));
-        for socket in [socket2::SockRef::from(&ours), socket2::SockRef::from(&theirs)] {
-            let name = socket.tcp_congestion().unwrap();
-            assert!(!name.starts_with(b"bbr"), "{}", String::from_utf8_lossy(&name));
-        }
-        // What is connected to nothing stays as it is.
-        do_not_pace_on_this_host(&socket2::SockRef::from(&listener));
     }
 
     #[test]
