@@ -132,11 +132,12 @@ pub(crate) fn time_in_threads<T: Sync>(
         prepared?;
         time(list, length, &transfer)
     };
+    let work = &work;
     let ended: Vec<Result<Times>> = std::thread::scope(|scope| {
         let threads: Vec<_> = lists
             .iter()
             .zip(cores)
-            .map(|(list, &core)| scope.spawn(move || (&work)(list, core)))
+            .map(|(list, &core)| scope.spawn(move || work(list, core)))
             .collect();
         warm.wait();
         begun();
