@@ -46,7 +46,6 @@
 
 mod config;
 mod core_watch;
-mod crew;
 mod driver;
 mod error;
 #[cfg_attr(loom, path = "executor_loom.rs")]

@@ -27,12 +27,6 @@ const GAP_NS: u64 = 100_000;
 const PARK_AT_ONCE_FIRST_NS: u64 = 10_000_000;
 const PARK_AT_ONCE_MAX_NS: u64 = 100_000_000;
 
-/// A lane that leads others yields to them, too, and many that wake up at a time take this long. More is a time slice of somebody
-/// else.
-const LEADER_LATE_NS: u64 = 1_000_000;
-/// How many times longer an idle lane polls that leads others: all of those have to wake up for it to sleep.
-const LEADER_SPINS: u64 = 4;
-
 /// A late yield counts if another came at most so long before it: a few time slices.
 const LATE_AGAIN_NS: u64 = 20_000_000;
 
@@ -44,8 +38,6 @@ static SPINNING_LANES: AtomicUsize = AtomicUsize::new(0);
 pub(crate) enum Idle {
     Turn,
     Standby,
-    /// Another lane of the process turns the pump meanwhile.
-    Rest,
     Park,
 }
 
@@ -66,8 +58,6 @@ pub(crate) struct Policy {
     park_at_once_for_ns: u64,
     /// When the last late yield came back.
     late_yield_ns: Option<u64>,
-    /// Idle for so long, before the last sleep, that nothing but work keeps it awake.
-    parks_next: bool,
     /// Tasks ran between the last two turns: the lane is polled by its own tasks, as by a caller that assists.
     has_busy_tasks: bool,
     watch: CoreWatch,
@@ -98,7 +88,6 @@ impl Policy {
             park_at_once_until_ns: 0,
             park_at_once_for_ns: 0,
             late_yield_ns: None,
-            parks_next: false,
             has_busy_tasks: false,
             watch: CoreWatch::NEW,
             evaluate_at_ns: 0,
@@ -170,21 +159,9 @@ impl Policy {
     /// The lane slept.
     pub(crate) fn woke<D: Driver>(&mut self, shared: &Shared<D>) {
         self.idle_since_ns = None;
-        self.parks_next = false;
         self.last_turn_ns = None;
         self.fresh_ns = Some(shared.clock_ns());
         self.seen_calls = shared.drive.calls.load(Ordering::Relaxed);
-    }
-
-    /// The lane has rested; `parks_next`: it was idle for long enough then.
-    pub(crate) fn rested<D: Driver>(&mut self, shared: &Shared<D>, parks_next: bool) {
-        self.woke(shared);
-        self.parks_next = parks_next;
-    }
-
-    /// Whether the lane is on its way to sleep, and stays out of what others do.
-    pub(crate) fn parks_next(&self) -> bool {
-        self.parks_next
     }
 
     /// After a turn at `now_ns`.
@@ -195,11 +172,9 @@ impl Policy {
         progress: bool,
         has_tasks: bool,
         must_poll: impl FnOnce() -> bool,
-        (may_rest, leads): (impl FnOnce() -> bool, bool),
     ) -> Idle {
         if progress || self.has_busy_tasks {
             self.idle_since_ns = None;
-            self.parks_next = false;
             return Idle::Turn;
         }
         if !self.dedicated && !has_tasks {
@@ -209,14 +184,9 @@ impl Policy {
                 return Idle::Standby;
             }
         }
-        if !self.parks_next && !self.dedicated && !has_tasks && may_rest() {
-            return Idle::Rest;
-        }
         let since = *self.idle_since_ns.get_or_insert(now_ns);
         let Some(spin_ns) = self.spin_ns else { return Idle::Turn };
-        let spin_ns = if leads { LEADER_SPINS * spin_ns } else { spin_ns };
-        let is_over =
-            now_ns - since >= spin_ns || now_ns < self.park_at_once_until_ns || self.parks_next;
+        let is_over = now_ns - since >= spin_ns || now_ns < self.park_at_once_until_ns;
         if !is_over || must_poll() {
             return Idle::Turn;
         }
@@ -233,24 +203,23 @@ impl Policy {
     }
 
     /// Between idle turns, without the token unless dedicated.
-    pub(crate) fn pause<D: Driver>(&mut self, shared: &Shared<D>, now_ns: u64, leads: bool) {
+    pub(crate) fn pause<D: Driver>(&mut self, shared: &Shared<D>, now_ns: u64) {
         let polls_on = self.dedicated
             || (self.has_busy_tasks && self.watch.courtesy(now_ns) == Courtesy::None);
         if polls_on {
             std::hint::spin_loop();
         } else {
-            self.yield_core(shared, leads);
+            self.yield_core(shared);
         }
     }
 
     /// Yields the core, and notes how long it was away.
-    pub(crate) fn yield_core<D: Driver>(&mut self, shared: &Shared<D>, leads: bool) {
+    pub(crate) fn yield_core<D: Driver>(&mut self, shared: &Shared<D>) {
         let before = shared.clock_ns();
         std::thread::yield_now();
         let after = shared.clock_ns();
         self.fresh_ns = Some(after);
-        let is_own_doing = leads && after - before <= LEADER_LATE_NS;
-        if self.watch.yielded(before, after) && !is_own_doing {
+        if self.watch.yielded(before, after) {
             shared.counters.late_yields.add(1);
             // One late yield may be the hypervisor's doing; a thread that holds on to the core makes each one late.
             let last_ns = self.late_yield_ns.replace(after);

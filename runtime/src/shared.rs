@@ -15,7 +15,7 @@ use std::{
 use crossbeam_utils::CachePadded;
 
 use crate::{
-    Cx, Driver, crew,
+    Cx, Driver,
     error::panic_message,
     inbox::{Inbox, PushError},
     pump::{Pump, TICK_BITS, TimerKind},
@@ -59,10 +59,6 @@ pub(crate) struct Drive {
     pub(crate) calls: AtomicU64,
     /// When the last turn of a caller began, in nanoseconds of the lane's clock.
     pub(crate) last_turn_ns: AtomicU64,
-    /// The lane's thread counts on the lane that leads its crew.
-    pub(crate) rests: AtomicBool,
-    /// It was idle for long enough, and sleeps next.
-    pub(crate) parks_next: AtomicBool,
 }
 
 /// Wakes the lane's thread. Shared with the wakers of its tasks.
@@ -263,11 +259,7 @@ impl<D: Driver> Shared<D> {
             // Whoever drives the pump will see the message; the lane looks again within ten milliseconds anyway.
             LaneState::Standby => {
                 let last = self.drive.last_turn_ns.load(Ordering::Relaxed);
-                let now_ns = self.clock_ns();
-                let rests = self.drive.rests.load(Ordering::Relaxed);
-                if now_ns.saturating_sub(last) <= DRIVEN_NS
-                    || (rests && crew::is_led(now_ns + self.epoch_ns))
-                {
+                if self.clock_ns().saturating_sub(last) <= DRIVEN_NS {
                     return;
                 }
             }

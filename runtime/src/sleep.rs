@@ -13,7 +13,7 @@ use crate::sync::{AtomicU32, Ordering, fence};
 pub(crate) enum LaneState {
     /// Turning: it will see new work by itself.
     Awake = 0,
-    /// Asleep for at most ten milliseconds while callers, or another lane, drive the pump.
+    /// Asleep for at most ten milliseconds while callers drive the pump.
     Standby = 1,
     /// Asleep until a file descriptor, a timer or the doorbell.
     Parked = 2,

@@ -33,8 +33,6 @@ pub(crate) struct Counters {
     pub(crate) timers: Counter,
     pub(crate) parks: Counter,
     pub(crate) standbys: Counter,
-    pub(crate) led_turns: Counter,
-    pub(crate) rests: Counter,
     /// Counted by any thread.
     pub(crate) doorbells: AtomicU64,
     pub(crate) late_yields: Counter,
@@ -61,10 +59,6 @@ pub struct LaneStats {
     pub parks: u64,
     /// Times the lane stood by while callers drove it.
     pub standbys: u64,
-    /// Turns of the pump on the thread of another lane of the process, while this lane's rested.
-    pub led_turns: u64,
-    /// Times the lane rested while another lane of the process turned its pump.
-    pub rests: u64,
     /// Times a thread rang the doorbell.
     pub doorbells: u64,
     /// Times the lane yielded its core and got it back more than 200 us later.
@@ -88,8 +82,6 @@ impl Counters {
             timers: self.timers.get(),
             parks: self.parks.get(),
             standbys: self.standbys.get(),
-            led_turns: self.led_turns.get(),
-            rests: self.rests.get(),
             doorbells: self.doorbells.load(Ordering::Relaxed),
             late_yields: self.late_yields.get(),
             inbox_used: 0,

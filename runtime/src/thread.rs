@@ -11,7 +11,7 @@ use std::{
 use slab::Slab;
 
 use crate::{
-    AssistMode, Cx, Driver, LaneConfig, LaneError, Spin, crew,
+    Cx, Driver, LaneConfig, LaneError,
     error::panic_message,
     executor::{Executor, yield_to_tasks},
     placement,
@@ -23,8 +23,6 @@ use crate::{
     task::{Job, LaneLocal},
 };
 
-/// How long a lane rests before it looks whether it is still led. Looking costs whoever has the core some microseconds.
-const REST_NS: u64 = 5_000_000;
 /// While tasks live, a spinning lane looks after glommio's I/O and timers this often.
 const PASS_EVERY_NS: u64 = 2_000_000;
 /// While tasks live, a parked lane looks after glommio's I/O and timers this often.
@@ -96,15 +94,10 @@ fn start<D: Driver>(
     let driver = catch_unwind(AssertUnwindSafe(|| make(&mut Cx { pump: &mut pump })))
         .map_err(|payload| LaneError::MakeDriver(panic_message(&*payload)))?;
     let policy = Policy::new(&config);
-    let claimed = config.claim.is_some();
-    // One that never parks, or always at once, goes its own way.
-    let spins_a_while = config.spin != Spin::Forever && config.spin != Spin::For(Duration::ZERO);
-    let joins = config.assist != AssistMode::Never && spins_a_while;
     let state = Core { driver: Some(driver), pump };
     let shared =
         Arc::new(Shared::new(config.name, config.core, epoch, config.inbox_slots, doorbell, state));
     shared.adopt_thread();
-    let crew = joins.then(|| crew::Place::join(&shared, claimed));
     let local = Rc::new(LaneLocal {
         shared,
         holds_token: Cell::new(true),
@@ -126,9 +119,6 @@ fn start<D: Driver>(
         turn_ns: 0,
         jobs: Vec::new(),
         standby: Standby { for_ns: STANDBY_FIRST_NS, ..Standby::default() },
-        crew,
-        others_worked: false,
-        took_long: false,
     };
     Ok((thread, executor))
 }
@@ -152,12 +142,6 @@ struct LaneThread<D: Driver> {
     /// Tasks that are still to be made.
     jobs: Vec<Job<D>>,
     standby: Standby,
-    /// None: it stays out of what others do.
-    crew: Option<crew::Place>,
-    /// A lane that this one leads made progress since its last turn.
-    others_worked: bool,
-    /// The last turn was a long one.
-    took_long: bool,
 }
 
 /// What the loop does next.
@@ -165,8 +149,6 @@ struct LaneThread<D: Driver> {
 enum Next {
     Turn,
     Standby,
-    /// Asleep for a while, led by another lane.
-    Rest,
     /// Asleep until an event, or this many nanoseconds have passed.
     Park(Option<u64>),
     End,
@@ -178,16 +160,11 @@ impl<D: Driver> LaneThread<D> {
         loop {
             self.take_attention();
             let has_tasks = self.local.alive.get() > 0 || !self.jobs.is_empty();
-            self.lead(has_tasks);
             let next = if has_tasks { executor.run(self.turn_among_tasks()) } else { self.turn() };
             self.local.forget_ended_tasks();
             match next {
                 Next::Turn => {}
-                Next::Standby => {
-                    self.step_down(false);
-                    self.stand_by();
-                }
-                Next::Rest => self.rest(),
+                Next::Standby => self.stand_by(),
                 Next::Park(timeout) => {
                     if self.local.alive.get() > 0 {
                         self.local.task_ran.set(false);
@@ -196,7 +173,6 @@ impl<D: Driver> LaneThread<D> {
                             continue;
                         }
                     }
-                    self.step_down(true);
                     self.park(timeout);
                 }
                 Next::End => break,
@@ -253,7 +229,7 @@ impl<D: Driver> LaneThread<D> {
         if !local.holds_token.get() {
             if !shared.token.try_acquire() {
                 // A caller is turning the pump.
-                self.policy.yield_core(shared, self.has_followers());
+                self.policy.yield_core(shared);
                 return Next::Turn;
             }
             local.holds_token.set(true);
@@ -272,8 +248,8 @@ impl<D: Driver> LaneThread<D> {
             local.holds_token.set(false);
             shared.token.release();
         }
-        if next == Next::Turn && turn == Turn::Idle && !self.others_worked {
-            self.policy.pause(shared, self.turn_ns, self.has_followers());
+        if next == Next::Turn && turn == Turn::Idle {
+            self.policy.pause(shared, self.turn_ns);
         }
         next
     }
@@ -296,26 +272,9 @@ impl<D: Driver> LaneThread<D> {
                 pump.intent = Intent::Turn;
                 let has_tasks = self.local.alive.get() > 0;
                 let must_poll = || core.driver.as_ref().is_some_and(Driver::must_poll);
-                let has_others = self.crew.as_ref().is_some_and(crew::Place::has_others);
-                self.took_long = progress
-                    && has_others
-                    && shared.clock_ns().saturating_sub(now_ns) > crew::LONG_NS;
-                let progress = progress || self.others_worked;
-                let may_rest = || {
-                    let now_ns = now_ns + shared.epoch_ns;
-                    let crew = self.crew.as_ref();
-                    crew.is_some_and(|crew| crew.may_rest(now_ns))
-                        && !shared.is_left_to_callers(now_ns)
-                };
-                let in_crew = (may_rest, self.has_followers());
-                let decided =
-                    self.policy.decide(shared, now_ns, progress, has_tasks, must_poll, in_crew);
-                let next = match decided {
+                let next = match self.policy.decide(shared, now_ns, progress, has_tasks, must_poll)
+                {
                     Idle::Turn => Next::Turn,
-                    Idle::Rest => {
-                        pump.intent = Intent::Standby;
-                        Next::Rest
-                    }
                     Idle::Standby => {
                         pump.intent = Intent::Standby;
                         Next::Standby
@@ -387,60 +346,6 @@ impl<D: Driver> LaneThread<D> {
         }
     }
 
-    /// Turns the lanes that rest, where nobody else does. One with tasks has enough to do.
-    fn lead(&mut self, has_tasks: bool) {
-        self.others_worked = false;
-        let Some(crew) = &mut self.crew else { return };
-        if !crew.has_others() || self.policy.is_dedicated() {
-            return;
-        }
-        let shared = &self.local.shared;
-        // Who has long turns would let the others wait.
-        if has_tasks || self.took_long {
-            crew.step_down(false);
-        } else if !self.policy.parks_next() {
-            self.others_worked = crew.lead(|| shared.process_ns());
-        }
-    }
-
-    /// Whether others rest and count on this lane.
-    fn has_followers(&self) -> bool {
-        self.crew.as_ref().is_some_and(crew::Place::has_followers)
-    }
-
-    fn step_down(&mut self, idle: bool) {
-        if let Some(crew) = &mut self.crew {
-            crew.step_down(idle);
-        }
-    }
-
-    /// Sleeps while another lane turns the pump.
-    fn rest(&mut self) {
-        let local = self.local.clone();
-        let shared = &*local.shared;
-        let Some(crew) = self.crew.take() else { return };
-        shared.counters.rests.add(1);
-        crew.begin_rest();
-        shared.drive.rests.store(true, Ordering::Relaxed);
-        loop {
-            let led = || crew.is_led(shared.process_ns());
-            self.sleep_unless(shared, LaneState::Standby, Some(REST_NS), || {
-                shared.wakeup.attention.load(Ordering::Acquire) || !led()
-            });
-            if !led()
-                || self.ring.has_completions()
-                || shared.wakeup.attention.load(Ordering::Acquire)
-            {
-                break;
-            }
-        }
-        shared.drive.rests.store(false, Ordering::Relaxed);
-        crew.end_rest();
-        self.crew = Some(crew);
-        let parks_next = shared.drive.parks_next.swap(false, Ordering::Relaxed);
-        self.policy.rested(shared, parks_next);
-    }
-
     /// Sleeps without the token until an event, the timeout, or new work.
     fn park(&mut self, timeout_ns: Option<u64>) {
         let local = self.local.clone();
@@ -480,23 +385,14 @@ impl<D: Driver> LaneThread<D> {
     }
 
     fn sleep(&mut self, shared: &Shared<D>, how: LaneState, timeout_ns: Option<u64>) {
-        self.sleep_unless(shared, how, timeout_ns, || match how {
-            // In a stand-by messages are for the callers that drive.
-            LaneState::Standby => shared.wakeup.attention.load(Ordering::Acquire),
-            _ => shared.has_pending(),
-        });
-    }
-
-    fn sleep_unless(
-        &mut self,
-        shared: &Shared<D>,
-        how: LaneState,
-        timeout_ns: Option<u64>,
-        pending: impl FnOnce() -> bool,
-    ) {
         let sleep = &shared.wakeup.sleep;
         sleep.announce(how);
-        if pending() {
+        // In a stand-by messages are for the callers that drive.
+        let pending = match how {
+            LaneState::Standby => shared.wakeup.attention.load(Ordering::Acquire),
+            _ => shared.has_pending(),
+        };
+        if pending {
             self.report(shared, Ring::submit);
         } else {
             let timeout = timeout_ns.map(Duration::from_nanos);
@@ -506,8 +402,6 @@ impl<D: Driver> LaneThread<D> {
     }
 
     fn end(mut self, executor: Executor) {
-        // Nobody is to count on it, nor turn it any more.
-        self.crew = None;
         let shared = self.local.shared.clone();
         // Callers leave soon: a turn is short.
         while !self.local.holds_token.get() {
