@@ -489,6 +489,9 @@ check_nixl_bench() {
             nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms \
             --scenario all,fault,trace --trace "$log_dir/bench/requests.csv" --fault-timeout 2s --phase-duration 200ms --out-dir "$log_dir/bench/nixl" &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+            nixl --vs UCX --num_threads 3 --start_block_size 4096 --max_batch_size 2 --num_iter 99 --rounds 1 --format nixlbench \
+            --out-dir "$log_dir/bench/threads" &&
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
             many-peers --vs UCX --vs UCX@UCX_TLS=tcp --peers 1,3 --rounds 1 --duration 20ms --out-dir "$log_dir/bench/many-peers" &&
         cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
             plot "$log_dir/bench/nixl/results.json" "$log_dir/bench/many-peers/results.json" --out "$log_dir/bench/nixl/again.html"

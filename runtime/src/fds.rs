@@ -6,6 +6,10 @@ use slab::Slab;
 
 use crate::{Interest, Readiness, Start};
 
+/// From so many hot descriptors on, one call asks the kernel about all of them, and only those are tried that are ready. Trying
+/// one in vain costs 0.3 us, asking about one more 0.03 us.
+const MANY_HOT: usize = 4;
+
 /// An idle descriptor goes quiet after this time, if it is not among the few that may stay hot.
 pub(crate) const HOT_IDLE_NS: u64 = 200_000;
 
@@ -36,8 +40,10 @@ struct Entry {
     calm: bool,
     armed: Option<Armed>,
     last_active_ns: u64,
-    /// What the ring reported since the last call of `on_fd`.
+    /// What the kernel reported since the last call of `on_fd`.
     reported: Option<Readiness>,
+    /// The kernel was asked just now, and there is nothing to do.
+    at_rest: bool,
 }
 
 /// Work for the ring, which only the lane's thread may touch.
@@ -57,6 +63,8 @@ pub(crate) struct FdTable {
     hot: Vec<u32>,
     pending: Vec<Pending>,
     scratch: Vec<(u64, u32)>,
+    /// What the kernel is asked about the hot ones.
+    questions: Vec<libc::pollfd>,
     next_generation: u32,
     next_sequence: u32,
 }
@@ -68,6 +76,7 @@ impl FdTable {
             hot: Vec::with_capacity(capacity),
             pending: Vec::with_capacity(capacity),
             scratch: Vec::with_capacity(capacity),
+            questions: Vec::with_capacity(capacity),
             next_generation: 0,
             next_sequence: 0,
         }
@@ -93,7 +102,10 @@ impl FdTable {
             armed: None,
             last_active_ns: now_ns,
             reported: None,
+            at_rest: false,
         }) as u32;
+        // So that asking never allocates.
+        self.questions.reserve(self.entries.len());
         let id = FdId { index, generation };
         match start {
             _ if interest.is_none() => {}
@@ -156,12 +168,44 @@ impl FdTable {
         self.hot.len()
     }
 
+    /// Finds out which of the hot descriptors are ready, where they are many. `ask` fills in the answers, as poll(2) does, and says
+    /// whether it could.
+    #[inline]
+    pub(crate) fn ask(&mut self, ask: impl FnOnce(&mut [libc::pollfd]) -> bool) {
+        if self.hot.len() >= MANY_HOT {
+            self.ask_about_all(ask);
+        }
+    }
+
+    fn ask_about_all(&mut self, ask: impl FnOnce(&mut [libc::pollfd]) -> bool) {
+        self.questions.clear();
+        for index in &self.hot {
+            let Entry { fd, interest, .. } = self.entries[*index as usize];
+            let events = interest.poll_mask() as libc::c_short;
+            self.questions.push(libc::pollfd { fd, events, revents: 0 });
+        }
+        // Where nothing is known, all are tried.
+        let known = ask(&mut self.questions);
+        for (index, question) in self.hot.iter().zip(&self.questions) {
+            let entry = &mut self.entries[*index as usize];
+            entry.at_rest = known && question.revents == 0;
+            if known && question.revents != 0 {
+                entry.reported = Some(readiness(question.revents as u16 as u32, false));
+            }
+        }
+    }
+
     /// The descriptor at `position` of the hot list, and why to call it now.
     #[inline]
     pub(crate) fn visit(&mut self, position: usize) -> Option<(FdId, u64, Readiness)> {
         let index = *self.hot.get(position)?;
         let entry = &mut self.entries[index as usize];
-        let readiness = entry.reported.take().unwrap_or(Readiness::Hot);
+        let at_rest = std::mem::take(&mut entry.at_rest);
+        let readiness = match entry.reported.take() {
+            Some(reported) => reported,
+            None if at_rest => return None,
+            None => Readiness::Hot,
+        };
         Some((FdId { index, generation: entry.generation }, entry.token, readiness))
     }
 
@@ -182,14 +226,8 @@ impl FdTable {
             return false;
         }
         entry.armed = None;
-        let events = result.max(0) as u32;
-        let has = |bits: libc::c_short| events & bits as u32 != 0;
-        entry.reported = Some(Readiness::Ready {
-            readable: has(libc::POLLIN | libc::POLLRDHUP),
-            writable: has(libc::POLLOUT),
-            // A poll that failed is reported so too: the driver's next try finds out why.
-            hangup: result < 0 || has(libc::POLLERR | libc::POLLHUP),
-        });
+        // A poll that failed is a hang-up, too: the driver's next try finds out why.
+        entry.reported = Some(readiness(result.max(0) as u32, result < 0));
         entry.last_active_ns = now_ns;
         self.heat(index);
         true
@@ -319,6 +357,15 @@ impl FdTable {
     }
 }
 
+fn readiness(events: u32, failed: bool) -> Readiness {
+    let has = |bits: libc::c_short| events & bits as u32 != 0;
+    Readiness::Ready {
+        readable: has(libc::POLLIN | libc::POLLRDHUP),
+        writable: has(libc::POLLOUT),
+        hangup: failed || has(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL),
+    }
+}
+
 fn user_data(index: u32, armed: Armed) -> u64 {
     u64::from(index) | u64::from(armed.sequence) << 32
 }
@@ -442,6 +489,59 @@ mod tests {
         table.make_hot(id, 0);
         table.cool_idle(LATER, 0, true);
         assert_eq!(ops(&mut table), []);
+    }
+
+    #[test]
+    fn of_many_hot_descriptors_only_those_that_are_ready_are_visited() {
+        let mut table = table();
+        let visited = |table: &mut FdTable| -> Vec<(u64, Readiness)> {
+            let visits = (0..table.hot_count()).filter_map(|position| table.visit(position));
+            visits.map(|(_, token, readiness)| (token, readiness)).collect()
+        };
+        for n in 0..MANY_HOT as u64 - 1 {
+            table.add(n as RawFd, n, Interest::READABLE, Start::Hot, 0);
+        }
+        table.ask(|_| panic!("too few to ask"));
+        assert_eq!(visited(&mut table).len(), MANY_HOT - 1);
+        table.add(70, 70, Interest::BOTH, Start::Hot, 0);
+        let answer = |questions: &mut [libc::pollfd]| {
+            assert_eq!(questions.len(), MANY_HOT);
+            for question in questions.iter_mut() {
+                let both = question.fd == 70;
+                let wanted = if both { Interest::BOTH } else { Interest::READABLE };
+                assert_eq!(question.events as u16 as u32, wanted.poll_mask());
+                question.revents = match question.fd {
+                    1 => libc::POLLIN | libc::POLLRDHUP,
+                    70 => libc::POLLOUT,
+                    _ => 0,
+                };
+            }
+            true
+        };
+        table.ask(answer);
+        let ready = |readable, writable| Readiness::Ready { readable, writable, hangup: false };
+        assert_eq!(visited(&mut table), [(1, ready(true, false)), (70, ready(false, true))]);
+        // The answers are those of one turn.
+        assert_eq!(visited(&mut table).len(), MANY_HOT);
+        // And where there are none, everything is tried.
+        table.ask(|_| false);
+        assert!(visited(&mut table).iter().all(|(_, readiness)| *readiness == Readiness::Hot));
+    }
+
+    #[test]
+    fn what_the_ring_reported_is_not_forgotten_over_an_answer() {
+        let mut table = table();
+        let quiet = table.add(9, 42, Interest::READABLE, Start::Quiet, 0);
+        for n in 0..MANY_HOT as u64 {
+            table.add(20 + n as RawFd, n, Interest::READABLE, Start::Hot, 0);
+        }
+        let (_, user_data) = armed(ops(&mut table)[0]);
+        assert!(table.poll_completed(user_data, libc::POLLHUP.into(), 0));
+        table.ask(|_| true);
+        let visits: Vec<_> =
+            (0..table.hot_count()).filter_map(|position| table.visit(position)).collect();
+        let hangup = Readiness::Ready { readable: false, writable: false, hangup: true };
+        assert_eq!(visits, [(quiet, 42, hangup)]);
     }
 
     #[test]

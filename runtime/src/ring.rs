@@ -226,6 +226,13 @@ impl Ring {
     }
 }
 
+/// Which descriptors are ready, for any thread. False: the kernel could not say.
+pub(crate) fn ready_now(questions: &mut [libc::pollfd]) -> bool {
+    // SAFETY: that many valid structures, to be read and written; it does not wait.
+    let ready = unsafe { libc::poll(questions.as_mut_ptr(), questions.len() as libc::nfds_t, 0) };
+    ready >= 0
+}
+
 /// `IORING_ENTER_GETEVENTS`
 const GETEVENTS: u32 = 1;
 

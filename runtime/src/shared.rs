@@ -388,6 +388,7 @@ impl<D: Driver> Core<D> {
             }
         }
 
+        pump.fds.ask(crate::ring::ready_now);
         // Backwards: whatever the driver removes or adds meanwhile, no descriptor is missed.
         let mut position = pump.fds.hot_count();
         while position > 0 {

@@ -10,6 +10,7 @@ use nixl_sys::{
 };
 
 use super::driver::{Driver, Transferred};
+use super::timing::{Length, Times, time_in_threads};
 use super::wire::NixlSystem;
 use crate::arena::Arena;
 use crate::case::Operation;
@@ -89,7 +90,8 @@ impl NixlAgent {
         let name = format!("{name}-{}", std::process::id());
         let config = AgentConfig {
             enable_prog_thread: system.prog_thread,
-            thread_sync: ThreadSync::None,
+            // What an application of several threads asks for.
+            thread_sync: if system.threads { ThreadSync::Rw } else { ThreadSync::None },
             ..AgentConfig::default()
         };
         let agent = Agent::new_configured(&name, &config).context("creating a NIXL agent")?;
@@ -227,39 +229,35 @@ impl Driver for NixlAgent {
 
     #[inline]
     fn transfer(&self, prepared: &Prepared) -> Result<Transferred> {
-        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
-        let started = now_ns();
-        let unfinished = self.agent.post_xfer_req(request, None).context("posting a transfer")?;
-        let posted = now_ns();
-        if unfinished {
-            let mut polls = 0u32;
-            while self.agent.get_xfer_status(request).context("the status of a transfer")?
-                == XferStatus::InProgress
-            {
-                polls += 1;
-                if polls.is_multiple_of(POLLS_PER_LOOK) && now_ns() - started > OPERATION_TIMEOUT_NS
-                {
-                    bail!(
-                        "a transfer did not end within {} s",
-                        OPERATION_TIMEOUT_NS / 1_000_000_000
-                    );
-                }
-            }
-        }
-        let completed = now_ns();
-        Ok(Transferred { posted_ns: Some(posted - started), completed_ns: completed - started })
+        transfer(&self.agent, prepared.request()?)
+    }
+
+    /// Only NIXL's handles are shared: descriptor lists are for the thread that prepares.
+    fn time_in_threads(
+        &self,
+        lists: &[Vec<Prepared>],
+        cores: &[usize],
+        length: Length,
+        begun: impl FnOnce(),
+    ) -> Result<Times> {
+        let lists: Vec<Vec<&XferRequest>> = lists
+            .iter()
+            .map(|list| list.iter().map(Prepared::request).collect())
+            .collect::<Result<_>>()?;
+        let agent = &self.agent;
+        time_in_threads(&lists, cores, length, |request| transfer(agent, request), begun)
     }
 
     #[inline]
     fn post(&self, prepared: &Prepared) -> Result<bool> {
-        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
-        let unfinished = self.agent.post_xfer_req(request, None).context("posting a transfer")?;
+        let unfinished =
+            self.agent.post_xfer_req(prepared.request()?, None).context("posting a transfer")?;
         Ok(!unfinished)
     }
 
     #[inline]
     fn is_finished(&self, prepared: &Prepared) -> Result<bool> {
-        let request = prepared.request.as_ref().context("a transfer that was never prepared")?;
+        let request = prepared.request()?;
         let status = self.agent.get_xfer_status(request).context("the status of a transfer")?;
         Ok(status != XferStatus::InProgress)
     }
@@ -316,6 +314,34 @@ pub(crate) struct Prepared {
     local: XferDescList<'static>,
     remote: XferDescList<'static>,
     request: Option<XferRequest>,
+}
+
+impl Prepared {
+    #[inline]
+    fn request(&self) -> Result<&XferRequest> {
+        self.request.as_ref().context("a transfer that was never prepared")
+    }
+}
+
+/// Posts a transfer and polls without yielding until it is over.
+#[inline]
+fn transfer(agent: &Agent, request: &XferRequest) -> Result<Transferred> {
+    let started = now_ns();
+    let unfinished = agent.post_xfer_req(request, None).context("posting a transfer")?;
+    let posted = now_ns();
+    if unfinished {
+        let mut polls = 0u32;
+        while agent.get_xfer_status(request).context("the status of a transfer")?
+            == XferStatus::InProgress
+        {
+            polls += 1;
+            if polls.is_multiple_of(POLLS_PER_LOOK) && now_ns() - started > OPERATION_TIMEOUT_NS {
+                bail!("a transfer did not end within {} s", OPERATION_TIMEOUT_NS / 1_000_000_000);
+            }
+        }
+    }
+    let completed = now_ns();
+    Ok(Transferred { posted_ns: Some(posted - started), completed_ns: completed - started })
 }
 
 /// Says which plugins there are when the one asked for is not among them.

@@ -55,6 +55,8 @@ pub(crate) struct NixlCase {
     pub(crate) load: Option<LoadShape>,
     /// Scenario `trace`: what is replayed. `blocks` are then those of the longest request.
     pub(crate) trace: Option<Trace>,
+    /// Threads of the initiator that post and poll, each with transfers of its own.
+    pub(crate) threads: usize,
 }
 
 /// Transfers that operations rotate through together stay within this much memory: a test of latency must not turn
@@ -86,14 +88,19 @@ impl NixlCase {
         self.blocks * self.block_bytes
     }
 
-    /// Prepared transfers that operations rotate through, each with places of its own.
+    /// Prepared transfers that a thread's operations rotate through, each with places of its own.
     pub(crate) fn slots(&self) -> usize {
         match self.bytes() {
             0 => 0,
             _ if self.load.is_some() => READ_SLOTS,
             _ if self.trace.is_some() => 1,
-            bytes => (SLOT_MEMORY / bytes).clamp(1, MAX_SLOTS),
+            bytes => (SLOT_MEMORY / self.threads.max(1) / bytes).clamp(1, MAX_SLOTS),
         }
+    }
+
+    /// The prepared transfers of all threads, thread after thread.
+    pub(crate) fn all_slots(&self) -> usize {
+        self.slots() * self.threads
     }
 
     /// From the start of a block to that of the next in memory: scattered ones leave a gap as large as themselves.
@@ -106,7 +113,7 @@ impl NixlCase {
     pub(crate) fn arena_bytes(&self) -> Option<usize> {
         // Before anything else: all other figures of a case may overflow when this one does.
         self.block_bytes.checked_next_multiple_of(64)?.checked_mul(2)?.checked_mul(self.blocks)?;
-        let slots = self.distance().checked_mul(self.blocks)?.checked_mul(self.slots())?;
+        let slots = self.distance().checked_mul(self.blocks)?.checked_mul(self.all_slots())?;
         match self.load {
             Some(load) => slots.checked_next_multiple_of(4096)?.checked_add(load.bulk_bytes),
             None => Some(slots),
@@ -125,6 +132,7 @@ pub(crate) struct NixlCaseOptions {
     /// Bytes of the reads of scenario `decode-under-prefill`, and what runs beside them.
     pub(crate) decode_bytes: usize,
     pub(crate) load: LoadShape,
+    pub(crate) threads: usize,
 }
 
 /// Name of a case of scenario `decode-under-prefill`.
@@ -167,6 +175,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
                     notification_bytes,
                     load,
                     trace: None,
+                    threads: options.threads,
                 });
             }
         }
@@ -181,6 +190,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
                 notification_bytes,
                 load: None,
                 trace: None,
+                threads: 1,
             });
         }
         if scenario == NixlScenario::DecodeUnderPrefill {
@@ -192,6 +202,7 @@ pub(crate) fn cases(options: &NixlCaseOptions) -> Vec<NixlCase> {
                 notification_bytes: 0,
                 load: Some(options.load),
                 trace: None,
+                threads: 1,
             });
         }
     }
@@ -211,6 +222,7 @@ pub(crate) mod tests {
             notification_bytes: 16,
             decode_bytes: 4096,
             load: LoadShape { reads_per_s: 1000, bulk_bytes: 64 << 20 },
+            threads: 1,
         })
     }
 
@@ -246,6 +258,17 @@ pub(crate) mod tests {
     fn slots_are_few_and_only_where_data_moves() {
         let slots: Vec<usize> = all().iter().map(NixlCase::slots).collect();
         assert_eq!(slots, [16, 1, 16, 1, 1, 1, 0, 1, 1, 64]);
+    }
+
+    #[test]
+    fn every_thread_has_places_of_its_own() {
+        let slots = |case: &NixlCase, threads| {
+            let case = NixlCase { threads, ..case.clone() };
+            (case.slots(), case.all_slots(), case.arena_bytes())
+        };
+        let all = all();
+        assert_eq!(slots(&all[0], 4), (16, 64, Some(64 * 64)));
+        assert_eq!(slots(&all[1], 4), (1, 4, Some(4 << 20)));
     }
 
     #[test]

@@ -97,7 +97,8 @@ impl BackendArgs {
         if Some(backend) == self.backends().first() {
             parameters.extend(self.parameters.iter().cloned());
         }
-        NixlSystem { backend: backend.name.clone(), parameters, prog_thread: self.prog_thread }
+        let backend = backend.name.clone();
+        NixlSystem { backend, parameters, prog_thread: self.prog_thread, threads: false }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use super::timing::{Length, Times};
 use crate::arena::Arena;
 use crate::case::Operation;
 
@@ -37,6 +38,16 @@ pub(crate) trait Driver {
 
     /// Posts a prepared transfer and polls without yielding until it is over.
     fn transfer(&self, prepared: &Self::Prepared) -> Result<Transferred>;
+
+    /// Warms up and times each list of transfers on a thread of its own, as
+    /// [`time_in_threads`](super::timing::time_in_threads) does.
+    fn time_in_threads(
+        &self,
+        lists: &[Vec<Self::Prepared>],
+        cores: &[usize],
+        length: Length,
+        begun: impl FnOnce(),
+    ) -> Result<Times>;
 
     /// Posts a prepared transfer; true where it is over already.
     fn post(&self, prepared: &Self::Prepared) -> Result<bool>;

@@ -76,6 +76,7 @@ pub(crate) fn case() -> NixlCase {
         notification_bytes: 0,
         load: None,
         trace: None,
+        threads: 1,
     }
 }
 

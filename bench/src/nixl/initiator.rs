@@ -9,7 +9,8 @@ use super::layout::NixlLayout;
 use super::load;
 use super::replay;
 use super::stamp::Stamped;
-use super::wire::{Iterations, Order, Outcome, Reply};
+use super::timing::{Length, Until, time, warm_up};
+use super::wire::{Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::cpu::Usage;
@@ -17,10 +18,6 @@ use crate::measure::{histogram, points_of};
 use crate::parent::Parent;
 use crate::units::from_hex;
 
-/// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
-const WARM_OPERATIONS: u64 = 16;
-/// Timed operations, even when the time is over.
-const MIN_OPERATIONS: u64 = 3;
 /// Timed preparations of a case.
 const PREPARATIONS: usize = 50;
 
@@ -44,12 +41,13 @@ impl Meter {
     }
 }
 
-/// Obeys orders until they end.
+/// Obeys orders until they end. `cores`: of the threads that post and poll, where there are several.
 pub(crate) fn run(
     agent: &mut impl Driver,
     parent: &Parent<Order>,
     seed: u64,
     mut meter: Meter,
+    cores: &[usize],
 ) -> Result<()> {
     while let Some(order) = parent.wait()? {
         let (case, sequence, duration_ns, iterations) = match order {
@@ -78,42 +76,12 @@ pub(crate) fn run(
         } else if case.operation == Operation::Notify {
             ping_pong(agent, &case, (duration_ns, iterations), meter)
         } else {
-            transfers(agent, &case, sequence, (duration_ns, iterations), seed, meter)
+            let length = (duration_ns, iterations);
+            transfers(agent, &case, sequence, length, seed, (meter, cores))
         };
         parent.reply(&Reply::Ran(Box::new(outcome.with_context(|| case.id())?)))?;
     }
     Ok(())
-}
-
-/// How long a pass takes: a time, or a number of operations in its place.
-type Length = (u64, Iterations);
-
-/// Whether to go on with a timed or warming loop.
-struct Until {
-    at_ns: u64,
-    least: u64,
-    most: u64,
-}
-
-impl Until {
-    /// A part of the warm-up that a quarter of the pass's duration bounds: one operation of a long list may take long.
-    fn warm(begin_ns: u64, (duration_ns, iterations): Length) -> Self {
-        match iterations.warm {
-            Some(exactly) => Self { at_ns: 0, least: exactly, most: exactly },
-            None => Self { at_ns: begin_ns + duration_ns / 4, least: 1, most: WARM_OPERATIONS },
-        }
-    }
-
-    fn timed(begin_ns: u64, (duration_ns, iterations): Length) -> Self {
-        match iterations.timed {
-            Some(exactly) => Self { at_ns: 0, least: exactly, most: exactly },
-            None => Self { at_ns: begin_ns + duration_ns, least: MIN_OPERATIONS, most: u64::MAX },
-        }
-    }
-
-    fn goes_on(&self, done: u64) -> bool {
-        done < self.least || (done < self.most && now_ns() < self.at_ns)
-    }
 }
 
 fn transfers<D: Driver>(
@@ -122,7 +90,7 @@ fn transfers<D: Driver>(
     sequence: u64,
     length: Length,
     seed: u64,
-    meter: Meter,
+    (meter, cores): (Meter, &[usize]),
 ) -> Result<Outcome> {
     let layout = NixlLayout::new(case, seed);
     let reads = case.operation == Operation::Read;
@@ -133,7 +101,7 @@ fn transfers<D: Driver>(
             agent.arena().fill(offset, case.block_bytes, sequence, index as u64);
         }
     }
-    let prepared: Vec<D::Prepared> = (0..case.slots())
+    let prepared: Vec<D::Prepared> = (0..case.all_slots())
         .map(|slot| agent.prepare(case.operation, layout.slot(slot, case.blocks), case.block_bytes))
         .collect::<Result<_>>()?;
     let mut outcome = Outcome::default();
@@ -144,7 +112,9 @@ fn transfers<D: Driver>(
         if D::PREPARES {
             measure_preparing(agent, &prepared[0], &mut outcome)?;
         }
-        measure_transfers(agent, &prepared, length, &mut outcome, meter)?;
+        let (duration_ns, iterations) = length;
+        let length = (duration_ns, iterations.share(case.threads));
+        measure_transfers(agent, prepared, length, &mut outcome, (meter, cores))?;
         outcome.bytes = outcome.operations * case.bytes() as u64;
     }
     if reads {
@@ -160,35 +130,29 @@ fn transfers<D: Driver>(
 
 fn measure_transfers<D: Driver>(
     agent: &D,
-    prepared: &[D::Prepared],
+    mut prepared: Vec<D::Prepared>,
     length: Length,
     outcome: &mut Outcome,
-    meter: Meter,
+    (meter, cores): (Meter, &[usize]),
 ) -> Result<()> {
-    let slots = prepared.len() as u64;
-    let next = |done: u64| &prepared[(done % slots) as usize];
-    let warm = Until::warm(now_ns(), length);
-    let mut warmed = 0;
-    while warm.goes_on(warmed) {
-        agent.transfer(next(warmed))?;
-        warmed += 1;
-    }
-    let (mut completion, mut post) = (histogram(), histogram());
-    let begin = meter.read();
-    let until = Until::timed(now_ns(), length);
-    let mut done = 0;
-    while until.goes_on(done) {
-        let times = agent.transfer(next(done))?;
-        completion.saturating_record(times.completed_ns);
-        if let Some(posted_ns) = times.posted_ns {
-            post.saturating_record(posted_ns);
+    let mut begin = None;
+    let times = if cores.len() > 1 {
+        let slots = prepared.len() / cores.len();
+        let mut lists: Vec<Vec<D::Prepared>> = Vec::new();
+        while !prepared.is_empty() {
+            let rest = prepared.split_off(slots.min(prepared.len()));
+            lists.push(std::mem::replace(&mut prepared, rest));
         }
-        done += 1;
+        agent.time_in_threads(&lists, cores, length, || begin = Some(meter.read()))?
+    } else {
+        warm_up(&prepared, length, |transfer| agent.transfer(transfer))?;
+        begin = Some(meter.read());
+        time(&prepared, length, |transfer| agent.transfer(transfer))?
+    };
+    if let Some(begin) = begin {
+        meter.book(begin, outcome);
     }
-    meter.book(begin, outcome);
-    outcome.operations = done;
-    outcome.completion = points_of(&completion);
-    outcome.post = points_of(&post);
+    times.book(outcome);
     Ok(())
 }
 

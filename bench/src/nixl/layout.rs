@@ -19,7 +19,7 @@ impl NixlLayout {
     /// Lays out a case. Blocks of a list are in random order, independently on the two sides, and never touch each
     /// other: NIXL merges neighbours before a backend sees them, and a list that it merged is another test.
     pub(crate) fn new(case: &NixlCase, seed: u64) -> Self {
-        let wanted = case.slots() * case.blocks;
+        let wanted = case.all_slots() * case.blocks;
         let distance = case.distance();
         let order = |side: u64| -> Vec<u64> {
             let mut places: Vec<u64> = (0..wanted as u64).collect();
@@ -67,8 +67,8 @@ mod tests {
     fn transfers_of_one_block_have_places_of_their_own() {
         for case in all().iter().filter(|case| case.blocks == 1) {
             let layout = NixlLayout::new(case, 42);
-            assert_eq!(layout.local.len(), case.slots());
-            let last = case.slots() - 1;
+            assert_eq!(layout.local.len(), case.all_slots());
+            let last = case.all_slots() - 1;
             assert_eq!(layout.slot(last, 1), (&layout.local[last..], &layout.remote[last..]));
             let len = case.block_bytes as u64;
             assert!(layout.remote.windows(2).all(|pair| pair[0] + len <= pair[1]), "{}", case.id());

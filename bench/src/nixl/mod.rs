@@ -42,6 +42,8 @@ mod summary;
 mod tally;
 #[cfg(feature = "nixl")]
 mod target;
+#[cfg(feature = "nixl")]
+mod timing;
 mod trace;
 mod wire;
 

@@ -18,6 +18,7 @@ use crate::case::{MAX_NOTIFICATION, Operation};
 use crate::cli::parse_gpus;
 use crate::load_options::LoadArgs;
 use crate::models::ModelArgs;
+use crate::pinning::lane_order;
 use crate::raw_local::RawKind;
 use crate::units::{Bytes, parse_bytes, parse_duration, parse_shape};
 use crate::vram;
@@ -192,17 +193,28 @@ pub(crate) struct NixlPlan {
     pub(crate) backends: Vec<Contender>,
     /// Memory that the largest case needs on either side.
     pub(crate) arena_bytes: usize,
+    /// Of the initiator's threads where there are several; chosen when the affinity mask is known.
+    pub(crate) thread_cores: Vec<usize>,
 }
 
 impl NixlArgs {
     /// The plan that these options ask for, or what is wrong with them.
     pub(crate) fn plan(&self) -> Result<NixlPlan, String> {
-        self.nixlbench.check()?;
         let sweep = self.nixlbench.sweep()?;
         let shapes = match (&self.kv[..], &self.model.shapes()[..]) {
             ([], []) => vec![(256, 16 << 10), (4096, 4 << 10)],
             (given, models) => [given, models].concat(),
         };
+        let others = |it: &NixlScenario| !matches!(it, NixlScenario::Sizes | NixlScenario::Kv);
+        if self.threads() > 1 && sweep.is_none() && self.scenario.iter().any(others) {
+            return Err(format!(
+                "--num_threads {} is for --scenario sizes,kv and for sweeps: others have one caller",
+                self.threads()
+            ));
+        }
+        if self.threads() > 1 && !self.baseline.is_empty() {
+            return Err("--num_threads: a --baseline has one thread".to_owned());
+        }
         // A sweep as nixlbench makes it is all that is asked for.
         let (scenarios, sizes, shapes) = match sweep {
             None => (self.scenario.clone(), self.sizes.clone(), shapes),
@@ -221,6 +233,7 @@ impl NixlArgs {
             notification_bytes: self.notification,
             decode_bytes: self.load.decode_bytes,
             load: self.load.shape(),
+            threads: self.threads(),
         });
         cases.extend(self.trace_case()?);
         let faults = if self.scenario.contains(&NixlScenario::Fault) {
@@ -251,7 +264,7 @@ impl NixlArgs {
         self.check_memory()?;
         ensure_distinct(&backends)?;
         self.choice.check_folders()?;
-        Ok(NixlPlan { cases, faults, backends, arena_bytes: arena })
+        Ok(NixlPlan { cases, faults, backends, arena_bytes: arena, thread_cores: Vec::new() })
     }
 
     /// The GPU of each side, initiator first, where its memory is one's.
@@ -290,9 +303,28 @@ impl NixlArgs {
                     notification_bytes: 0,
                     load: None,
                     trace: Some(trace),
+                    threads: 1,
                 }))
             }
         }
+    }
+
+    /// Threads of the initiator that post and poll.
+    pub(crate) fn threads(&self) -> usize {
+        usize::from(self.nixlbench.num_threads)
+    }
+
+    /// The core of each of them where there are several: those of the mask in turn, beginning with the one that `--pin` gives the
+    /// initiator, and with the one that it gives the target at the end.
+    pub(crate) fn thread_cores(&self, allowed: &[usize]) -> Vec<usize> {
+        if self.threads() < 2 {
+            return Vec::new();
+        }
+        let second = |core: &usize| Some(*core) == self.pin.target;
+        let first = allowed.iter().copied().find(|core| !second(core)).or(allowed.first().copied());
+        let Some(first) = self.pin.initiator.or(first) else { return Vec::new() };
+        let order = lane_order(allowed, first, self.pin.target.unwrap_or(first), false);
+        order.into_iter().cycle().take(self.threads()).collect()
     }
 
     /// Transfers of a pass where their number was given.
@@ -375,6 +407,20 @@ mod tests {
     }
 
     #[test]
+    fn threads_have_cores_in_turn_and_the_targets_last() {
+        let cores = |options: &str, allowed: &[usize]| {
+            parse(&format!("--scenario sizes {options}")).expect("parses").thread_cores(allowed)
+        };
+        assert!(cores("", &[0, 1]).is_empty());
+        assert_eq!(cores("--num_threads 3", &[0, 1]), [0, 1, 0]);
+        assert_eq!(cores("--num_threads 4 --pin target=0", &[0, 1, 2, 3]), [1, 2, 3, 0]);
+        assert_eq!(cores("--num_threads 3 --pin initiator=2,target=0", &[0, 1, 2]), [2, 1, 0]);
+        assert_eq!(cores("--num_threads 2 --pin target=5", &[5]), [5, 5]);
+        let plan = plan("--num_threads 4 --start_block_size 4096").expect("a plan");
+        assert!(plan.cases.iter().all(|case| case.threads == 4));
+    }
+
+    #[test]
     fn pins_name_a_side_each() {
         let pin = |initiator, target| Ok(Pin { initiator, target });
         assert_eq!("none".parse(), pin(None, None));
@@ -423,7 +469,9 @@ mod tests {
             ("--sizes 1GiB --max-memory 64MiB", "--max-memory"),
             ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
             ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
-            ("--num_threads 2", "--num_threads"),
+            ("--num_threads 2", "--num_threads 2 is for --scenario sizes,kv"),
+            ("--num_threads 2 --scenario sizes,notify", "--num_threads"),
+            ("--num_threads 2 --scenario sizes --baseline raw-cma", "--baseline"),
             ("--scenario trace", "--trace FILE"),
             ("--trace /nowhere.csv", "--scenario trace"),
             ("--scenario trace --trace /nowhere.csv", "/nowhere.csv"),
@@ -448,6 +496,8 @@ mod tests {
             "--model gpt-9",
             "--start_block_size 12parsecs",
             "--num_iter 0",
+            "--num_threads 0",
+            "--num_threads 65",
             "--trace-speed 0",
             "--format xml",
             "--target_seg_type BLK",

@@ -9,7 +9,7 @@ use super::backend::Contender;
 use super::case::NixlCase;
 use super::fault::Watched;
 use super::options::{NixlArgs, NixlPlan};
-use super::wire::{Iterations, Order, Outcome, Reply, Role, Setup, System};
+use super::wire::{Iterations, NixlSystem, Order, Outcome, Reply, Role, Setup, System};
 use crate::process::Helper;
 use crate::session::Failure;
 
@@ -156,7 +156,10 @@ fn start_side(
 ) -> Result<Helper<Reply>, Failure> {
     let system = match backend {
         Contender::Raw(kind) => System::Raw(*kind),
-        Contender::Nixl(spec) => System::Nixl(options.choice.system(spec)),
+        Contender::Nixl(spec) => System::Nixl(NixlSystem {
+            threads: options.threads() > 1,
+            ..options.choice.system(spec)
+        }),
     };
     let setup = Setup {
         role,
@@ -165,6 +168,7 @@ fn start_side(
             Role::Initiator => options.pin.initiator,
             Role::Target => options.pin.target,
         },
+        thread_cores: plan.thread_cores.clone(),
         sleeps: options.target_app.sleeps(backend),
         arena_bytes: plan.arena_bytes,
         gpus: match (role, options.vram()) {

@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::driver::{Driver, Transferred};
+use super::timing::{Length, Times};
 use super::wire::{Role, Setup};
 use crate::arena::Arena;
 use crate::case::Operation;
@@ -110,6 +111,16 @@ impl Driver for RawSide {
         let started = now_ns();
         prepared.run()?;
         Ok(Transferred { posted_ns: None, completed_ns: now_ns() - started })
+    }
+
+    fn time_in_threads(
+        &self,
+        _: &[Vec<Copies>],
+        _: &[usize],
+        _: Length,
+        _: impl FnOnce(),
+    ) -> Result<Times> {
+        bail!("a baseline has one thread; this is a bug of corelane-bench")
     }
 
     #[inline]

@@ -13,7 +13,7 @@ use crate::manifest::Host;
 use crate::measure::{Points, points_of};
 use crate::raw_local::RawKind;
 use crate::report::{
-    Costs, Load, Output, Percentiles, RunInfo, Versus, align, hgrm_name, load_table,
+    Costs, Load, Output, Percentiles, RunInfo, Spread, Versus, align, hgrm_name, load_table,
 };
 use crate::units::microseconds;
 
@@ -49,6 +49,9 @@ pub(crate) struct NixlOptions {
     pub(crate) baselines: Vec<RawKind>,
     pub(crate) parameters: Vec<(String, String)>,
     pub(crate) prog_thread: bool,
+    /// Cores of the initiator's threads, where there are several.
+    #[serde(default)]
+    pub(crate) thread_cores: Vec<usize>,
     pub(crate) target_app: NixlTargetApp,
     pub(crate) pin: Pin,
     pub(crate) rounds: u16,
@@ -77,6 +80,9 @@ pub(crate) struct NixlSeries {
     /// CPU time and context switches, where `part` is `completion` or `round-trip`.
     #[serde(default)]
     pub(crate) costs: Option<Costs>,
+    /// Of all threads together, the median over the rounds; where `part` is `completion`.
+    #[serde(default)]
+    pub(crate) operations_per_s: Option<f64>,
     /// Of all rounds together.
     pub(crate) latency_us: Percentiles,
     /// File name of the percentile distribution, next to the other outputs.
@@ -104,6 +110,7 @@ impl NixlResults {
         (run, nixl, environment): (RunInfo, String, Host),
     ) -> Self {
         let label = |backend: usize| plan.backends[backend].to_string();
+        let rate = |tally: &NixlTally| Spread::of(tally.rates.clone()).map(|rate| rate.median);
         let mut series = Vec::new();
         let mut comparisons = Vec::new();
         let mut loads = Vec::new();
@@ -128,6 +135,7 @@ impl NixlResults {
                         && options.target_app.sleeps(backend),
                     samples: part.all.len(),
                     costs: tally.costs(part.part),
+                    operations_per_s: rate(tally).filter(|_| part.part == Part::Completion),
                     latency_us: Percentiles::of(&part.all),
                     hgrm: hgrm_name(&id, &backend.to_string()),
                     rounds: part.rounds.clone(),
@@ -136,11 +144,16 @@ impl NixlResults {
                 let ours = tallies
                     .iter()
                     .filter(|ours| ours.backend == 0 && tally.backend != 0)
-                    .find(|ours| ours.case == *case)
-                    .and_then(|ours| ours.parts.iter().find(|ours| ours.part == part.part));
+                    .find(|ours| ours.case == *case);
                 comparisons.extend(ours.and_then(|ours| {
-                    let ours = (label(0), &ours.rounds[..]);
-                    Versus::of(&id, (&ours.0, ours.1), (&backend.to_string(), &part.rounds))
+                    let same = ours.parts.iter().find(|ours| ours.part == part.part)?;
+                    let (name, vs) = (label(0), backend.to_string());
+                    let versus = Versus::of(&id, (&name, &same.rounds), (&vs, &part.rounds))?;
+                    // Of one caller they are the same once more, turned round.
+                    Some(match case.threads > 1 && part.part == Part::Completion {
+                        true => versus.with_rates(&ours.rates, &tally.rates),
+                        false => versus,
+                    })
                 }));
             }
         }
@@ -153,6 +166,7 @@ impl NixlResults {
                 baselines: options.baseline.clone(),
                 parameters: options.choice.parameters.clone(),
                 prog_thread: options.choice.prog_thread,
+                thread_cores: plan.thread_cores.clone(),
                 target_app: options.target_app,
                 pin: options.pin,
                 rounds: options.rounds,
@@ -180,16 +194,23 @@ impl NixlResults {
             NixlTargetApp::Sleep => "sleeps where the backend serves alone (CORELANE), else polls",
             NixlTargetApp::SleepAll => "sleeps",
         };
+        let initiator = match &options.thread_cores[..] {
+            [] => format!("initiator polls without yielding, {}", core(options.pin.initiator)),
+            cores => format!(
+                "{} threads of the initiator poll without yielding, on cores {}",
+                cores.len(),
+                cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+            ),
+        };
         format!(
             "{} ({} allowed); NIXL {}; corelane {}; {}\n\
-             initiator polls without yielding, {}; target {sleeper} (polls to answer notifications), {}; progress threads {}; \
+             {initiator}; target {sleeper} (polls to answer notifications), {}; progress threads {}; \
              {} rounds of {:.0} ms per case\n",
             host.machine(),
             host.cores_allowed,
             options.nixl,
             host.corelane_version,
             host.quiet(),
-            core(options.pin.initiator),
             core(options.pin.target),
             if options.prog_thread { "on" } else { "off" },
             options.rounds,
@@ -205,6 +226,8 @@ impl NixlResults {
         let mut rows = vec![
             ["case", "backend", "samples", "p50 us", "p99", "p99.9"].map(str::to_owned).to_vec(),
         ];
+        let threads = self.options.thread_cores.len() > 1;
+        rows[0].extend(threads.then(|| "ops/s".to_owned()));
         if !self.comparisons.is_empty() {
             rows[0].extend(Versus::titles(&self.comparisons));
         }
@@ -212,6 +235,9 @@ impl NixlResults {
             let Percentiles { p50, p99, p999, .. } = row.latency_us;
             let mut cells = vec![row.id.clone(), row.backend.clone(), row.samples.to_string()];
             cells.extend([p50, p99, p999].map(|us| microseconds((us * 1e3).round() as u64)));
+            if threads {
+                cells.push(row.operations_per_s.map_or_else(String::new, |it| format!("{it:.0}")));
+            }
             let comparison =
                 self.comparisons.iter().find(|other| other.id == row.id && other.vs == row.backend);
             cells.extend(comparison.into_iter().flat_map(Versus::cells));

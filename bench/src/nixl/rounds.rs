@@ -20,10 +20,12 @@ use crate::session::Failure;
 
 /// Measures all cases on all backends, round after round.
 pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
-    let plan = options.plan().map_err(Failure::Options)?;
+    let mut plan = options.plan().map_err(Failure::Options)?;
     let pinned: Vec<usize> =
         [options.pin.initiator, options.pin.target].into_iter().flatten().collect();
-    ensure_allowed(&pinned, &allowed_cores()?, "--pin").map_err(Failure::Options)?;
+    let allowed = allowed_cores()?;
+    ensure_allowed(&pinned, &allowed, "--pin").map_err(Failure::Options)?;
+    plan.thread_cores = options.thread_cores(&allowed);
     ensure_driver()?;
     let output = Output::prepare(&options.out_dir, options.json.as_deref())
         .map_err(|error| Failure::Options(format!("{error:#}")))?;

@@ -68,7 +68,8 @@ fn drive(parent: &Parent<Order>, mut agent: impl Driver, setup: &Setup) -> Resul
     };
     match setup.role {
         Role::Initiator => {
-            initiator::run(&mut agent, parent, setup.seed, Meter { own: pid, target: other })
+            let meter = Meter { own: pid, target: other };
+            initiator::run(&mut agent, parent, setup.seed, meter, &setup.thread_cores)
         }
         Role::Target => target::run(&mut agent, parent, setup.seed, setup.sleeps),
     }

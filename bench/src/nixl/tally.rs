@@ -49,6 +49,8 @@ pub(crate) struct NixlTally {
     pub(crate) operations: u64,
     pub(crate) parts: Vec<PartTally>,
     pub(crate) load: LoadTally,
+    /// Operations per second of each round, of all threads together; empty where that makes no sense.
+    pub(crate) rates: Vec<f64>,
     bytes: u64,
     used: (Usage, Usage),
 }
@@ -75,6 +77,7 @@ impl NixlTally {
             operations: 0,
             parts: parts.iter().map(part).collect(),
             load: LoadTally::new(),
+            rates: Vec::new(),
             bytes: 0,
             used: <(Usage, Usage)>::default(),
             case,
@@ -85,6 +88,9 @@ impl NixlTally {
     pub(crate) fn add_round(&mut self, outcome: &Outcome) -> Result<()> {
         self.operations += outcome.operations;
         self.bytes += outcome.bytes;
+        if outcome.elapsed_ns > 0 {
+            self.rates.push(outcome.operations as f64 * 1e9 / outcome.elapsed_ns as f64);
+        }
         self.used.0 += outcome.used_initiator;
         self.used.1 += outcome.used_target;
         if let (Some(shape), Some(load)) = (self.case.load, &outcome.load) {

@@ -42,6 +42,8 @@ pub(crate) struct NixlSystem {
     pub(crate) backend: String,
     pub(crate) parameters: Vec<(String, String)>,
     pub(crate) prog_thread: bool,
+    /// Several threads call the agent at the same time.
+    pub(crate) threads: bool,
 }
 
 /// All that a process needs to know before it can be introduced to the other.
@@ -51,6 +53,8 @@ pub(crate) struct Setup {
     pub(crate) system: System,
     /// Core of the application's thread.
     pub(crate) core: Option<usize>,
+    /// Initiator: those of the threads that post and poll, where there are several.
+    pub(crate) thread_cores: Vec<usize>,
     /// Target: sleep between polls where no notification has to be answered.
     pub(crate) sleeps: bool,
     pub(crate) arena_bytes: usize,
@@ -93,6 +97,14 @@ pub(crate) struct Iterations {
     pub(crate) warm: Option<u64>,
 }
 
+impl Iterations {
+    /// What one of so many threads has to make of them, rounded up.
+    pub(crate) fn share(self, threads: usize) -> Self {
+        let share = |all: Option<u64>| all.map(|all| all.div_ceil(threads.max(1) as u64));
+        Self { timed: share(self.timed), warm: share(self.warm) }
+    }
+}
+
 /// What is answered, one reply per order.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -126,6 +138,8 @@ pub(crate) enum Reply {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) operations: u64,
+    /// From the beginning of the first of them to the end of the last, where that was measured.
+    pub(crate) elapsed_ns: u64,
     /// From just before posting to the moment at which the end was seen; of notifications, to the answer.
     pub(crate) completion: Points,
     /// The caller's time in postXfer; empty where posting is all there is.

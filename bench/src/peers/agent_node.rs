@@ -2,10 +2,9 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::node::Node;
+use super::node::{Blocks, Node};
 use super::wire::{Address, Link, Memory};
 use crate::arena::Arena;
-use crate::case::Operation;
 use crate::nixl::{Driver, NixlAgent, Prepared};
 use crate::units::{from_hex, to_hex};
 
@@ -21,21 +20,16 @@ impl Node for NixlAgent {
         Ok(Address { metadata: to_hex(&self.metadata()?), memory })
     }
 
-    fn meet(
-        &mut self,
-        link: &Link,
-        operation: Operation,
-        places: &[(u64, u64)],
-        block_bytes: usize,
-    ) -> Result<Vec<Prepared>> {
+    fn meet(&mut self, link: &Link, blocks: &Blocks) -> Result<Vec<Prepared>> {
         let Memory::At(address) = link.address.memory else {
             bail!("an agent cannot reach the memory of an engine");
         };
         let metadata =
             from_hex(&link.address.metadata).context("metadata that is no hexadecimal")?;
         let peer = self.introduce(&metadata, address)?;
+        let Blocks { operation, places, bytes } = blocks;
         let prepare =
-            |&(here, there)| self.prepare_with(peer, operation, (&[here], &[there]), block_bytes);
+            |&(here, there)| self.prepare_with(peer, *operation, (&[here], &[there]), *bytes);
         places.iter().map(prepare).collect()
     }
 

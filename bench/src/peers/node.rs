@@ -16,6 +16,14 @@ use crate::units::{from_hex, to_hex};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What is transferred from or to one peer.
+pub(super) struct Blocks {
+    pub(super) operation: Operation,
+    /// Where each lies, here and there.
+    pub(super) places: Vec<(u64, u64)>,
+    pub(super) bytes: usize,
+}
+
 /// One of the two kinds of nodes. The loops over them are compiled for each, so that none pays for the other.
 pub(super) trait Node {
     /// A transfer that can be posted again and again.
@@ -27,14 +35,8 @@ pub(super) trait Node {
     /// What peers need to reach it.
     fn address(&self) -> Result<Address>;
 
-    /// Introduces a peer and prepares a transfer of a block for each pair of a local and a remote offset.
-    fn meet(
-        &mut self,
-        link: &Link,
-        operation: Operation,
-        places: &[(u64, u64)],
-        block_bytes: usize,
-    ) -> Result<Vec<Self::Transfer>>;
+    /// Introduces a peer and prepares a transfer of each block.
+    fn meet(&mut self, link: &Link, blocks: &Blocks) -> Result<Vec<Self::Transfer>>;
 
     /// Posts a transfer; true where it is known to be over already.
     fn post(&self, transfer: &Self::Transfer) -> Result<bool>;
@@ -95,14 +97,8 @@ impl Node for EngineNode {
         })
     }
 
-    fn meet(
-        &mut self,
-        link: &Link,
-        operation: Operation,
-        places: &[(u64, u64)],
-        block_bytes: usize,
-    ) -> Result<Vec<Transfer>> {
-        let direction = match operation {
+    fn meet(&mut self, link: &Link, blocks: &Blocks) -> Result<Vec<Transfer>> {
+        let direction = match blocks.operation {
             Operation::Read => Direction::Read,
             _ => Direction::Write,
         };
@@ -114,11 +110,11 @@ impl Node for EngineNode {
         let peer = self.engine.load_peer(&bytes(&link.address.metadata)?)?;
         peer.connect(CONNECT_TIMEOUT).with_context(|| format!("connecting peer {}", link.peer))?;
         let prepare = |&(here, there): &(u64, u64)| -> Result<Transfer> {
-            let len = block_bytes as u64;
+            let len = blocks.bytes as u64;
             let (local, remote) = ([self.region.segment(here, len)], [remote.segment(there, len)]);
             Ok(self.engine.prepare(direction, &peer, &local, &remote)?.transfer())
         };
-        places.iter().map(prepare).collect()
+        blocks.places.iter().map(prepare).collect()
     }
 
     #[inline]

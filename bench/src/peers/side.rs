@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use hdrhistogram::Histogram;
 
-use super::node::{EngineNode, Node};
+use super::node::{Blocks, EngineNode, Node};
 use super::wire::{Kind, Link, NodeSetup, Order, PeerOutcome, Reply, Resources, SLOTS, Setup};
 use crate::case::Operation;
 use crate::clock::now_ns;
@@ -136,12 +136,12 @@ impl<N: Node> Side<N> {
         for link in links {
             let node = self.nodes.get_mut(link.node).context("no such node")?;
             let place = |block: usize| (block * stride) as u64;
-            let places: Vec<(u64, u64)> = (0..SLOTS)
+            let places = (0..SLOTS)
                 .map(|slot| (place(link.local + slot), place(link.remote + slot)))
                 .collect();
-            let transfers = node
-                .meet(link, operation, &places, self.setup.block_bytes)
-                .with_context(|| format!("meeting peer {}", link.peer))?;
+            let blocks = Blocks { operation, places, bytes: self.setup.block_bytes };
+            let transfers =
+                node.meet(link, &blocks).with_context(|| format!("meeting peer {}", link.peer))?;
             let Link { peer, node, .. } = *link;
             self.links.push(Posting { peer, node, transfers, posted: 0, posted_ns: 0, over: None });
         }

@@ -78,7 +78,10 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
             label,
             points: row.histogram_ns.clone(),
             latency_us: row.latency_us,
-            gigabytes_per_s: moved.then(|| bytes as f64 / row.latency_us.mean / 1e3),
+            gigabytes_per_s: moved.then(|| match row.operations_per_s {
+                Some(per_s) => bytes as f64 * per_s / 1e9,
+                None => bytes as f64 / row.latency_us.mean / 1e3,
+            }),
             cpu_us_per_operation: cpu(row.costs),
         });
     }
