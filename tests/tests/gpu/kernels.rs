@@ -19,7 +19,7 @@ fn word_blocks(random: &mut Random, count: usize) -> (Vec<(usize, usize, usize)>
 
 /// Ten thousand rounds, and fewer where the GPUs are threads.
 fn rounds() -> u32 {
-    if Cuda::get().is_some_and(Cuda::is_fake) { 40 } else { 10_000 }
+    if Cuda::get().is_some_and(Cuda::is_fake) { 20 } else { 10_000 }
 }
 
 const WORDS: u32 = (LEN / 4) as u32;
