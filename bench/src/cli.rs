@@ -186,7 +186,7 @@ pub(crate) struct MeasureArgs {
     /// Whose memory the engines transfer
     #[arg(long, value_enum, default_value_t = Memory::Registered, help_heading = "System")]
     pub(crate) memory: Memory,
-    /// GPUs of the initiator and of the target with `--memory vram`, INITIATOR[,TARGET]
+    /// GPUs of the initiator and of the target with `--memory vram`, as INITIATOR or INITIATOR,TARGET
     #[arg(long, value_name = "GPUS", value_parser = parse_gpus, default_value = "0", help_heading = "System")]
     pub(crate) gpus: [u32; 2],
     /// Lanes of each engine

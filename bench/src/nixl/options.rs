@@ -140,7 +140,7 @@ pub(crate) struct NixlArgs {
     /// Also run these in the same rounds: bare copies between two processes, without NIXL
     #[arg(long, value_enum, value_delimiter = ',', help_heading = "System")]
     pub(crate) baseline: Vec<RawKind>,
-    /// GPUs of the initiator and of the target where their memory is VRAM, INITIATOR[,TARGET]
+    /// GPUs of the initiator and of the target where their memory is VRAM, as INITIATOR or INITIATOR,TARGET
     #[arg(long, value_name = "GPUS", value_parser = parse_gpus, default_value = "0", help_heading = "System")]
     pub(crate) gpus: [u32; 2],
     /// What the target's application does while no notification has to be answered

@@ -99,6 +99,7 @@ pub(crate) struct Iterations {
 
 impl Iterations {
     /// What one of so many threads has to make of them, rounded up.
+    #[cfg(feature = "nixl")]
     pub(crate) fn share(self, threads: usize) -> Self {
         let share = |all: Option<u64>| all.map(|all| all.div_ceil(threads.max(1) as u64));
         Self { timed: share(self.timed), warm: share(self.warm) }
