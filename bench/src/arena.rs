@@ -99,9 +99,9 @@ impl Arena {
         Self::of_vram(Vram::new(gpu, whole_pages(len)?.get())?, whole_pages(len)?.get())
     }
 
-    /// As [`Arena::of_gpu`], of another process.
-    pub(crate) fn of_other_gpu(address: &VramAddress, len: usize) -> Result<Self> {
-        Self::of_vram(Vram::open(address, len)?, len)
+    /// As [`Arena::of_gpu`], of another process, mapped for that GPU of this one.
+    pub(crate) fn of_other_gpu(address: &VramAddress, gpu: u32, len: usize) -> Result<Self> {
+        Self::of_vram(Vram::open(address, gpu, len)?, len)
     }
 
     fn of_vram(vram: Vram, len: usize) -> Result<Self> {

@@ -79,7 +79,7 @@ pub(crate) enum Backend {
     RawCma,
     /// Bare memcpy in memory that both processes map: the floor of this machine
     RawMemcpy,
-    /// Bare `cuMemcpyPeerAsync` between memory of GPUs, a call a block: the floor of the driver
+    /// Bare `cuMemcpyAsync` between memory of GPUs, a call a block: the floor of the driver
     RawGpu,
 }
 

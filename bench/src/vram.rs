@@ -15,7 +15,6 @@ const LIBRARY: &str = "libcuda.so.1";
 const NOT_READY: c_int = 600;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const LAZY_PEER_ACCESS: c_uint = 1;
-const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
 
 type Context = usize;
 type Stream = usize;
@@ -55,13 +54,12 @@ driver! {
     fn device = "cuDeviceGet"(*mut c_int, c_int);
     fn retain = "cuDevicePrimaryCtxRetain"(*mut Context, c_int);
     fn enter = "cuCtxSetCurrent"(Context);
-    fn enable_peer = "cuCtxEnablePeerAccess"(Context, c_uint);
     fn allocate = "cuMemAlloc_v2"(*mut u64, usize);
     fn free = "cuMemFree_v2"(u64);
     fn set = "cuMemsetD8_v2"(u64, u8, usize);
     fn to_gpu = "cuMemcpyHtoD_v2"(u64, *const c_void, usize);
     fn from_gpu = "cuMemcpyDtoH_v2"(*mut c_void, u64, usize);
-    fn copy = "cuMemcpyPeerAsync"(u64, Context, u64, Context, usize, Stream);
+    fn copy = "cuMemcpyAsync"(u64, u64, usize, Stream);
     fn new_stream = "cuStreamCreate"(*mut Stream, c_uint);
     fn destroy_stream = "cuStreamDestroy_v2"(Stream);
     fn is_idle = "cuStreamQuery"(Stream);
@@ -209,17 +207,19 @@ impl Vram {
         Ok(VramAddress { gpu: self.gpu, handle: to_hex(&handle.0) })
     }
 
-    /// Maps memory of another process that sees the same GPUs.
-    pub(crate) fn open(address: &VramAddress, len: usize) -> Result<Self> {
+    /// Maps memory of another process that sees the same GPUs, for a GPU of this one: it reaches the other's memory directly
+    /// where the driver lets it.
+    pub(crate) fn open(address: &VramAddress, gpu: u32, len: usize) -> Result<Self> {
         let driver = driver()?;
-        driver.enter(address.gpu)?;
+        driver.context(address.gpu)?;
+        driver.enter(gpu)?;
         let bytes = from_hex(&address.handle).unwrap_or_default();
         let Ok(handle) = <[u8; 64]>::try_from(bytes) else { bail!("this is no handle of memory") };
         let mut base = 0;
         // SAFETY: room for an address; the driver checks the handle.
         let status = unsafe { (driver.open)(&raw mut base, IpcHandle(handle), LAZY_PEER_ACCESS) };
         check("cuIpcOpenMemHandle", status)?;
-        Ok(Self { gpu: address.gpu, base, len, is_mapped: true })
+        Ok(Self { gpu, base, len, is_mapped: true })
     }
 }
 
@@ -237,8 +237,6 @@ impl Drop for Vram {
 
 /// Bare copies between GPUs, a call for each block, in a stream of their own.
 pub(crate) struct PeerCopies {
-    to: Context,
-    from: Context,
     blocks: Vec<(u64, u64)>,
     len: usize,
     /// The GPU in whose context they are enqueued: the initiator's.
@@ -255,25 +253,13 @@ impl PeerCopies {
         len: usize,
     ) -> Result<Self> {
         let driver = driver()?;
-        let (to_context, from_context) = (driver.context(to.gpu)?, driver.context(from.gpu)?);
         driver.enter(gpu)?;
-        for other in [to_context, from_context] {
-            if other != driver.context(gpu)? {
-                // SAFETY: a living context. Without peer access the driver copies through host memory.
-                let status = unsafe { (driver.enable_peer)(other, 0) };
-                tracing::debug!(
-                    status,
-                    enabled = status == 0 || status == PEER_ACCESS_ALREADY_ENABLED,
-                    "peer access"
-                );
-            }
-        }
         let mut stream = 0;
         // SAFETY: room for a handle.
         let status = unsafe { (driver.new_stream)(&raw mut stream, STREAM_NON_BLOCKING) };
         check("cuStreamCreate", status)?;
         let blocks = blocks.into_iter().map(|(t, f)| (to.base + t, from.base + f)).collect();
-        Ok(Self { to: to_context, from: from_context, blocks, len, gpu, stream })
+        Ok(Self { blocks, len, gpu, stream })
     }
 
     /// Moves the bytes; they are there when it returns.
@@ -283,9 +269,8 @@ impl PeerCopies {
         driver.enter(self.gpu)?;
         for &(to, from) in &self.blocks {
             // SAFETY: both ends lie in memory (checked when the list was made) that the owner of this value keeps.
-            let status =
-                unsafe { (driver.copy)(to, self.to, from, self.from, self.len, self.stream) };
-            check("cuMemcpyPeerAsync", status)?;
+            let status = unsafe { (driver.copy)(to, from, self.len, self.stream) };
+            check("cuMemcpyAsync", status)?;
         }
         loop {
             // SAFETY: a living stream.

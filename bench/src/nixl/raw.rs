@@ -11,6 +11,7 @@ use crate::clock::now_ns;
 use crate::parent::Refusal;
 use crate::pinning;
 use crate::raw_local::{Copies, Direction, Mailbox, Offer, RawAddress, RawKind, Reached};
+use crate::vram::Vram;
 
 /// One side of the baseline.
 pub(crate) struct RawSide {
@@ -82,7 +83,8 @@ impl Driver for RawSide {
             let address: RawAddress =
                 serde_json::from_slice(metadata).context("the target's address")?;
             let pid = address.pid();
-            let (reached, mailbox) = Reached::new(self.kind, address, self.one_core)
+            let gpu = self.arena.vram().map(Vram::gpu);
+            let (reached, mailbox) = Reached::new(self.kind, address, gpu, self.one_core)
                 .map_err(|error| Refusal(format!("{}: {error:#}", self.kind)))?;
             *target = Some((reached, mailbox, pid));
         }

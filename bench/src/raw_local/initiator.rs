@@ -9,6 +9,7 @@ use crate::arena::Arena;
 use crate::case::Operation;
 use crate::layout::{Layout, WARM_LEN};
 use crate::measure::{Initiator, Stamp};
+use crate::vram::Vram;
 
 /// Copies from and to a target; an operation is over when it was posted.
 pub(crate) struct RawLocalInitiator {
@@ -29,7 +30,7 @@ impl RawLocalInitiator {
         one_core: bool,
     ) -> Result<Self> {
         let pid = address.pid();
-        let (target, mailbox) = Reached::new(kind, address, one_core)?;
+        let (target, mailbox) = Reached::new(kind, address, arena.vram().map(Vram::gpu), one_core)?;
         let direction = match operation {
             Operation::Read => Direction::Read,
             _ => Direction::Write,

@@ -38,7 +38,7 @@ pub(crate) enum RawKind {
     RawCma,
     /// Bare memcpy in memory that both processes map: the floor of this machine
     RawMemcpy,
-    /// Bare `cuMemcpyPeerAsync` between memory of GPUs, a call a block: the floor of the driver
+    /// Bare `cuMemcpyAsync` between memory of GPUs, a call a block: the floor of the driver
     RawGpu,
 }
 
@@ -119,10 +119,11 @@ pub(crate) struct Reached {
 }
 
 impl Reached {
-    /// Finds the target, proves that it is the right one and may be read, and opens its mailbox.
+    /// Finds the target, proves that it is the right one and may be read, and opens its mailbox. `gpu`: the one that copies.
     pub(crate) fn new(
         kind: RawKind,
         address: RawAddress,
+        gpu: Option<u32>,
         one_core: bool,
     ) -> Result<(Self, Mailbox)> {
         let mailbox = Mailbox::open(&open(address.pid, address.mailbox)?, one_core)?;
@@ -134,7 +135,8 @@ impl Reached {
             (RawKind::RawMemcpy, None) => bail!("the target's memory is no file"),
             (RawKind::RawGpu, _) => {
                 let vram = address.vram.as_ref().context("the target's memory is of no GPU")?;
-                Some(Arena::of_other_gpu(vram, address.len)?)
+                let gpu = gpu.context("the initiator's memory is of no GPU")?;
+                Some(Arena::of_other_gpu(vram, gpu, address.len)?)
             }
         };
         let reached = Self { address, mapped };

@@ -133,7 +133,7 @@ fn long_lists_take_a_call_for_every_1024_segments() {
     let there = Arena::new(LEN).expect("map");
     let (offer, _mailbox) = Offer::new(&there, None, false).expect("offers");
     let address = offer.address().clone();
-    let (reached, _mailbox) = Reached::new(RawKind::RawCma, address, false).expect("reaches");
+    let (reached, _mailbox) = Reached::new(RawKind::RawCma, address, None, false).expect("reaches");
     for (blocks, calls) in [(1, 1), (1024, 1), (1025, 2), (4096, 4)] {
         let local: Vec<u64> = (0..blocks).map(|block| block * 128).collect();
         let remote: Vec<u64> = local.iter().rev().copied().collect();
@@ -157,11 +157,12 @@ fn another_process_than_the_target_is_noticed() {
         let (arena, file) = memory(kind, 4096);
         let (offer, _mailbox) = Offer::new(&arena, file, false).expect("offers");
         let wrong = RawAddress { token: offer.address().token ^ 1, ..offer.address().clone() };
-        let error = Reached::new(kind, wrong, false).err().expect("not the target").to_string();
+        let error =
+            Reached::new(kind, wrong, None, false).err().expect("not the target").to_string();
         assert!(error.contains("PID namespace"), "{error}");
         // No process has a number beyond the kernel's largest.
         let gone = RawAddress { pid: i32::MAX, ..offer.address().clone() };
-        let error = Reached::new(kind, gone, false).err().expect("nobody").to_string();
+        let error = Reached::new(kind, gone, None, false).err().expect("nobody").to_string();
         assert!(error.contains("cannot open the shared memory"), "{error}");
     }
 }
@@ -185,7 +186,7 @@ fn a_memory_that_is_gone_is_an_error() {
     let there = Arena::new(4096).expect("map");
     let (offer, _mailbox) = Offer::new(&there, None, false).expect("offers");
     let address = offer.address().clone();
-    let (reached, _mailbox) = Reached::new(RawKind::RawCma, address, false).expect("reaches");
+    let (reached, _mailbox) = Reached::new(RawKind::RawCma, address, None, false).expect("reaches");
     let elsewhere = RawAddress { start: 4096, ..reached.address.clone() };
     let reached = Reached { address: elsewhere, ..reached };
     let copies = reached.copies(Direction::Read, &here, (&[0], &[0]), 64).expect("inside");

@@ -281,20 +281,6 @@ driver! {
             0
         })
     }
-    fn cuMemcpyPeerAsync(
-        to: u64,
-        _to_context: usize,
-        from: u64,
-        _from_context: usize,
-        len: usize,
-        stream: *mut Stream
-    ) {
-        within(|_| {
-            // SAFETY: a stream that was made and is not destroyed.
-            unsafe { &*stream }.enqueue(Work::Copy { to, from, len });
-            0
-        })
-    }
     fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, len: usize) {
         match memory::shadow(to, len) {
             Some(to) => {
@@ -438,11 +424,6 @@ pub extern "C" fn corelane_fake_cuda_flushes() -> u64 {
 pub extern "C" fn corelane_fake_cuda_synchronised() -> u64 {
     SYNCHRONISED.load(Ordering::Relaxed)
 }
-
-/// Tells tests which driver they have.
-#[unsafe(no_mangle)]
-#[allow(missing_docs)]
-pub extern "C" fn corelane_fake_cuda() {}
 
 /// Of the kernels that there are.
 #[unsafe(no_mangle)]
