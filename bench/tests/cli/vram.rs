@@ -15,7 +15,7 @@ fn vram_is_measured_and_verified_beside_bare_copies() {
     for transport in ["local", "tcp"] {
         let bench = Bench::new();
         let (ran, results) = bench.results(&format!(
-            "loopback --memory vram --gpus 0 --baseline raw-gpu --rounds 2 --duration 30ms --transport {transport} \
+            "loopback --memory vram --gpus 0 --baseline raw-gpu --rounds 1 --duration 20ms --transport {transport} \
              --scenario sizes,kv,notify,decode-under-prefill --sizes 64,5MiB --kv 64x4KiB --phase-duration 100ms --prefill-bytes 1MiB"
         ));
         let series = results["series"].as_array().expect("series");
