@@ -221,7 +221,7 @@ run_faults() {
     local faults=$target/debug/corelane-faults transport failed=0
     cargo build --package corelane-faults "${cargo_features[@]}" --locked
     for transport in local tcp; do
-        "$faults" kill --transport "$transport" --rounds 60 --slack 50 --log "$log_dir/faults-kill-$transport.jsonl" || failed=1
+        "$faults" kill --transport "$transport" --rounds 60 --slack 200 --log "$log_dir/faults-kill-$transport.jsonl" || failed=1
         "$faults" stall --transport "$transport" --rounds 60 --jobs 4 --slack 10 \
             --log "$log_dir/faults-stall-$transport.jsonl" || failed=1
     done
