@@ -200,7 +200,8 @@ pub struct GpuConfig {
     /// At most so many multiprocessors of a GPU take part in a copy: what a model that computes at the same time goes
     /// without, for as long as the copy takes. Default 16 (docs/benchmarks.md).
     pub multiprocessors: u32,
-    /// Contiguous ranges of at least so many bytes go by the copy engine, which takes no multiprocessor. Default 4 MiB.
+    /// Contiguous ranges of at least so many bytes go by the copy engine, which takes no multiprocessor, and so does a range
+    /// that is a transfer of its own, however small. Default 4 MiB.
     pub copy_engine_bytes: usize,
     /// Pinned host memory of each lane for GPU memory that goes over sockets, half of it for what is received; transfers that
     /// find none free wait. It is taken as it is needed, and kept. Default 32 MiB.

@@ -119,6 +119,48 @@ fn costs_of(device: &'static Device, other: &'static Device) {
     let (post, end) = run(&[], &two, 1);
     eprintln!("copy engine: 2 x 64 KiB: launch {post:.1}, end {end:.1} us");
     ways_to_see_the_end(device, tile(0, 4096));
+    ends_of_the_copy_engine(device, to, from);
+}
+
+/// What a copy of one range by the copy engine costs beyond itself, by what tells of its end.
+fn ends_of_the_copy_engine(device: &'static Device, to: u64, from: u64) {
+    let _entered = device.enter().unwrap();
+    let stream = device.new_stream().unwrap();
+    let flags = super::memory::HostMemory::new(device, 64).unwrap();
+    let flag = flags.address() as usize as *const u32;
+    for by_flag in [false, true] {
+        for len in [4 << 10, 64 << 10, 1 << 20] {
+            let (mut copied, mut posted, mut ended) = (Vec::new(), Vec::new(), Vec::new());
+            for value in 1..=1000u32 {
+                let value = value + len as u32;
+                let began = Instant::now();
+                // SAFETY: the memory is this test's.
+                assert_eq!(unsafe { (device.api.copy_async)(to, from, len, stream) }, 0);
+                copied.push(began.elapsed());
+                if by_flag {
+                    // SAFETY: the flag is this test's.
+                    let status =
+                        unsafe { (device.api.stream_write)(stream, flags.address(), value, 0) };
+                    assert_eq!(status, 0);
+                }
+                posted.push(began.elapsed());
+                // SAFETY: our own host memory, and a living stream.
+                while unsafe {
+                    if by_flag {
+                        flag.read_volatile() != value
+                    } else {
+                        (device.api.stream_query)(stream) != 0
+                    }
+                } {}
+                ended.push(began.elapsed());
+            }
+            let how = if by_flag { "written by the stream" } else { "cuStreamQuery" };
+            let (copied, posted, ended) = (p50(copied), p50(posted), p50(ended));
+            eprintln!(
+                "copy engine, {len:>7} B, {how}: copy called {copied:.2}, posted {posted:.2}, end {ended:.2} us"
+            );
+        }
+    }
 }
 
 /// By the flag, or by asking for the stream.
