@@ -3,7 +3,10 @@
 //! A decode node must fetch thousands of scattered KV-cache blocks from a prefill node, learn within
 //! microseconds that they have arrived, and never hang when the other side dies. corelane does that
 //! with one pinned, io_uring-driven executor per core (a *lane*); every peer belongs to one lane, and
-//! every transfer runs on the lane that owns its peer, so the hot path has no contended lock.
+//! every transfer runs on the lane that owns its peer, so the hot path has no contended lock (within a host,
+//! the thread that posts a small one copies it). It goes over TCP, RDMA (feature `rdma`, on by default) or within
+//! the host ([`EngineConfig::transports`]), and from and to memory of GPUs
+//! ([`Engine::register_kind`], [`MemoryKind::Vram`]), too.
 //!
 //! ```text
 //!  application thread                 lane (one core)                       remote lane
@@ -101,8 +104,8 @@ mod transport;
 mod verbs;
 mod wire;
 
-/// Whether the driver of a GPU is there, so that memory of [`MemoryKind::Vram`] can be registered. It is looked for once,
-/// and not initialised.
+/// Whether the driver of a GPU is there, so that memory of [`MemoryKind::Vram`] can be registered. Until it is
+/// found it is looked for again, at most once a second; it is not initialised.
 pub fn supports_gpu_memory() -> bool {
     gpu::driver_is_present()
 }

@@ -241,10 +241,13 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
         }
     }
     if !wait_for_copies(shared) && outcome.is_ok() {
-        outcome = Err(Error::Busy {
-            what: "registered memory",
-            hint: "; a process of this host is stopped in the middle of a copy: keep the memory mapped",
-        });
+        let abandoned = shared.registry().all().any(|region| region.is_abandoned());
+        let hint = if abandoned {
+            "; a GPU does not end a copy that it began there: keep the memory, and start the process again"
+        } else {
+            "; a process of this host is stopped in the middle of a copy: keep the memory mapped"
+        };
+        outcome = Err(Error::Busy { what: "registered memory", hint });
     }
     outcome
 }
@@ -255,7 +258,7 @@ fn wait_for_copies(shared: &EngineShared) -> bool {
     let regions: Vec<Arc<RegionInner>> = shared.registry().all().cloned().collect();
     for region in regions {
         while !region.close_to_copies() {
-            if Instant::now() >= deadline {
+            if region.is_abandoned() || Instant::now() >= deadline {
                 return false;
             }
             std::thread::yield_now();

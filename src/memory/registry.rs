@@ -34,6 +34,8 @@ pub(crate) enum Backing {
 
 /// No more copies may begin.
 const CLOSED: u32 = 1 << 31;
+/// A GPU may touch the memory for ever. What is below are copies under way.
+const ABANDONED: u32 = 1 << 30;
 
 /// A region that a thread copies from or to; it stays registered until this is dropped.
 #[derive(Debug)]
@@ -75,7 +77,11 @@ impl RegionInner {
 
     /// Something may touch it for ever: it is never quiet again.
     pub(crate) fn abandon(&self) {
-        self.copies.fetch_add(1, Ordering::AcqRel);
+        self.copies.fetch_or(ABANDONED, Ordering::AcqRel);
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.copies.load(Ordering::Acquire) & ABANDONED != 0
     }
 
     /// Lets no copy begin any more; true: none is under way.
