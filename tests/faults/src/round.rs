@@ -300,9 +300,9 @@ impl Contest {
     fn watch_ends(&self, signal: u64, outcome: &mut Outcome) {
         let side = &self.board.sides[SURVIVOR];
         let bound = self.rules.bound();
+        // Looking at rest is not enough: a thread that has not looked at the board since may be about to post.
         let over = || {
-            let posted = &side.slots[..CONNECTION];
-            posted[..7].iter().all(|slot| slot.stopped.load(SeqCst) == 1)
+            side.slots[..CONNECTION].iter().all(|slot| slot.stopped.load(SeqCst) == 1)
                 && side.slots[..=CONNECTION].iter().all(|slot| !slot.in_flight())
         };
         let ended = within(bound + PATIENCE, over);

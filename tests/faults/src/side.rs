@@ -440,6 +440,8 @@ fn start(
         let own = local.clone();
         threads.push(spawn("come-and-go", Box::new(churn::come_and_go))?);
         threads.push(spawn("use", Box::new(move |shared| churn::use_it(shared, &own)))?);
+    } else {
+        churn::post_nothing(shared);
     }
     Ok(threads)
 }
