@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{process::Command, time::Duration};
+use std::process::Command;
 
 use common::*;
 use corelane_runtime::*;

@@ -99,7 +99,11 @@ mod tests {
             (std::sync::atomic::AtomicBool::new(false), corelane_tests::allowed_cores()[0]);
         corelane_tests::pin_process(core);
         std::thread::scope(|scope| {
-            scope.spawn(|| while !over.load(std::sync::atomic::Ordering::Relaxed) {});
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
             corelane_tests::eventually("it waits", || {
                 (0..100_000).for_each(|_| std::hint::spin_loop());
                 waits.so_far() > Duration::from_millis(1)
