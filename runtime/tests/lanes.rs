@@ -41,7 +41,7 @@ fn messages_of_a_sender_arrive_in_order_from_many_threads() {
             .collect();
         senders.into_iter().for_each(|sender| sender.join().unwrap());
         assert_all_in_order(&seen);
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
         assert_eq!(lane.stats().messages, 1500);
     }
 }
@@ -55,7 +55,7 @@ fn a_parked_lane_wakes_for_messages_with_nobody_assisting() {
             submit(&lane, Ask::Note(number));
             wait_until("message", || seen.last.load(Ordering::Acquire) == number);
         }
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
     }
 }
 
@@ -106,7 +106,7 @@ fn a_lane_that_sleeps_is_woken_by_a_word_and_by_none_that_it_does_not_watch_any_
         } else {
             eprintln!("skipped: the rings of this kernel cannot wait for words (Linux 6.7)");
         }
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
         assert_eq!(Arc::strong_count(&other), 1);
     }
 }
@@ -133,7 +133,7 @@ fn descriptors_are_served_hot_quiet_and_parked() {
                     assert_eq!(back, data);
                 }
             }
-            lane.stop(Duration::from_secs(1)).unwrap();
+            lane.stop(STOP).unwrap();
         }
     }
 }
@@ -151,7 +151,7 @@ fn a_removed_descriptor_closes_at_once_although_it_was_watched() {
         // On a caller's thread where that is allowed: the lane's ring has to let go all the same.
         lane.assist();
         assert_eq!(ours.read(&mut [0]).unwrap(), 0, "end of stream");
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
     }
 }
 
@@ -169,9 +169,9 @@ fn timers_are_never_early_and_fire_spinning_and_parked() {
         for (token, fired) in seen.timers.lock().unwrap().iter() {
             let deadline = deadlines[*token as usize];
             assert!(*fired >= deadline, "timer {token} was early");
-            assert!(*fired < deadline + Duration::from_millis(500), "timer {token} was late");
+            assert!(*fired < deadline + Duration::from_secs(5), "timer {token} was late");
         }
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
     }
 }
 
@@ -185,28 +185,32 @@ fn a_timer_set_in_a_callers_turn_wakes_a_parked_lane() {
         lane.assist();
         wait_until("timer", || seen.timers.lock().unwrap().len() as u64 == token + 1);
     }
-    lane.stop(Duration::from_secs(1)).unwrap();
+    lane.stop(STOP).unwrap();
 }
 
 #[test]
 fn callers_drive_a_shared_lane_and_it_stands_by() {
     let (lane, seen) = start(config(AssistMode::Always, Spin::default()));
     let mut number = 0;
-    let end = Instant::now() + Duration::from_millis(300);
-    while Instant::now() < end {
+    let begin = Instant::now();
+    // On a busy machine a caller may get no core for as long as that takes.
+    let has_driven = |number| {
+        let stats = lane.stats();
+        let driven = stats.assisted_turns > number / 2 && stats.standbys > 0;
+        assert!(driven || begin.elapsed() < STOP, "of {number}: {stats:?}");
+        driven && begin.elapsed() > Duration::from_millis(300)
+    };
+    while number == 0 || number % 100 != 0 || !has_driven(number) {
         number += 1;
         submit(&lane, Ask::Note(number));
         while seen.last.load(Ordering::Acquire) != number {
             assert!(matches!(lane.assist(), Assist::Worked | Assist::Idle | Assist::Busy));
         }
     }
-    let stats = lane.stats();
-    assert!(stats.assisted_turns > number / 2, "{stats:?}");
-    assert!(stats.standbys > 0, "{stats:?}");
     // Nobody drives any more: the lane takes over within its stand-by.
     submit(&lane, Ask::Note(0));
     wait_until("take-over", || seen.last.load(Ordering::Acquire) == 0);
-    lane.stop(Duration::from_secs(1)).unwrap();
+    lane.stop(STOP).unwrap();
 }
 
 /// Otherwise it costs each turn of a caller a system call, for as long as callers drive.
@@ -236,7 +240,7 @@ fn a_calm_descriptor_goes_quiet_while_callers_drive_and_is_still_heard() {
         ours.write_all(b"?").unwrap();
         drive_until("echo", &mut || ours.read(&mut [0]).is_ok());
     }
-    lane.stop(Duration::from_secs(1)).unwrap();
+    lane.stop(STOP).unwrap();
 }
 
 /// Without spinning there is nothing between a caller that drives and a lane that watches by itself.
@@ -257,7 +261,7 @@ fn a_lane_that_is_told_that_nobody_drives_parks_and_stands_by_no_more() {
         after_waking += lane.stats().standbys - before.standbys;
     }
     assert!(after_waking < 20, "stood by {after_waking} times for nobody");
-    lane.stop(Duration::from_secs(1)).unwrap();
+    lane.stop(STOP).unwrap();
 }
 
 #[test]
@@ -273,7 +277,7 @@ fn what_is_handed_over_is_handled_in_order_whoever_holds_the_token() {
             }
         });
         assert_all_in_order(&seen);
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
         assert!(lane.hand_over(Box::new(Ask::Note(0))).is_err());
     }
 }
@@ -289,7 +293,7 @@ fn a_dedicated_lane_is_never_driven_by_callers() {
         wait_until("message", || seen.last.load(Ordering::Acquire) == 1);
         assert!(lane.stats().dedicated);
         assert_eq!(lane.stats().assisted_turns, 0);
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
         assert_eq!(lane.assist(), Assist::Stopped);
     }
 }
@@ -299,9 +303,12 @@ fn an_idle_lane_parks_unless_it_must_poll() {
     let (lane, seen) = start(config(AssistMode::Always, Spin::default()));
     wait_until("parked", || lane.stats().parks > 0);
     std::thread::sleep(Duration::from_millis(20));
-    let before = lane.stats();
+    let (before, begin) = (lane.stats(), Instant::now());
     std::thread::sleep(Duration::from_millis(100));
-    assert!(lane.stats().turns - before.turns < 20, "an idle lane turns");
+    let turns = lane.stats().turns - before.turns;
+    // Of a sleep that may have been longer.
+    let ms = begin.elapsed().as_millis() as u64;
+    assert!(turns < ms / 5, "an idle lane turns: {turns} times in {ms} ms");
     seen.must_poll.store(true, Ordering::Relaxed);
     submit(&lane, Ask::Note(1));
     wait_until("message", || seen.last.load(Ordering::Acquire) == 1);
@@ -309,7 +316,7 @@ fn an_idle_lane_parks_unless_it_must_poll() {
     // However slowly: a busy machine gives a lane that yields few turns.
     wait_until("turns", || lane.stats().turns - turns > 20);
     assert_eq!(lane.stats().parks, parks);
-    lane.stop(Duration::from_secs(1)).unwrap();
+    lane.stop(STOP).unwrap();
 }
 
 #[test]
@@ -323,7 +330,7 @@ fn a_lane_may_submit_to_itself_although_its_inbox_is_full() {
         );
         wait_until("own messages", || seen.last.load(Ordering::Acquire) == 100);
         assert!(seen.messages.lock().unwrap().iter().copied().eq(1..=100));
-        lane.stop(Duration::from_secs(1)).unwrap();
+        lane.stop(STOP).unwrap();
     }
 }
 
@@ -331,12 +338,12 @@ fn a_lane_may_submit_to_itself_although_its_inbox_is_full() {
 fn try_submit_gives_back_what_does_not_fit() {
     let (lane, _) =
         start(LaneConfig { inbox_slots: 2, ..config(AssistMode::Never, Spin::default()) });
-    submit(&lane, Ask::Block(Duration::from_millis(300)));
-    std::thread::sleep(Duration::from_millis(100));
+    let gate = Gate::hold(&lane);
     let results: Vec<_> = (0..3).map(|n| lane.try_submit(Box::new(Ask::Note(n)))).collect();
     assert!(results[0].is_ok() && results[1].is_ok());
     assert!(matches!(results[2], Err(TrySubmitError::Full(_))));
-    lane.stop(Duration::from_secs(2)).unwrap();
+    gate.open();
+    lane.stop(STOP).unwrap();
     assert!(matches!(lane.try_submit(Box::new(Ask::Note(9))), Err(TrySubmitError::Stopped(_))));
 }
 
@@ -365,18 +372,17 @@ fn stop_runs_the_drivers_end_once_and_is_idempotent() {
 fn stop_is_bounded_when_the_driver_never_ends_or_blocks() {
     let (lane, seen) = start_with(LaneConfig::default(), u64::MAX);
     let begin = Instant::now();
-    lane.stop(Duration::from_millis(50)).unwrap();
-    assert!(begin.elapsed() >= Duration::from_millis(50));
+    lane.stop(Duration::from_millis(500)).unwrap();
+    assert!(begin.elapsed() >= Duration::from_millis(500));
     assert!(seen.stops.load(Ordering::Relaxed) > 1);
 
     let (lane, _) = start(LaneConfig::default());
-    submit(&lane, Ask::Block(Duration::from_secs(2)));
-    std::thread::sleep(Duration::from_millis(20));
-    let begin = Instant::now();
+    let gate = Gate::hold(&lane);
+    // It comes back although nobody opens.
     let error = lane.stop(Duration::from_millis(10)).unwrap_err();
     assert!(matches!(error, LaneError::StopTimedOut { .. }), "{error}");
-    assert!(begin.elapsed() < Duration::from_millis(1500));
-    lane.stop(Duration::from_secs(10)).unwrap();
+    gate.open();
+    lane.stop(STOP).unwrap();
 }
 
 #[test]
@@ -385,7 +391,7 @@ fn stop_from_a_turn_does_not_wait_for_itself() {
     let own = lane.clone();
     submit(&lane, Ask::Run(Box::new(move |_| own.stop(Duration::from_secs(9)).unwrap())));
     wait_until("end", || !lane.is_alive());
-    lane.stop(Duration::from_secs(1)).unwrap();
+    lane.stop(STOP).unwrap();
 }
 
 #[test]
@@ -417,12 +423,12 @@ fn a_panic_ends_one_lane_only_and_every_message_is_accounted_for() {
         assert_eq!(lane.assist(), Assist::Stopped);
         let handled = seen.messages.lock().unwrap().len() + seen.abandoned.lock().unwrap().len();
         assert_eq!(handled, accepted);
-        let error = lane.stop(Duration::from_secs(1)).unwrap_err();
+        let error = lane.stop(STOP).unwrap_err();
         assert!(error.to_string().contains("on purpose"), "{error}");
 
         submit(&other, Ask::Note(7));
         wait_until("the other lane", || other_seen.last.load(Ordering::Acquire) == 7);
-        other.stop(Duration::from_secs(1)).unwrap();
+        other.stop(STOP).unwrap();
     }
 }
 

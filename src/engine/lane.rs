@@ -97,8 +97,8 @@ pub(super) struct LanePeer {
     pub(super) local: Option<Box<Attachment>>,
     /// Whose memory it was, while there is no session.
     pub(super) last_process: Option<Arc<Accessor>>,
-    /// Its process, while something is expected of it on this host and its life is not watched.
-    pub(super) suspect: Option<Pid>,
+    /// Its process, while something is expected of it on this host and its life is not watched, and when it is asked for next.
+    pub(super) suspect: Option<(Pid, TimerId)>,
     /// The queue pairs to it.
     pub(super) rdma: Option<Box<RdmaLink>>,
     /// The transports that it allows.
@@ -250,7 +250,7 @@ impl LaneDriver {
         slot
     }
 
-    fn remove_peer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+    pub(super) fn remove_peer(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let links = self.peers[slot].links.clone();
         for link in links {
             self.close_link(link, "the peer was unloaded", cx);
@@ -265,7 +265,8 @@ impl LaneDriver {
         self.settle_gpu_of(slot, cx);
         crate::gpu::forget_mappings(self.peers[slot].core.peer.incarnation);
         let mut peer = self.peers.remove(slot);
-        if let Some((_, timer)) = peer.timer.take() {
+        let timers = [peer.timer.map(|(_, timer)| timer), peer.suspect.map(|(_, timer)| timer)];
+        for timer in timers.into_iter().flatten() {
             cx.cancel_timer(timer);
         }
         // Its place in `dirty` stays: `service` is walking that list, and skips who is not there.

@@ -317,9 +317,15 @@ def running() -> Iterator[subprocess.Popen]:
 def children(program: subprocess.Popen) -> dict[str, int]:
     """The workers by their role."""
     found = {}
-    for pid in Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split():
-        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        if "--role" in arguments:
+    # Not every kernel lists the children of a process, but each process names its parent.
+    for process in Path("/proc").glob("[0-9]*"):
+        pid = process.name
+        try:
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            arguments = (process / "cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == program.pid and "--role" in arguments:
             found[arguments[arguments.index("--role") + 1]] = int(pid)
     assert sorted(found) == ["decode", "prefill"]
     return found

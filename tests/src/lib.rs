@@ -48,7 +48,7 @@ pub use settings::{
     tcp_config,
 };
 pub use slots::{Slots, block_holds, fill_block, watch};
-pub use sockets::{reset, sockets_of};
+pub use sockets::{free_port, reset, sockets_of};
 pub use streams::{exchange, exchange_sizes, sized_payload};
 pub use wait::{BOUND, collect, cut_short, end_of, eventually, kind, outcome};
 

@@ -1,7 +1,9 @@
 //! The sockets of another process, reached from outside and without its knowledge.
 
 use std::io;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn own(raw: libc::c_long) -> io::Result<OwnedFd> {
     match i32::try_from(raw) {
@@ -9,6 +11,27 @@ fn own(raw: libc::c_long) -> io::Result<OwnedFd> {
         Ok(raw) if raw >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(raw) }),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// A port on which nobody listens, for somebody who is told it and listens later. Not one of those that the kernel gives to who asks
+/// for any, of which the connections of other tests take thousands meanwhile.
+pub fn free_port() -> u16 {
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    const LOWEST: usize = 10_000;
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+    let lowest_of_kernel = range
+        .ok()
+        .and_then(|range| range.split_whitespace().next()?.parse::<usize>().ok())
+        .filter(|lowest| *lowest > LOWEST + 1000)
+        .unwrap_or(32_768);
+    // Tests run beside each other: those of other processes begin elsewhere.
+    let begin = std::process::id() as usize * 97;
+    let free = (0..10_000).find_map(|_| {
+        let turn = begin + ASKED.fetch_add(1, Ordering::Relaxed);
+        let port = (LOWEST + turn % (lowest_of_kernel - LOWEST)) as u16;
+        TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).ok().map(|_| port)
+    });
+    free.expect("a free port")
 }
 
 /// Every socket of a process, once more: each stays open whatever becomes of that process, as for as long as the kernel takes a

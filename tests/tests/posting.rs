@@ -175,11 +175,12 @@ fn one_transfer_is_posted_once_at_a_time() {
 fn a_peer_that_does_not_answer_in_time_fails_the_transfer_and_is_usable_again() {
     let mut config = tcp_config();
     config.liveness = BOUND;
-    config.operation_timeout = Duration::from_millis(300);
+    config.operation_timeout = Duration::from_secs(1);
     let pair = Pair::new(4 << 20, config, "liveness_ms=60000");
     let transfers = [100, 4 << 20].map(|len| pair.plan(Operation::Read, 0, len).transfer());
     for transfer in &transfers {
-        end_of(transfer).unwrap();
+        // A busy machine may take longer than this engine waits.
+        eventually("the peer serves", || end_of(transfer).is_ok());
     }
     for transfer in &transfers {
         pair.far.process.freeze();
@@ -201,8 +202,8 @@ fn a_peer_that_does_not_answer_in_time_fails_the_transfer_and_is_usable_again() 
 #[test]
 fn a_silent_peer_is_given_up_after_the_liveness_timeout_and_is_usable_again() {
     let mut config = tcp_config();
-    config.liveness = Duration::from_millis(200);
-    let pair = Pair::new(4096, config, "liveness_ms=200");
+    config.liveness = Duration::from_secs(1);
+    let pair = Pair::new(4096, config, "liveness_ms=1000");
     let transfer = pair.plan(Operation::Read, 0, 4096).transfer();
     end_of(&transfer).unwrap();
     pair.far.process.freeze();

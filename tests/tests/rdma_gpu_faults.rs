@@ -27,7 +27,7 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let mut far = peer_process!();
-        let settings = "transports=rdma,tcp rdma_devices=rxe1 rdma_timeout=11 liveness_ms=20000";
+        let settings = "transports=rdma,tcp rdma_devices=rxe1 rdma_timeout=15 liveness_ms=20000";
         let metadata = far.engine("far", settings);
         let bytes = from_hex(&far.ask(&format!("gpu-region r {LEN} read-write 0"))).unwrap();
         let theirs = RegionDescriptor::from_bytes(&bytes).unwrap();

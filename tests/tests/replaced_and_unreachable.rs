@@ -48,7 +48,7 @@ fn a_transfer_that_waits_for_a_connection_past_its_timeout_says_that_there_is_no
 #[test]
 fn the_attempt_after_a_lost_link_has_its_own_time() {
     let mut config = tcp_config();
-    config.liveness = Duration::from_millis(300);
+    config.liveness = Duration::from_secs(1);
     config.reconnect_timeout = Duration::from_millis(300);
     config.connect_timeout = FAR_TOO_LONG * 2;
     config.operation_timeout = FAR_TOO_LONG * 3;
@@ -74,7 +74,7 @@ fn the_attempt_after_a_lost_link_has_its_own_time() {
 fn a_peer_that_connects_again_before_its_old_link_is_closed_is_served(config: Configuration) {
     const ROUNDS: u64 = 8;
     let mut config = config();
-    config.liveness = Duration::from_millis(200);
+    config.liveness = Duration::from_secs(1);
     config.connect_timeout = FAR_TOO_LONG;
     config.operation_timeout = FAR_TOO_LONG / 2;
     let near = Near::new(config, LEN);
@@ -86,10 +86,11 @@ fn a_peer_that_connects_again_before_its_old_link_is_closed_is_served(config: Co
         end_of(&read).unwrap();
         near.memory.poison(0, 4096);
         peer.notify(&[round as u8, 0]).unwrap();
+        // Not the number of the round: a process that gets no core for so long is silent, too.
+        let silences = || near.engine.stats().totals.liveness_timeouts;
+        let before = silences();
         far.process.freeze();
-        eventually("the silence is noticed", || {
-            near.engine.stats().totals.liveness_timeouts == round + 1
-        });
+        eventually("the silence is noticed", || silences() > before);
         peer.notify(&[round as u8, 1]).unwrap();
         read.post().unwrap();
         std::thread::sleep(Duration::from_millis(20));

@@ -93,7 +93,7 @@ fn a_server_that_stands_still_for_seconds_is_waited_for() {
         });
         let bench = Bench::new();
         let (_, results) = bench.results(&format!(
-            "client --connect {} --duration 20ms --rounds 1 --scenario sizes --sizes 64 --operation read",
+            "client --connect {} --duration 500ms --rounds 1 --scenario sizes --sizes 64 --operation read",
             server.address
         ));
         assert_eq!(results["complete"], true);
@@ -150,9 +150,16 @@ fn a_port_in_use_is_explained() {
     );
 }
 
-fn children(pid: u32) -> Vec<u32> {
-    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    list.split_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
+/// Not every kernel lists the children of a process, but each process names its parent.
+fn children(parent: u32) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").expect("/proc").flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parent_of = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        fields.split_whitespace().nth(1)?.parse::<u32>().ok()
+    };
+    numbers.filter(|pid| parent_of(pid) == Some(parent)).collect()
 }
 
 fn long_run(bench: &Bench) -> (Child, Vec<u32>) {

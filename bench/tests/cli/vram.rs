@@ -1,16 +1,50 @@
 //! Memory of GPUs: measured where there is a driver (tests/run.sh fake-gpu has one whose GPUs are threads), and refused elsewhere.
 
+use std::ffi::{c_int, c_uint};
+
+use libloading::os::unix::Library;
+
 use crate::common::{Bench, run};
 
-fn has_driver() -> bool {
+/// What this machine has of GPUs.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// As in images for machines with GPUs, and where a GPU is out of order.
+    DriverOnly,
+    Gpu,
+}
+
+fn found() -> Found {
     // SAFETY: loading runs the initialisers of the driver.
-    unsafe { libloading::os::unix::Library::new("libcuda.so.1") }.is_ok()
+    let Ok(driver) = (unsafe { Library::new("libcuda.so.1") }) else { return Found::Nothing };
+    let mut count = 0;
+    // SAFETY: types as in the driver's manual.
+    let works = unsafe {
+        let init = driver.get::<unsafe extern "C" fn(c_uint) -> c_int>(b"cuInit");
+        let count_gpus =
+            driver.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDeviceGetCount");
+        match (init, count_gpus) {
+            (Ok(init), Ok(count_gpus)) => init(0) == 0 && count_gpus(&raw mut count) == 0,
+            _ => false,
+        }
+    };
+    if works && count > 0 { Found::Gpu } else { Found::DriverOnly }
+}
+
+/// Says so where there is none.
+fn has_gpu() -> bool {
+    let found = found();
+    if found != Found::Gpu {
+        eprintln!("SKIPPED: no GPU with a driver ({found:?})");
+    }
+    found == Found::Gpu
 }
 
 #[test]
 fn vram_is_measured_and_verified_beside_bare_copies() {
-    if !has_driver() {
-        return eprintln!("SKIPPED: no driver of GPUs");
+    if !has_gpu() {
+        return;
     }
     for transport in ["local", "tcp"] {
         let bench = Bench::new();
@@ -39,8 +73,8 @@ fn vram_is_measured_and_verified_beside_bare_copies() {
 
 #[test]
 fn wrong_bytes_in_vram_are_found() {
-    if !has_driver() {
-        return eprintln!("SKIPPED: no driver of GPUs");
+    if !has_gpu() {
+        return;
     }
     let bench = Bench::new();
     let ran = bench.run(
@@ -58,11 +92,11 @@ fn what_cannot_be_measured_in_vram_is_told_in_one_line() {
         ("loopback --gpus none", "--gpus"),
         ("loopback --memory vram --gpus 4000", "GPU"),
     ];
-    if !has_driver() {
-        refused.push(("loopback --memory vram", "libcuda.so.1 not found"));
-    } else {
-        refused.push(("loopback --memory vram --baseline raw-cma", "raw-gpu"));
-    }
+    refused.push(match found() {
+        Found::Nothing => ("loopback --memory vram", "libcuda.so.1 not found"),
+        Found::DriverOnly => ("loopback --memory vram", "GPU"),
+        Found::Gpu => ("loopback --memory vram --baseline raw-cma", "raw-gpu"),
+    });
     for (arguments, expected) in refused {
         let bench = Bench::new();
         let ran =

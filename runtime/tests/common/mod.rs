@@ -38,7 +38,6 @@ pub enum Ask {
     Calm,
     /// Forgets all streams.
     Close,
-    Block(Duration),
     Run(Box<dyn FnOnce(&mut Cx<'_>) + Send>),
 }
 
@@ -73,7 +72,6 @@ impl Driver for Probe {
             }
             Ask::Calm => self.streams.iter().for_each(|(_, id)| cx.set_calm(*id, true)),
             Ask::Close => self.streams.drain(..).for_each(|(_, id)| cx.remove_fd(id)),
-            Ask::Block(time) => std::thread::sleep(time),
             Ask::Run(f) => f(cx),
         }
     }
@@ -160,6 +158,36 @@ pub fn submit(lane: &Lane<Probe>, ask: Ask) {
 
 pub fn hand_over(lane: &Lane<Probe>, ask: Ask) {
     assert!(lane.hand_over(Box::new(ask)).is_ok(), "the lane has stopped");
+}
+
+/// What a lane may take to stop, on a machine that has other things to do.
+pub const STOP: Duration = Duration::from_secs(10);
+
+/// Keeps whoever runs it in there until [`Gate::open`].
+pub struct Gate {
+    inside: std::sync::mpsc::Receiver<()>,
+    open: std::sync::mpsc::Sender<()>,
+}
+
+impl Gate {
+    /// Has the lane's driver stand at a gate; it stands there when this returns.
+    pub fn hold(lane: &Lane<Probe>) -> Self {
+        let ((tell, inside), (open, opened)) =
+            (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+        let stand = move |_: &mut Cx<'_>| {
+            tell.send(()).unwrap();
+            // Who drops the gate opens it, too.
+            let _ = opened.recv();
+        };
+        submit(lane, Ask::Run(Box::new(stand)));
+        let gate = Self { inside, open };
+        gate.inside.recv_timeout(STOP).unwrap();
+        gate
+    }
+
+    pub fn open(self) {
+        self.open.send(()).unwrap();
+    }
 }
 
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use corelane_runtime::Cx;
+use corelane_runtime::{Cx, TimerId};
 
 use super::Theirs;
 use crate::engine::lane::{DEATH_TIMER, LaneDriver};
@@ -16,6 +16,11 @@ const MAX_IDLE_WAKES: u32 = 64;
 
 /// How often a process is asked about, while nothing of its is watched yet.
 const SUSPICION: Duration = Duration::from_millis(2);
+
+fn ask_soon(slot: usize, cx: &mut Cx<'_>) -> TimerId {
+    let next = cx.now() + SUSPICION;
+    cx.set_timer(next, DEATH_TIMER | slot as u64)
+}
 
 impl Theirs {
     /// Watches the word of the peer's life on behalf of a session's link.
@@ -56,25 +61,24 @@ impl LaneDriver {
         if pid.is_own() {
             return;
         }
-        if peer.suspect.replace(pid).is_none() {
-            let next = cx.now() + SUSPICION;
-            cx.set_timer(next, DEATH_TIMER | slot as u64);
+        match &mut peer.suspect {
+            // One timer, whoever it is about.
+            Some((suspect, _)) => *suspect = pid,
+            None => peer.suspect = Some((pid, ask_soon(slot, cx))),
         }
     }
 
     /// Time to ask whether a process is still there of which something is expected.
     pub(in crate::engine) fn death_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        let Some(pid) = peer.suspect.take() else { return };
+        let Some((pid, _)) = peer.suspect.take() else { return };
         let attaching = peer.local.as_ref().filter(|attachment| attachment.theirs.is_none());
         let link = attaching.map(|attachment| attachment.link);
         if link.is_none() && peer.connector.is_none() {
             return;
         }
         if !local::has_no_address_space(pid) {
-            peer.suspect = Some(pid);
-            let next = cx.now() + SUSPICION;
-            cx.set_timer(next, DEATH_TIMER | slot as u64);
+            peer.suspect = Some((pid, ask_soon(slot, cx)));
             return;
         }
         if let Some(link) = link {
@@ -112,5 +116,42 @@ impl LaneDriver {
         self.receive_last(link, cx);
         self.close_link(link, "its process has ended", cx);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::EngineConfig;
+    use crate::engine::Engine;
+    use crate::peer::PeerShared;
+    use crate::transport::local::Pid;
+
+    /// Whoever gets the place of a peer that was removed is not asked about on its behalf.
+    #[test]
+    fn a_peer_that_is_removed_leaves_no_timer_behind() {
+        let engine = Engine::new("a", EngineConfig::default()).unwrap();
+        let (name, limits) = ("b".into(), engine.shared.config.limits.clone());
+        let peer = Arc::new(PeerShared::new(name, 7, 0, None, &limits));
+        let lane = engine.shared.lane(0).unwrap();
+        let is_set = lane.spawn(move |lane| async move {
+            loop {
+                let peer = peer.clone();
+                let asked = lane.with(move |driver, cx| {
+                    let slot = driver.add_peer(&peer, false);
+                    let later = cx.now() + Duration::from_hours(1);
+                    let timer = cx.set_timer(later, DEATH_TIMER | slot as u64);
+                    driver.peers[slot].suspect = Some((Pid::own(), timer));
+                    driver.remove_peer(slot, cx);
+                    // What was cancelled cannot be cancelled.
+                    cx.cancel_timer(timer)
+                });
+                match asked {
+                    Some(asked) => return asked,
+                    None => lane.yield_now().await,
+                }
+            }
+        });
+        assert!(!is_set.wait().unwrap(), "the timer goes on");
     }
 }

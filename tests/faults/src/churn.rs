@@ -57,11 +57,28 @@ pub(crate) fn come_and_go(shared: &Arc<Shared>) {
     }
 }
 
-/// Reads and writes what the other side registers, until it is gone.
+/// Reads and writes what the other side registers, until it is gone or the other side is.
 pub(crate) fn use_it(shared: &Arc<Shared>, local: &Region) {
+    use_what_comes(shared, local);
+    post_nothing(shared);
+}
+
+/// Says that the slots of memory that comes and goes are posted no more.
+pub(crate) fn post_nothing(shared: &Shared) {
+    [CHURN_READ, CHURN_WRITE]
+        .iter()
+        .for_each(|&slot| shared.own().slots[slot].stopped.store(1, SeqCst));
+}
+
+fn use_what_comes(shared: &Shared, local: &Region) {
     let mut version = 0;
     while shared.board.control() <= Control::Run {
+        // Before the look at what is announced: whoever has been struck announces nothing after that is worth waiting for.
+        let last = shared.gives_up();
         let next = shared.other().announced(version);
+        if last && next.is_none() {
+            return;
+        }
         let Some((newer, descriptor)) = next.filter(|_| shared.may_post()) else {
             std::thread::sleep(Duration::from_micros(50));
             continue;

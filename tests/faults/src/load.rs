@@ -10,6 +10,7 @@ use corelane_tests::{BOUND, Buffer, block_holds, fill_block};
 use crate::board::{BLOCKS, Control, SlotBoard, now_ns, outcome};
 use crate::notes::bound_payload;
 use crate::side::{Kind, Shared};
+use crate::usage::Waits;
 
 /// What the other side reads, with the pattern of its round.
 pub(crate) const SOURCE_BYTES: usize = 2 << 20;
@@ -366,7 +367,14 @@ pub(crate) fn drive(
                 .for_each(|&slot| shared.own().slots[slot].stopped.store(1, SeqCst));
         }
     };
+    let waits = Waits::of_this_thread();
+    let (mut before, mut waited) = (Duration::ZERO, Duration::ZERO);
     loop {
+        if !shared.board.signalled() {
+            before = waits.so_far();
+        } else if slots.iter().any(|slot| slot.board(shared).stopped.load(SeqCst) == 0) {
+            waited = waits.so_far().saturating_sub(before);
+        }
         let control = shared.board.control();
         let posting = control == Control::Run && shared.may_post();
         let mut worked = false;
@@ -378,6 +386,7 @@ pub(crate) fn drive(
             };
         }
         if control >= Control::Stop && slots.iter().all(|slot| slot.posted.is_none()) {
+            shared.has_waited(waited);
             shared.own().senders_ended.fetch_add(1, SeqCst);
             return;
         }

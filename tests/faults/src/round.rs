@@ -55,6 +55,8 @@ pub(crate) struct Outcome {
     /// To the first error, and to the last end of each slot that was posted after the strike or in flight then.
     pub(crate) first_error_us: Option<u64>,
     pub(crate) ends_us: Vec<i64>,
+    /// How much of that the survivor's threads that post could not run, since others had the cores: the one that waited longest.
+    pub(crate) waited_us: u64,
     /// To the end of the victim's process, by the watch's own waiting.
     pub(crate) exited_us: Option<u64>,
     pub(crate) stopped_ms: u64,
@@ -175,6 +177,7 @@ impl Contest {
             detection_us: None,
             first_error_us: None,
             ends_us: Vec::new(),
+            waited_us: 0,
             exited_us: None,
             stopped_ms: 0,
             resident: 0,
@@ -300,9 +303,9 @@ impl Contest {
     fn watch_ends(&self, signal: u64, outcome: &mut Outcome) {
         let side = &self.board.sides[SURVIVOR];
         let bound = self.rules.bound();
+        // Looking at rest is not enough: a thread that has not looked at the board since may be about to post.
         let over = || {
-            let posted = &side.slots[..CONNECTION];
-            posted[..7].iter().all(|slot| slot.stopped.load(SeqCst) == 1)
+            side.slots[..CONNECTION].iter().all(|slot| slot.stopped.load(SeqCst) == 1)
                 && side.slots[..=CONNECTION].iter().all(|slot| !slot.in_flight())
         };
         let ended = within(bound + PATIENCE, over);
@@ -457,6 +460,9 @@ impl Contest {
         outcome.problems.extend(verdict.problems);
         outcome.errors.extend(verdict.errors);
         outcome.busy += verdict.busy;
+        if side == SURVIVOR {
+            outcome.waited_us = verdict.waited_us;
+        }
         Ok(())
     }
 }

@@ -95,6 +95,8 @@ pub(crate) struct Verdict {
     pub(crate) failed: u64,
     /// How often deregistration was held up.
     pub(crate) busy: u64,
+    /// How long a thread that posts could not run after the strike, the one that had to wait longest.
+    pub(crate) waited_us: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -132,6 +134,7 @@ pub(crate) struct Shared {
     was_connected: AtomicBool,
     withdrawn: AtomicBool,
     failures: AtomicU64,
+    waited_us: AtomicU64,
     problems: Mutex<Vec<(Kind, String)>>,
     errors: Mutex<Vec<String>>,
 }
@@ -176,6 +179,11 @@ impl Shared {
 
     pub(crate) fn is_withdrawn(&self) -> bool {
         self.withdrawn.load(SeqCst)
+    }
+
+    /// A thread that posts got no core for so long, after the strike.
+    pub(crate) fn has_waited(&self, time: Duration) {
+        self.waited_us.fetch_max(time.as_micros() as u64, SeqCst);
     }
 
     pub(crate) fn problem(&self, kind: Kind, what: String) {
@@ -346,6 +354,7 @@ impl Process {
             was_connected: AtomicBool::new(false),
             withdrawn: AtomicBool::new(false),
             failures: AtomicU64::new(0),
+            waited_us: AtomicU64::new(0),
             problems: Mutex::default(),
             errors: Mutex::default(),
         });
@@ -408,6 +417,7 @@ impl Process {
             errors: shared.errors.into_inner().unwrap_or_else(PoisonError::into_inner),
             failed: shared.failures.into_inner(),
             busy: shared.busy.into_inner(),
+            waited_us: shared.waited_us.into_inner(),
         })
     }
 }
@@ -440,6 +450,8 @@ fn start(
         let own = local.clone();
         threads.push(spawn("come-and-go", Box::new(churn::come_and_go))?);
         threads.push(spawn("use", Box::new(move |shared| churn::use_it(shared, &own)))?);
+    } else {
+        churn::post_nothing(shared);
     }
     Ok(threads)
 }

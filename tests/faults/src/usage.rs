@@ -1,6 +1,28 @@
-//! What processes hold over time: memory, files, threads.
+//! What processes hold over time: memory, files, threads; and how long a thread waits for a core.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use crate::side::Usage;
+
+/// How long this thread could have run and did not, since others had the cores, by the kernel's account.
+pub(crate) struct Waits(Option<File>);
+
+impl Waits {
+    pub(crate) fn of_this_thread() -> Self {
+        Self(File::open("/proc/thread-self/schedstat").ok())
+    }
+
+    /// All of it so far. Zero where the kernel keeps no account.
+    pub(crate) fn so_far(&self) -> Duration {
+        let mut text = [0; 96];
+        let told = self.0.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+        let words = text[..told].split(|byte| *byte == b' ');
+        let ns = words.skip(1).map(|word| std::str::from_utf8(word).ok()?.parse().ok()).next();
+        Duration::from_nanos(ns.flatten().unwrap_or(0))
+    }
+}
 
 /// Samples of one process.
 #[derive(Debug)]
@@ -66,6 +88,29 @@ impl Samples {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_shares_its_core_waits_for_it() {
+        let waits = Waits::of_this_thread();
+        if waits.0.is_none() {
+            return eprintln!("SKIPPED: this kernel keeps no account of threads that wait");
+        }
+        let (over, core) =
+            (std::sync::atomic::AtomicBool::new(false), corelane_tests::allowed_cores()[0]);
+        corelane_tests::pin_process(core);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+            corelane_tests::eventually("it waits", || {
+                (0..100_000).for_each(|_| std::hint::spin_loop());
+                waits.so_far() > Duration::from_millis(1)
+            });
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
 
     #[test]
     fn what_leaks_is_found_and_what_is_flat_is_not() {

@@ -3,11 +3,10 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use corelane_nixl_tests::{Agent, Operation, Settings, backend, params, range, require_nixl};
-use corelane_tests::{Buffer, allowed_cores, listening_ports};
+use corelane_tests::{Buffer, allowed_cores, free_port, listening_ports};
 
 const OPTIONS: [&str; 37] = [
     "lanes",
@@ -113,11 +112,6 @@ fn attempt(variables: &[(&str, &str)], parameters: &str) -> (bool, String) {
         assert!(process.does("agent b log_level=off port_range=0"), "a good agent after a bad one");
     }
     (created, process.log())
-}
-
-fn free_port() -> u16 {
-    let socket = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a free port");
-    socket.local_addr().expect("its address").port()
 }
 
 #[test]

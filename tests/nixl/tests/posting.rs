@@ -8,7 +8,7 @@ use corelane_nixl_tests::{
     Agent, Notify, Operation, Request, Settings, Status, TCP, assert_quiet, collect, params, range,
     target,
 };
-use corelane_tests::{Buffer, Random};
+use corelane_tests::{Buffer, Random, eventually};
 
 /// A pair of agents in this process, a buffer each; the second holds pattern 1.
 struct Pair {
@@ -203,7 +203,7 @@ fn a_release_while_the_peer_is_stopped_is_bounded_and_leaves_the_memory_quiet() 
     far.introduce_to(&agent);
     let lists = ([range(&near, 0, len)], [far.range(0, len)]);
     let request = agent.prepare(Operation::Read, &lists.0, "target", &lists.1).unwrap();
-    request.run_with(Notify::None).unwrap();
+    eventually("the peer serves", || request.run_with(Notify::None).is_ok());
     far.process.freeze();
     assert_eq!(request.post(Notify::None), Status::IN_PROGRESS);
     std::thread::sleep(Duration::from_millis(50));
@@ -223,7 +223,7 @@ fn a_release_in_flight_sends_no_notification_afterwards() {
     far.introduce_to(&agent);
     let lists = ([range(&near, 0, near.len())], [far.range(0, near.len())]);
     let request = agent.prepare(Operation::Read, &lists.0, "target", &lists.1).unwrap();
-    request.run_with(Notify::None).unwrap();
+    eventually("the peer serves", || request.run_with(Notify::None).is_ok());
     far.process.freeze();
     assert_eq!(request.post(Notify::With(b"never")), Status::IN_PROGRESS);
     release(request);
@@ -282,7 +282,7 @@ fn with_a_stuck_read(end: impl FnOnce(Agent, &Buffer, &str)) {
     far.introduce_to(&agent);
     let lists = ([range(&near, 0, len)], [far.range(0, len)]);
     let request = agent.prepare(Operation::Read, &lists.0, "target", &lists.1).unwrap();
-    request.run_with(Notify::None).unwrap();
+    eventually("the peer serves", || request.run_with(Notify::None).is_ok());
     far.process.freeze();
     assert_eq!(request.post(Notify::With(b"never")), Status::IN_PROGRESS);
     std::mem::forget(request);

@@ -3,13 +3,11 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
-use std::net::{Ipv4Addr, TcpListener};
-
 use corelane_nixl_tests::{
     Engine, Handle, MetaDescriptor, Metadata, Operation, Status, TCP, descriptor, peer_process,
     range,
 };
-use corelane_tests::{Buffer, PeerProcess, forge_secret, from_hex};
+use corelane_tests::{Buffer, PeerProcess, forge_secret, free_port, from_hex};
 
 const LEN: usize = 8 << 20;
 
@@ -106,11 +104,6 @@ impl Setup {
     }
 }
 
-fn free_port() -> u16 {
-    let socket = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a free port");
-    socket.local_addr().expect("its address").port()
-}
-
 // --- REMOTE_DISCONNECT
 
 #[test]
@@ -162,7 +155,7 @@ fn a_peer_out_of_reach() {
 
 #[test]
 fn a_silent_peer() {
-    let setup = Setup::new(&[TCP, ("liveness_ms", "300")], "");
+    let setup = Setup::new(&[TCP, ("liveness_ms", "1000")], "");
     setup.assert_works();
     let handle = setup.prepare().unwrap();
     setup.process.freeze();
