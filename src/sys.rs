@@ -225,6 +225,18 @@ pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
         .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
 }
 
+/// What [`host_id`] is where the host is not known.
+const NO_HOST: u64 = 0;
+
+/// Whether memory is on this host by the number that its owner told. A host that is not known is nobody's.
+pub(crate) fn is_own_host(id: u64) -> bool {
+    is_one_host(id, host_id())
+}
+
+fn is_one_host(a: u64, b: u64) -> bool {
+    a == b && a != NO_HOST
+}
+
 /// A number of this host's since it was started: the same in all of its containers.
 pub(crate) fn host_id() -> u64 {
     use sha2::{Digest, Sha256};
@@ -232,7 +244,7 @@ pub(crate) fn host_id() -> u64 {
     *ID.get_or_init(|| {
         let Ok(id) = std::fs::read("/proc/sys/kernel/random/boot_id") else {
             // Nobody's: then nobody takes this host for its own.
-            return random().map_or(0, u64::from_le_bytes);
+            return random().map_or(NO_HOST, u64::from_le_bytes);
         };
         let hash: [u8; 32] =
             Sha256::new_with_prefix(b"corelane host").chain_update(id).finalize().into();
@@ -254,6 +266,13 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_host_that_is_not_known_is_no_hosts_own() {
+        assert!(is_own_host(host_id()) && !is_own_host(host_id() ^ 1));
+        assert!(is_one_host(7, 7) && !is_one_host(7, 8));
+        assert!(!is_own_host(NO_HOST) && !is_one_host(NO_HOST, NO_HOST));
+    }
 
     #[cfg(feature = "rdma")]
     #[test]

@@ -1,6 +1,6 @@
 //! What a lane drives, and how file descriptors are spoken of.
 
-use std::{fmt, ops::BitOr};
+use std::{fmt, io, ops::BitOr};
 
 use crate::Cx;
 
@@ -28,6 +28,12 @@ pub trait Driver: Send + 'static {
     /// where that was nothing. Default: nothing.
     fn on_word(&mut self, cx: &mut Cx<'_>, token: u64) {
         let _ = (cx, token);
+    }
+
+    /// The kernel does not watch a word of [`Cx::watch_word`], or not any more, for want of memory above all: the driver has to
+    /// look at it by itself. Watching it again at once may fail as often as it is tried. Default: nothing.
+    fn on_word_lost(&mut self, cx: &mut Cx<'_>, token: u64, error: &io::Error) {
+        let _ = (cx, token, error);
     }
 
     /// Once a turn, after messages, descriptors and timers, and in between after messages: flush queued work, poll what

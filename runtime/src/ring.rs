@@ -147,8 +147,8 @@ impl Ring {
 
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: polls refer to no user memory, and of a word that is waited for only the value is read, once: should
-            // it not be mapped any more by then, the wait fails.
+            // SAFETY: polls refer to no user memory. A word that is waited for is kept by the table of words until its wait has
+            // completed.
             if unsafe { self.uring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }

@@ -24,7 +24,7 @@ use crate::{
     stats::Counters,
     task::{Job, TaskWaker},
     token::Token,
-    words::WordTable,
+    words::{WordEnd, WordTable},
 };
 
 /// Messages, and timers, handled per turn: a turn stays short under any load.
@@ -382,9 +382,13 @@ impl<D: Driver> Core<D> {
             counters.polls_fired.add(fired);
             progress |= fired > 0;
         }
-        if pump.words.has_fired() {
-            while let Some(token) = pump.words.pop_fired() {
-                driver.on_word(&mut Cx { pump }, token);
+        if pump.words.has_ended() {
+            while let Some((token, end)) = pump.words.pop_ended() {
+                let cx = &mut Cx { pump };
+                match end {
+                    WordEnd::Fired => driver.on_word(cx, token),
+                    WordEnd::Lost(error) => driver.on_word_lost(cx, token, &error),
+                }
             }
         }
 

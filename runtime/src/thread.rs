@@ -17,7 +17,7 @@ use crate::{
     placement,
     policy::{Idle, Policy},
     pump::{COOL_EVERY_NS, Intent, Pump, TICK_BITS},
-    ring::{Doorbell, Ring},
+    ring::{Doorbell, Ring, WordOp},
     shared::{Core, DEDICATED, DRIVEN_NS, ENDED, Shared, Turn, lock},
     sleep::LaneState,
     task::{Job, LaneLocal},
@@ -336,7 +336,11 @@ impl<D: Driver> LaneThread<D> {
             self.report(shared, |ring| ring.queue(op));
         }
         while let Some(op) = pump.words.next_ring_op() {
-            self.report(shared, |ring| ring.queue_word(&op));
+            let queued = self.ring.queue_word(&op);
+            if let (Err(error), WordOp::Wait { user_data, .. }) = (&queued, &op) {
+                pump.words.completed(*user_data, -error.raw_os_error().unwrap_or(libc::EIO));
+            }
+            self.report(shared, |_| queued);
         }
     }
 

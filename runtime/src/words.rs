@@ -1,7 +1,7 @@
 //! Words in memory that processes share, which the ring watches.
 
 use std::{
-    fmt,
+    fmt, io,
     sync::{Arc, atomic::AtomicU32},
 };
 
@@ -30,21 +30,37 @@ struct Entry {
     expected: u32,
     token: u64,
     generation: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    New,
     /// The ring has it.
-    armed: bool,
+    Armed,
+    /// Nobody wants it any more. The kernel may look at the word until the ring has completed the watch, so the word is kept.
+    Unwanted,
 }
 
 enum Pending {
     Arm(WordId),
-    /// The word is kept until the ring has been told.
-    Cancel(u64, #[expect(dead_code, reason = "held, not used")] Arc<dyn SharedWord>),
+    Cancel(WordId),
+}
+
+/// How a watch that is wanted ends.
+#[derive(Debug)]
+pub(crate) enum WordEnd {
+    /// Woken, or the word holds something else.
+    Fired,
+    /// The kernel does not watch it.
+    Lost(io::Error),
 }
 
 /// The watches of a lane. Each ends when it fires.
 pub(crate) struct WordTable {
     entries: Slab<Entry>,
     pending: Vec<Pending>,
-    fired: Vec<u64>,
+    ended: Vec<(u64, WordEnd)>,
     next_generation: u32,
     supported: bool,
 }
@@ -61,7 +77,7 @@ impl WordTable {
         Self {
             entries: Slab::new(),
             pending: Vec::new(),
-            fired: Vec::new(),
+            ended: Vec::new(),
             next_generation: 0,
             supported,
         }
@@ -78,7 +94,7 @@ impl WordTable {
         }
         self.next_generation = (self.next_generation + 1) & 0x7fff_ffff;
         let generation = self.next_generation;
-        let entry = Entry { word, expected, token, generation, armed: false };
+        let entry = Entry { word, expected, token, generation, state: State::New };
         let index = self.entries.insert(entry) as u32;
         let id = WordId { index, generation };
         self.pending.push(Pending::Arm(id));
@@ -86,12 +102,15 @@ impl WordTable {
     }
 
     pub(crate) fn remove(&mut self, id: WordId) -> bool {
-        if self.get(id).is_none() {
-            return false;
-        }
-        let entry = self.entries.remove(id.index as usize);
-        if entry.armed {
-            self.pending.push(Pending::Cancel(user_data(id), entry.word));
+        match self.get(id).map(|entry| entry.state) {
+            None | Some(State::Unwanted) => return false,
+            Some(State::New) => {
+                self.entries.remove(id.index as usize);
+            }
+            Some(State::Armed) => {
+                self.entries[id.index as usize].state = State::Unwanted;
+                self.pending.push(Pending::Cancel(id));
+            }
         }
         true
     }
@@ -105,11 +124,16 @@ impl WordTable {
     pub(crate) fn next_ring_op(&mut self) -> Option<WordOp> {
         loop {
             match self.pending.pop()? {
-                Pending::Cancel(user_data, _) => return Some(WordOp::Cancel { user_data }),
+                Pending::Cancel(id) => {
+                    // Where it has fired meanwhile there is nothing to cancel.
+                    if self.get(id).is_some() {
+                        return Some(WordOp::Cancel { user_data: user_data(id) });
+                    }
+                }
                 Pending::Arm(id) => {
                     if self.get(id).is_some() {
                         let entry = &mut self.entries[id.index as usize];
-                        entry.armed = true;
+                        entry.state = State::Armed;
                         return Some(WordOp::Wait {
                             word: entry.word.clone(),
                             expected: entry.expected,
@@ -134,21 +158,25 @@ impl WordTable {
             return false;
         }
         let entry = self.entries.remove(id.index as usize);
-        // Woken, or the word holds something else. What else there is (no memory) is not worth another try each turn.
-        let fired = result >= 0 || result == -libc::EAGAIN;
-        if fired {
-            self.fired.push(entry.token);
+        if entry.state == State::Unwanted {
+            return false;
         }
-        fired
+        let end = if result >= 0 || result == -libc::EAGAIN {
+            WordEnd::Fired
+        } else {
+            WordEnd::Lost(io::Error::from_raw_os_error(-result))
+        };
+        self.ended.push((entry.token, end));
+        true
     }
 
     #[inline]
-    pub(crate) fn has_fired(&self) -> bool {
-        !self.fired.is_empty()
+    pub(crate) fn has_ended(&self) -> bool {
+        !self.ended.is_empty()
     }
 
-    pub(crate) fn pop_fired(&mut self) -> Option<u64> {
-        self.fired.pop()
+    pub(crate) fn pop_ended(&mut self) -> Option<(u64, WordEnd)> {
+        self.ended.pop()
     }
 
     fn get(&self, id: WordId) -> Option<&Entry> {
@@ -183,6 +211,13 @@ mod tests {
         }
     }
 
+    fn ended(table: &mut WordTable) -> Option<(u64, Option<i32>)> {
+        table.pop_ended().map(|(token, end)| match end {
+            WordEnd::Fired => (token, None),
+            WordEnd::Lost(error) => (token, error.raw_os_error()),
+        })
+    }
+
     #[test]
     fn a_watch_fires_once_and_keeps_its_word_until_then() {
         let (mut table, word) = (WordTable::new(true), word());
@@ -191,35 +226,52 @@ mod tests {
         assert!(WordTable::is_word(user_data) && !table.has_ring_work());
         assert_eq!(Arc::strong_count(&word), 2);
         assert!(table.completed(user_data, 0) && !table.completed(user_data, 0));
-        assert_eq!((table.pop_fired(), table.pop_fired()), (Some(42), None));
+        assert_eq!((ended(&mut table), ended(&mut table)), (Some((42, None)), None));
         assert_eq!(Arc::strong_count(&word), 1);
     }
 
     #[test]
-    fn a_watch_that_is_taken_back_never_fires_and_is_cancelled_where_it_was_armed() {
+    fn a_watch_that_is_taken_back_never_fires_and_keeps_its_word_until_the_ring_has_let_go() {
         let (mut table, word) = (WordTable::new(true), word());
         let early = table.watch(word.clone(), 7, 1).unwrap();
         assert!(table.remove(early) && !table.remove(early));
         assert!(table.next_ring_op().is_none(), "it was never armed");
+        assert_eq!(Arc::strong_count(&word), 1);
         let late = table.watch(word.clone(), 7, 2).unwrap();
         let armed = armed(&mut table);
-        assert!(table.remove(late));
-        assert_eq!(Arc::strong_count(&word), 2, "the ring may still look at it");
+        assert!(table.remove(late) && !table.remove(late));
         let op = table.next_ring_op();
         assert!(matches!(op, Some(WordOp::Cancel { user_data }) if user_data == armed));
-        assert!(!table.completed(armed, -libc::ECANCELED) && !table.has_fired());
+        drop(op);
+        assert!(table.next_ring_op().is_none());
+        assert_eq!(Arc::strong_count(&word), 2, "the ring may still look at it");
+        assert!(!table.completed(armed, -libc::ECANCELED) && !table.has_ended());
         assert_eq!(Arc::strong_count(&word), 1);
     }
 
     #[test]
-    fn a_watch_that_failed_is_over_and_one_that_cannot_be_had_is_said_so() {
+    fn a_watch_that_fires_while_it_is_taken_back_is_over_and_is_not_cancelled() {
+        let (mut table, word) = (WordTable::new(true), word());
+        let watch = table.watch(word.clone(), 7, 1).unwrap();
+        let armed = armed(&mut table);
+        assert!(table.remove(watch) && table.has_ring_work());
+        assert!(!table.completed(armed, 0) && !table.has_ended());
+        assert_eq!(Arc::strong_count(&word), 1);
+        assert!(table.next_ring_op().is_none(), "what takes its place is not cancelled");
+    }
+
+    #[test]
+    fn a_watch_that_failed_is_over_and_its_driver_is_told() {
         let (mut table, word) = (WordTable::new(true), word());
         table.watch(word.clone(), 7, 1).unwrap();
         let user_data = armed(&mut table);
-        assert!(!table.completed(user_data, -libc::ENOMEM) && !table.has_fired());
+        assert!(table.completed(user_data, -libc::ENOMEM));
+        assert_eq!(ended(&mut table), Some((1, Some(libc::ENOMEM))));
+        assert_eq!(Arc::strong_count(&word), 1);
         table.watch(word.clone(), 7, 2).unwrap();
         let user_data = armed(&mut table);
         assert!(table.completed(user_data, -libc::EAGAIN), "it holds another value");
+        assert_eq!(ended(&mut table), Some((2, None)));
         assert!(WordTable::new(false).watch(word, 7, 1).is_none());
     }
 }

@@ -562,6 +562,10 @@ impl Driver for LaneDriver {
         self.on_life(token, cx);
     }
 
+    fn on_word_lost(&mut self, cx: &mut Cx<'_>, token: u64, error: &std::io::Error) {
+        self.on_life_unwatched(token, error, cx);
+    }
+
     fn on_turn(&mut self, cx: &mut Cx<'_>) -> bool {
         let mut worked = !self.rings.is_empty() && self.poll_rings(cx);
         worked |= self.poll_rdma(cx);

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::gpu::{Block, Bounce, Device, Flight, GpuError, LaneGpu};
 use crate::memory::{LaneRegions, RegionInner};
 use crate::plan::PlanInner;
-use crate::session::{Landing, LandingKey, LinkId, PackJob, PackKind};
+use crate::session::{Landing, LandingKey, LinkId, NextPack, PackJob, PackKind};
 use crate::sys::IoSegment;
 use crate::transport::link::Arrived;
 
@@ -203,20 +203,15 @@ impl LaneDriver {
     }
 
     fn pack_kind(&mut self, slot: usize, kind: PackKind, cx: &mut Cx<'_>) {
-        while let Some(peer) = self.peers.get_mut(slot)
-            && let Some(len) = peer.core.next_pack_len(kind)
-        {
-            let block = match self.gpu.staging.bounces[kind as usize].take(len) {
-                Ok(Some(block)) => Ok(block),
-                Ok(None) => {
-                    if !self.gpu.staging.hungry.contains(&slot) {
-                        self.gpu.staging.hungry.push(slot);
-                    }
-                    return;
+        while let Some(peer) = self.peers.get_mut(slot) {
+            let bounce = &mut self.gpu.staging.bounces[kind as usize];
+            let Some(next) = peer.core.next_pack(kind, |len| bounce.take(len)) else { return };
+            let NextPack::Job(job, block) = next else {
+                if !self.gpu.staging.hungry.contains(&slot) {
+                    self.gpu.staging.hungry.push(slot);
                 }
-                Err(error) => Err(error),
+                return;
             };
-            let Some(job) = peer.core.next_pack(kind) else { return };
             match block {
                 Ok(block) => self.begin_move(slot, block, What::Pack(job), cx),
                 Err(error) => self.end_move(slot, What::Pack(job), Err(failed(error)), cx),

@@ -184,7 +184,7 @@ impl DeviceBuilder {
             return Ok(Device::get(ordinal)?);
         }
         let memory = first.and_then(|theirs| theirs.memory.as_ref());
-        if memory.is_some_and(|memory| memory.host != crate::sys::host_id()) {
+        if memory.is_some_and(|memory| !crate::sys::is_own_host(memory.host)) {
             // No driver is woken up for that.
             return Err(Unfit::Never("the peer is on another host".into()));
         }
@@ -321,7 +321,7 @@ impl DeviceBuilder {
                     .into(),
             ));
         };
-        if memory.host != crate::sys::host_id() {
+        if !crate::sys::is_own_host(memory.host) {
             return Err(Unfit::Never("the peer is on another host".into()));
         }
         let mapping = open_mapping(device, self.owner, &handle, (memory.base, memory.len)).map_err(|error| {

@@ -19,5 +19,5 @@ mod outbox;
 
 pub(crate) use core::{
     ConnectFailure, ConnectTicket, Core, CoreConfig, Dest, Env, Event, Landing, LandingKey, LinkId,
-    PackJob, PackKind, RailPairs, RingState, TxFrame, TxPayload, Wired, WiredEnd,
+    NextPack, PackJob, PackKind, RailPairs, RingState, TxFrame, TxPayload, Wired, WiredEnd,
 };

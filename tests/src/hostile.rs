@@ -32,6 +32,11 @@ pub mod frame {
     pub const RDMA: u8 = 16;
 }
 
+/// Transports, as a handshake and metadata name them.
+pub const TCP: u32 = 1;
+/// RDMA.
+pub const RDMA: u32 = 4;
+
 /// Who an engine is, out of its metadata.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -62,12 +67,17 @@ impl Identity {
 
     /// Metadata of an engine that listens on a port of this host.
     pub fn metadata(&self, port: u16) -> Vec<u8> {
+        self.metadata_with(port, TCP)
+    }
+
+    /// The same, with the transports that it says it has.
+    pub fn metadata_with(&self, port: u16, transports: u32) -> Vec<u8> {
         let mut bytes = b"CLMD\x01\0".to_vec();
         bytes.extend((self.name.len() as u16).to_le_bytes());
         bytes.extend(self.name.as_bytes());
         bytes.extend(self.incarnation.to_le_bytes());
         bytes.extend(self.secret);
-        bytes.extend(1u32.to_le_bytes());
+        bytes.extend(transports.to_le_bytes());
         bytes.extend(1u16.to_le_bytes());
         bytes.push(4);
         bytes.extend(Ipv4Addr::LOCALHOST.octets());
@@ -493,6 +503,8 @@ fn receive_with(stream: &Stream, bytes: &mut [u8]) -> Option<(usize, Vec<OwnedFd
 pub struct HostileTarget {
     /// Who it says it is.
     pub identity: Identity,
+    /// What it says it has.
+    pub transports: u32,
     listener: TcpListener,
 }
 
@@ -500,12 +512,13 @@ impl HostileTarget {
     /// Listens on a free port.
     pub fn new(identity: Identity) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-        Self { identity, listener }
+        Self { identity, transports: TCP, listener }
     }
 
     /// What engines need to connect.
     pub fn metadata(&self) -> Vec<u8> {
-        self.identity.metadata(self.listener.local_addr().expect("its address").port())
+        let port = self.listener.local_addr().expect("its address").port();
+        self.identity.metadata_with(port, self.transports)
     }
 
     /// The next connection and the hello on it.
@@ -519,7 +532,8 @@ impl HostileTarget {
 
     /// A challenge to a hello, with the proof that belongs to it.
     pub fn challenge(&self, hello: &[u8]) -> Vec<u8> {
-        let mut challenge = b"CLNE\x02\x01\0\x01\0\0\0".to_vec();
+        let mut challenge = b"CLNE\x02\x01\0".to_vec();
+        challenge.extend(self.transports.to_le_bytes());
         challenge.extend(self.identity.incarnation.to_le_bytes());
         challenge.extend([9; 32]);
         challenge.extend([0; 32]);

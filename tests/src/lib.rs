@@ -26,7 +26,9 @@ mod sockets;
 mod streams;
 mod wait;
 
-pub use allocations::{CountingAllocator, assert_allocation_free, exempt_this_thread};
+pub use allocations::{
+    Beside, CountingAllocator, assert_allocation_free, exempt_harness, exempt_this_thread,
+};
 pub use buffer::{Buffer, POISON, pattern};
 pub use children::{Killed, in_forked_child, skipped, start_with_id, wait_for_process};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};

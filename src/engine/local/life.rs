@@ -106,6 +106,29 @@ impl LaneDriver {
         }
     }
 
+    /// The ring cannot watch the word of a session's link: what is left is to look every turn, as with an older kernel.
+    pub(in crate::engine) fn on_life_unwatched(
+        &mut self,
+        link: LinkId,
+        error: &std::io::Error,
+        cx: &mut Cx<'_>,
+    ) {
+        let Some(slot) = self.link(link).and_then(|link| link.phase.peer()) else { return };
+        let Some((known, theirs)) = self.theirs_of(slot) else { return };
+        if known != link {
+            return;
+        }
+        theirs.watch = None;
+        if !self.look_for_death(slot, cx) {
+            let peer = self.peers.get(slot).map(|peer| peer.core.peer.name.clone());
+            tracing::warn!(
+                peer = peer.as_deref(),
+                %error,
+                "the peer's death may be noticed late: the kernel does not watch it"
+            );
+        }
+    }
+
     /// Ends the session of a peer whose process is dying; true: it is. One load.
     #[inline]
     pub(super) fn look_for_death(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {

@@ -214,6 +214,24 @@ impl LaneDriver {
             }
             // It answers, or both have found out at once.
             Phase::Down => {}
+            // The peer has lost what it had connected, before this side has decided. Completions of HELLOs that went well before
+            // would have this side go up on queue pairs which lead nowhere, and then wait for an answer that has come already.
+            Phase::Connecting if link.offers => {
+                link.phase = Phase::Down;
+                link.failures += 1;
+                self.rdma_destroy(slot, cx);
+                let ours = self.peers.get(slot).map_or(0, |peer| peer.core.expects());
+                self.rdma_tell(slot, RdmaFrame::Down { generation, expects: ours }.encode());
+            }
+            // This side has given up what the peer then took to be up: it was too late, or none of what works there does here.
+            // Nothing is left of it, which the peer waits to hear before it moves anything of its own again, and offers anew.
+            Phase::Off if !link.offers => {
+                let ours = self.peers.get(slot).map_or(0, |peer| peer.core.expects());
+                self.rdma_tell(slot, RdmaFrame::Down { generation, expects: ours }.encode());
+                return Ok(());
+            }
+            // Who offers and has given up has said so by `None`, which the peer is about to hear. And a peer that offers goes up
+            // before it goes down: this side would not be connecting any more.
             Phase::Off | Phase::Connecting => return Ok(()),
         }
         let resync = self.with_core(slot, cx, |core, env| core.rdma_resync(expects, env));

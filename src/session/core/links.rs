@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::requests::Queue;
+use super::staged::PackSize;
 use super::{
     ACK_COUNT, AckPlan, BULK_WINDOW, Core, Env, Event, LinkId, MAX_OUTSTANDING, Phase, Sent,
     TxFrame, TxPayload,
@@ -162,7 +163,10 @@ impl Core {
                 sent: Sent::Served(uses),
                 ..TxFrame::header(&header)
             }),
-            Reply::Packed { header, block } => Some(TxFrame::packed(&header, block, None)),
+            Reply::Packed { header, block } => {
+                let size = PackSize::of_reply(&header);
+                Some(TxFrame::packed(&header, block, size, None))
+            }
         }
     }
 
@@ -234,12 +238,12 @@ impl Core {
             Sent::Nothing => {}
             Sent::Served(uses) => env.regions.release(uses),
             Sent::Write(id) => self.write_sent(id, env),
-            Sent::Packed(block, write) => {
+            Sent::Packed { block, size, write } => {
                 drop(block);
                 match write {
-                    None => self.replies_to_pack.held -= 1,
+                    None => self.replies_to_pack.release(size),
                     Some(id) => {
-                        self.writes_to_pack.held -= 1;
+                        self.writes_to_pack.release(size);
                         self.write_sent(id, env);
                     }
                 }
@@ -257,7 +261,9 @@ impl Core {
                 Reply::Data { uses, .. } if !mutated!(LostRepliesKeepUses) => {
                     env.regions.release(uses);
                 }
-                Reply::Packed { .. } => self.replies_to_pack.held -= 1,
+                Reply::Packed { header, .. } => {
+                    self.replies_to_pack.release(PackSize::of_reply(&header));
+                }
                 Reply::Data { .. } | Reply::Status(_) => {}
             }
         }

@@ -20,7 +20,7 @@ use self::links::CoreLink;
 use self::local::Local;
 use self::rdma::Rdma;
 use self::requests::{Active, ActiveKey, Request};
-use self::staged::Packs;
+use self::staged::{PackSize, Packs};
 use super::inbox::{Inbox, InboxError};
 use super::liveness::Liveness;
 use super::outbox::Outbox;
@@ -39,7 +39,7 @@ pub(crate) use self::local::RingState;
 pub(crate) use self::rdma::{RailPairs, Wired, WiredEnd};
 pub(crate) use self::serve::{Dest, Landing};
 pub(crate) use self::session::ConnectFailure;
-pub(crate) use self::staged::{LandingKey, PackJob, PackKind};
+pub(crate) use self::staged::{LandingKey, NextPack, PackJob, PackKind};
 
 /// Requests that one side may have outstanding on one link. Part of the protocol: a peer that
 /// exceeds it is cut off, so that what a server remembers is bounded.
@@ -131,7 +131,11 @@ pub(crate) enum Sent {
     /// A DATA: the regions are not read any more.
     Served(RegionUses),
     /// The payload came from this block; a WRITE has a number.
-    Packed(Block, Option<u64>),
+    Packed {
+        block: Block,
+        size: PackSize,
+        write: Option<u64>,
+    },
 }
 
 /// One frame to send.

@@ -6,7 +6,7 @@ mod losses;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::staged::Packed;
+use super::staged::{PackSize, Packed};
 use super::{Core, Env, LinkId, Phase};
 use crate::error::Error;
 use crate::memory::RegionUses;
@@ -396,7 +396,8 @@ impl Core {
             active.shared.copy.reset();
         }
         if let Some(packed) = active.packed {
-            self.writes_to_pack.held -= packed.ready.len();
+            let size = PackSize::of_write(&active.shared.plan);
+            self.writes_to_pack.release_all(size, packed.ready.len());
         }
         env.regions.release(active.uses);
         self.peer.leave();

@@ -36,6 +36,28 @@ const MAX_PACKED: usize = 12;
 const MORE_FOR_SMALL: usize = 4;
 /// The longest payload that counts as small.
 const SMALL_BYTES: u64 = 64 << 10;
+/// So many small ones go before a large one that waits, at most.
+const MAX_PASSED: usize = 16;
+
+/// Which of the two queues something waits in, and whose blocks it counts among.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PackSize {
+    Small,
+    Large,
+}
+
+impl PackSize {
+    pub(super) fn of_reply(header: &Header) -> Self {
+        if header.len > SMALL_BYTES { Self::Large } else { Self::Small }
+    }
+
+    pub(super) fn of_write(plan: &PlanInner) -> Self {
+        match plan.class {
+            Class::Latency => Self::Small,
+            Class::Bulk => Self::Large,
+        }
+    }
+}
 
 /// Something that waits to be packed.
 pub(super) enum ToPack {
@@ -52,10 +74,20 @@ pub(super) enum ToPack {
 /// What one peer has to pack of one kind.
 #[derive(Default)]
 pub(super) struct Packs {
-    /// Small payloads, and others.
+    /// By size.
     queues: [VecDeque<ToPack>; 2],
-    /// Blocks that its frames hold, or are about to.
-    pub(super) held: usize,
+    /// Blocks that its frames hold, or are about to, by size.
+    held: [usize; 2],
+    /// Small payloads that went before the first of the large ones.
+    passed: usize,
+}
+
+/// What to pack next.
+#[must_use]
+pub(crate) enum NextPack<B> {
+    Job(PackJob, B),
+    /// There is no block for it.
+    Hungry,
 }
 
 /// How far a WRITE of GPU memory is.
@@ -84,6 +116,48 @@ impl Packs {
     fn has_some(&self) -> bool {
         self.queues.iter().any(|queue| !queue.is_empty())
     }
+
+    fn push(&mut self, size: PackSize, what: ToPack) {
+        self.queues[size as usize].push_back(what);
+    }
+
+    /// The sizes of which something may be packed now, in the order in which to look for a block. Small ones go first, but for a
+    /// large one that enough of them have passed: it is next, and until it has found a block they take no more than one, so that
+    /// they do not take every block that becomes free.
+    fn order(&self) -> [Option<PackSize>; 2] {
+        let [small, large] = self.queues.each_ref().map(|queue| !queue.is_empty());
+        let [held_small, held_large] = self.held;
+        let all = held_small + held_large;
+        let room_for_small = all < MAX_PACKED + MORE_FOR_SMALL;
+        let is_due = large && self.passed >= MAX_PASSED && held_large < MAX_PACKED;
+        if is_due {
+            let may_large = room_for_small.then_some(PackSize::Large);
+            [may_large, (small && held_small == 0 && room_for_small).then_some(PackSize::Small)]
+        } else {
+            let may_small = (small && room_for_small).then_some(PackSize::Small);
+            [may_small, (large && all < MAX_PACKED).then_some(PackSize::Large)]
+        }
+    }
+
+    /// Takes out what is first of a size; it is about to hold a block.
+    fn pop(&mut self, size: PackSize) -> Option<ToPack> {
+        let what = self.queues[size as usize].pop_front()?;
+        self.held[size as usize] += 1;
+        let passes = size == PackSize::Small && !self.queues[PackSize::Large as usize].is_empty();
+        self.passed = if passes { self.passed + 1 } else { 0 };
+        Some(what)
+    }
+
+    /// A block is free again.
+    pub(super) fn release(&mut self, size: PackSize) {
+        self.release_all(size, 1);
+    }
+
+    pub(super) fn release_all(&mut self, size: PackSize, count: usize) {
+        let held = &mut self.held[size as usize];
+        debug_assert!(*held >= count);
+        *held = held.saturating_sub(count);
+    }
 }
 
 impl PackJob {
@@ -97,9 +171,14 @@ impl PackJob {
 }
 
 impl TxFrame {
-    pub(super) fn packed(header: &Header, block: Block, write: Option<u64>) -> Self {
+    pub(super) fn packed(
+        header: &Header,
+        block: Block,
+        size: PackSize,
+        write: Option<u64>,
+    ) -> Self {
         let payload = TxPayload::Served(smallvec::smallvec![block.segment(header.len as usize)]);
-        Self { payload, sent: Sent::Packed(block, write), ..Self::header(header) }
+        Self { payload, sent: Sent::Packed { block, size, write }, ..Self::header(header) }
     }
 }
 
@@ -144,8 +223,7 @@ impl Core {
         if plan.operation == Operation::Write && plan.own_gpu().is_some() {
             if active.packed.is_none() {
                 active.packed = Some(Box::default());
-                let queue = usize::from(plan.class == Class::Bulk);
-                self.writes_to_pack.queues[queue].push_back(ToPack::Write(key));
+                self.writes_to_pack.push(PackSize::of_write(&plan), ToPack::Write(key));
                 return;
             }
             let is_next_there = active.is_next_packed();
@@ -178,9 +256,9 @@ impl Core {
         if let Some(link) = self.link(to) {
             link.packing += 1;
         }
-        let queue = usize::from(header.len > SMALL_BYTES);
+        let size = PackSize::of_reply(&header);
         let reply = ToPack::Reply { link: to, header, segments, uses };
-        self.replies_to_pack.queues[queue].push_back(reply);
+        self.replies_to_pack.push(size, reply);
     }
 
     /// Whether something is to be packed.
@@ -196,25 +274,22 @@ impl Core {
         }
     }
 
-    /// The length of what is to be packed next, if its blocks are not used up. Small ones go first.
-    pub(crate) fn next_pack_len(&mut self, kind: PackKind) -> Option<usize> {
-        let queue = self.pack_queue(kind)?;
-        let front = match kind {
-            PackKind::Reply => self.replies_to_pack.queues[queue].front()?,
-            PackKind::Write => self.writes_to_pack.queues[queue].front()?,
-        };
-        Some(match front {
+    /// The length of what is first of a size.
+    fn pack_len(&mut self, kind: PackKind, size: PackSize) -> Option<usize> {
+        Some(match self.packs(kind).queues[size as usize].front()? {
             ToPack::Reply { header, .. } => header.len as usize,
             ToPack::Write(key) => {
-                let active = self.live(*key)?;
+                let key = *key;
+                let active = self.live(key)?;
                 let next = active.packed.as_ref()?.next as usize;
                 active.plan().pieces.get(next)?.header.len as usize
             }
         })
     }
 
-    fn pack_queue(&mut self, kind: PackKind) -> Option<usize> {
-        for (queue, room) in [MAX_PACKED + MORE_FOR_SMALL, MAX_PACKED].into_iter().enumerate() {
+    /// Forgets WRITEs that have ended.
+    fn skip_ended_packs(&mut self, kind: PackKind) {
+        for queue in 0..2 {
             while let Some(ToPack::Write(key)) = self.packs(kind).queues[queue].front() {
                 let key = *key;
                 if self.live(key).is_some_and(Active::is_packed) {
@@ -222,36 +297,53 @@ impl Core {
                 }
                 self.packs(kind).queues[queue].pop_front();
             }
-            let packs = self.packs(kind);
-            if !packs.queues[queue].is_empty() && packs.held < room {
-                return Some(queue);
-            }
         }
-        None
     }
 
-    /// What the driver is to pack now.
-    pub(crate) fn next_pack(&mut self, kind: PackKind) -> Option<PackJob> {
-        let queue = self.pack_queue(kind)?;
-        let job = match self.packs(kind).queues[queue].pop_front()? {
+    /// What the driver is to pack now, in a block of this length that `take` gives, `None`: it has none.
+    pub(crate) fn next_pack<B, E>(
+        &mut self,
+        kind: PackKind,
+        mut take: impl FnMut(usize) -> Result<Option<B>, E>,
+    ) -> Option<NextPack<Result<B, E>>> {
+        self.skip_ended_packs(kind);
+        let mut is_hungry = false;
+        for size in self.packs(kind).order().into_iter().flatten() {
+            let Some(len) = self.pack_len(kind, size) else { continue };
+            match take(len).transpose() {
+                Some(block) => return Some(NextPack::Job(self.take_pack(kind, size)?, block)),
+                None => is_hungry = true,
+            }
+        }
+        is_hungry.then_some(NextPack::Hungry)
+    }
+
+    fn take_pack(&mut self, kind: PackKind, size: PackSize) -> Option<PackJob> {
+        Some(match self.packs(kind).pop(size)? {
             ToPack::Reply { link, header, segments, uses } => {
                 PackJob::Reply { link, header, segments, uses }
             }
             ToPack::Write(key) => {
-                let active = self.live_mut(key)?;
-                active.unsent += 1;
-                let plan = active.plan().clone();
-                let packed = active.packed.as_mut()?;
-                let piece = packed.next;
-                packed.next += 1;
-                if (packed.next as usize) < plan.pieces.len() {
-                    self.packs(kind).queues[queue].push_back(ToPack::Write(key));
+                let Some((plan, piece)) = self.next_piece_to_pack(key) else {
+                    self.packs(kind).release(size);
+                    return None;
+                };
+                if (piece as usize + 1) < plan.pieces.len() {
+                    self.packs(kind).push(size, ToPack::Write(key));
                 }
                 PackJob::Write { key: LandingKey(key), plan, piece }
             }
-        };
-        self.packs(kind).held += 1;
-        Some(job)
+        })
+    }
+
+    fn next_piece_to_pack(&mut self, key: ActiveKey) -> Option<(Arc<PlanInner>, u32)> {
+        let active = self.live_mut(key)?;
+        let plan = active.plan().clone();
+        let packed = active.packed.as_mut()?;
+        let piece = packed.next;
+        packed.next += 1;
+        active.unsent += 1;
+        Some((plan, piece))
     }
 
     /// The GPU is done with a job, or never began it.
@@ -265,6 +357,7 @@ impl Core {
             PackJob::Reply { link, header, segments, uses } => {
                 env.regions.recycle(segments);
                 env.regions.release(uses);
+                let size = PackSize::of_reply(&header);
                 let reply = outcome.map_or_else(
                     |_| {
                         let status = ServeStatus::Fault as u16;
@@ -283,15 +376,18 @@ impl Core {
                     link.packing -= 1;
                     link.replies.push_back(reply);
                 }
-                self.replies_to_pack.held -= usize::from(!sent);
+                if !sent {
+                    self.replies_to_pack.release(size);
+                }
             }
-            PackJob::Write { key: LandingKey(key), piece, .. } => {
+            PackJob::Write { key: LandingKey(key), plan, piece } => {
                 let live = self.live(key).is_some();
+                let size = PackSize::of_write(&plan);
                 match outcome {
                     Ok(block) if live => self.piece_packed(key, piece, block),
-                    Ok(_) => self.writes_to_pack.held -= 1,
+                    Ok(_) => self.writes_to_pack.release(size),
                     Err(error) => {
-                        self.writes_to_pack.held -= 1;
+                        self.writes_to_pack.release(size);
                         if live {
                             self.fail(key.slot, error, env);
                         }
@@ -380,5 +476,105 @@ impl Core {
     /// All transfers end.
     pub(super) fn forget_writes_to_pack(&mut self) {
         self.writes_to_pack.queues.iter_mut().for_each(VecDeque::clear);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Packs {
+        fn add(&mut self, size: PackSize) {
+            let len = if size == PackSize::Small { SMALL_BYTES } else { SMALL_BYTES + 1 };
+            let header = Header { len, ..Header::new(FrameKind::Data) };
+            let (segments, uses) = (Segments::new(), RegionUses::new());
+            self.push(
+                PackSize::of_reply(&header),
+                ToPack::Reply { link: 0, header, segments, uses },
+            );
+        }
+
+        /// Takes the first for which there is a block; large ones leave some of `free`.
+        fn take(&mut self, free: usize) -> Option<PackSize> {
+            let kept = |size| if size == PackSize::Small { 0 } else { 2 };
+            let size = self.order().into_iter().flatten().find(|size| free > kept(*size))?;
+            self.pop(size).map(|_| size)
+        }
+    }
+
+    const BLOCKS: usize = 4;
+
+    /// Small ones without end, each of which gives its block back after the next was begun.
+    fn with_small_ones_without_end(blocks: usize) -> usize {
+        let mut packs = Packs::default();
+        let mut held = VecDeque::new();
+        (0..3).for_each(|_| packs.add(PackSize::Large));
+        let mut large = 0;
+        for _ in 0..200 {
+            (0..2).for_each(|_| packs.add(PackSize::Small));
+            while let Some(size) = packs.take(blocks - held.len()) {
+                large += usize::from(size == PackSize::Large);
+                held.push_back(size);
+            }
+            if let Some(size) = held.pop_front() {
+                packs.release(size);
+            }
+        }
+        large
+    }
+
+    #[test]
+    fn small_payloads_without_end_do_not_keep_large_ones_out() {
+        for blocks in [BLOCKS, MAX_PACKED + MORE_FOR_SMALL, 1000] {
+            assert_eq!(with_small_ones_without_end(blocks), 3, "{blocks} blocks");
+        }
+    }
+
+    #[test]
+    fn so_many_small_ones_go_before_each_large_one() {
+        let mut packs = Packs::default();
+        (0..100).for_each(|_| packs.add(PackSize::Small));
+        (0..2).for_each(|_| packs.add(PackSize::Large));
+        for _ in 0..2 {
+            for _ in 0..MAX_PASSED {
+                assert_eq!(packs.take(1000), Some(PackSize::Small));
+                packs.release(PackSize::Small);
+            }
+            assert_eq!(packs.take(1000), Some(PackSize::Large));
+        }
+        // Those that come when nothing large waits count for nothing.
+        while packs.take(1000).is_some() {
+            packs.release(PackSize::Small);
+        }
+        packs.add(PackSize::Large);
+        packs.add(PackSize::Small);
+        assert_eq!(packs.take(1000), Some(PackSize::Small));
+    }
+
+    #[test]
+    fn large_ones_that_nobody_reads_leave_room_for_small_ones() {
+        let mut packs = Packs::default();
+        (0..100).for_each(|_| packs.add(PackSize::Large));
+        while packs.take(1000).is_some() {}
+        assert_eq!(packs.held, [0, MAX_PACKED]);
+        for _ in 0..10 * MAX_PASSED {
+            packs.add(PackSize::Small);
+            assert_eq!(packs.take(1000), Some(PackSize::Small), "at once, however often");
+            packs.release(PackSize::Small);
+        }
+        assert_eq!(packs.held, [0, MAX_PACKED]);
+    }
+
+    #[test]
+    fn while_others_hold_the_blocks_small_ones_go_one_by_one() {
+        let mut packs = Packs { passed: MAX_PASSED, ..Packs::default() };
+        packs.add(PackSize::Large);
+        (0..2).for_each(|_| packs.add(PackSize::Small));
+        assert_eq!(packs.take(2), Some(PackSize::Small));
+        assert_eq!(packs.take(1), None, "the large one is next");
+        packs.release(PackSize::Small);
+        assert_eq!(packs.take(2), Some(PackSize::Small));
+        packs.release(PackSize::Small);
+        assert_eq!(packs.take(3), Some(PackSize::Large));
     }
 }

@@ -1,6 +1,7 @@
 //! Requests on their way: cut out of transfers, sent, and answered.
 
 use super::super::links::CoreLink;
+use super::super::staged::PackSize;
 use super::super::{Core, Env, LinkId, ProtocolError, Sent, TxFrame, TxPayload};
 use super::{Queue, Request, request_id};
 use crate::error::Error;
@@ -82,7 +83,8 @@ impl Core {
         let body = (header.body > 0).then(|| (active.plan().clone(), piece));
         let is_next_there = block.is_none() || active.is_next_packed();
         let frame = if let Some(block) = block {
-            TxFrame { body, ..TxFrame::packed(&header, block, Some(id)) }
+            let size = PackSize::of_write(active.plan());
+            TxFrame { body, ..TxFrame::packed(&header, block, size, Some(id)) }
         } else {
             TxFrame {
                 header: header.encode(),
@@ -176,7 +178,7 @@ impl Core {
                 Some(TxFrame::header(&refused))
             }
             // Pinned memory is always there.
-            sent @ Sent::Packed(..) => {
+            sent @ Sent::Packed { .. } => {
                 self.on_sent(sent, env);
                 None
             }
