@@ -121,6 +121,14 @@ impl PlanInner {
         own.registrations.flush()
     }
 
+    /// Whether these rails carry it, ours and the peer's: all that it touches is registered with both. A comparison for each
+    /// region.
+    #[inline]
+    pub(crate) fn is_open_on(&self, own: usize, theirs: usize) -> bool {
+        self.rdma.is_open_on(theirs)
+            && self.regions.iter().all(|region| region.registrations.key(own) != 0)
+    }
+
     /// Whether devices may come to carry it: each region that it touches is registered with some, on its side.
     pub(crate) fn may_be_wired(&self) -> bool {
         !self.rdma.runs.is_empty()

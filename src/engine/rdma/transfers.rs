@@ -47,8 +47,14 @@ impl LaneDriver {
                 continue;
             }
             let job = link.add(Job::new(key, plan, notification));
-            self.rdma.assign(link, job);
-            posted = true;
+            if self.rdma.assign(link, job) {
+                posted = true;
+            } else {
+                // It was queued for rails that are not there any more.
+                link.end(job);
+                let mut env = lane_env(&mut self.regions, &self.engine, &self.counters, cx.now());
+                peer.core.wired_back(key, &mut env);
+            }
         }
         match self.rdma.issue_all(link) {
             Ok(some) => {
@@ -120,15 +126,15 @@ impl LaneDriver {
         moved
     }
 
-    /// Jobs that waited for queue pairs have some.
-    pub(super) fn rdma_resume(&mut self, slot: usize) {
+    /// Jobs that waited for queue pairs have some; where these are on rails that do not have their memory, they take another way.
+    pub(super) fn rdma_resume(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let Self { peers, rdma, .. } = self;
         let Some(link) = peers.get_mut(slot).and_then(|peer| peer.rdma.as_deref_mut()) else {
             return;
         };
-        for job in std::mem::take(&mut link.parked) {
-            rdma.assign(link, job);
-        }
+        let mut parked = std::mem::take(&mut link.parked);
+        parked.retain(|job| !rdma.assign(link, *job));
+        self.rdma_give_back(slot, parked, cx);
         self.mark(slot);
     }
 
