@@ -136,6 +136,22 @@ impl PlanInner {
             && self.regions.iter().all(|region| region.registrations.is_some())
     }
 
+    /// Why devices do not carry it: what is not registered, on which side.
+    pub(crate) fn why_not_wired(&self) -> String {
+        let refused = |region: &Arc<RegionInner>| region.registrations.why_refused().map(str::to_owned);
+        if let Some(region) = self.regions.iter().find(|region| !region.registrations.is_some()) {
+            let why = refused(region).map(|why| format!(" ({why})")).unwrap_or_default();
+            let base = region.descriptor.base();
+            return format!("our memory at {base:#x} is not registered with an RDMA device{why}");
+        }
+        if self.rdma.keys.iter().any(|keys| keys.iter().all(|key| *key == 0)) {
+            return "the peer's memory is not registered with an RDMA device of its (its log says why)".into();
+        }
+        let why = self.regions.iter().find_map(refused).map(|why| format!(" (ours: {why})"));
+        let why = why.unwrap_or_default();
+        format!("no two RDMA devices that reach each other have both sides' memory{why}")
+    }
+
     /// Where the bytes of a piece lie in this engine's memory.
     pub(crate) fn local(&self, piece: u32) -> &[IoSegment] {
         self.pieces.get(piece as usize).map_or(&[], |piece| {
