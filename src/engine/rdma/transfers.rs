@@ -1,14 +1,11 @@
 //! Transfers and messages are posted, completions taken.
 
-use std::sync::Arc;
-
 use corelane_runtime::Cx;
 
 use super::failure::Blame;
 use crate::engine::lane::{LaneDriver, env as lane_env};
 use crate::error::Error;
-use crate::gpu::{Device, GpuError};
-use crate::memory::RegionInner;
+use crate::gpu::{Device, GpuError, Look};
 use crate::plan::PlanInner;
 use crate::session::{RingState, Wired, WiredEnd};
 use crate::transport::local::Message as RingMessage;
@@ -25,11 +22,28 @@ fn unseen(error: &GpuError) -> Error {
     Error::Gpu { what, reason: error.to_string() }
 }
 
-/// Memory of a GPU that was freed while it was registered: devices would reach what it was, whoever has it now.
-fn freed(plan: &PlanInner) -> Option<u64> {
+/// Why memory of a GPU in a plan is not what was registered: devices would move the bytes of what it was, or of nothing, and say
+/// that all is well.
+fn gone(plan: &PlanInner, look: &mut Option<Look>) -> Option<Error> {
     plan.device.as_ref()?;
-    let is_freed = |region: &&Arc<RegionInner>| region.gpu().is_some_and(|gpu| !gpu.is_live());
-    plan.regions.iter().find(is_freed).map(|region| region.descriptor.base())
+    let lost = |error: GpuError| {
+        let what = format!("a transfer by RDMA with `{}`", plan.peer.name);
+        Error::Gpu { what, reason: error.0 }
+    };
+    plan.regions.iter().find_map(|region| {
+        let allocation = region.gpu()?;
+        let device = allocation.device();
+        if let Some(error) = device.lost() {
+            return Some(lost(error.clone()));
+        }
+        let look = *look.get_or_insert_with(Look::new);
+        if allocation.is_live_in(look) {
+            return None;
+        }
+        // The driver of a lost GPU knows no memory of it.
+        let addr = region.descriptor.base();
+        Some(device.check_alive().map_or_else(lost, |()| Error::Fault { addr }))
+    })
 }
 
 impl LaneDriver {
@@ -40,10 +54,12 @@ impl LaneDriver {
             return false;
         };
         let mut posted = false;
+        // Each allocation is asked for once, however many transfers go now.
+        let mut look = None;
         while let Some(Wired { key, plan, notification }) = peer.core.next_wired() {
-            if let Some(addr) = freed(&plan) {
+            if let Some(error) = gone(&plan, &mut look) {
                 let mut env = lane_env(&mut self.regions, &self.engine, &self.counters, cx.now());
-                peer.core.wired_ended(key, WiredEnd::Failed(Error::Fault { addr }), &mut env);
+                peer.core.wired_ended(key, WiredEnd::Failed(error), &mut env);
                 continue;
             }
             let job = link.add(Job::new(key, plan, notification));

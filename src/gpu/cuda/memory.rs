@@ -1,6 +1,8 @@
 //! Whose memory an address is, and memory of other processes.
 
 use std::ffi::{c_int, c_void};
+#[cfg(feature = "rdma")]
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
@@ -117,6 +119,19 @@ impl Watched {
     }
 }
 
+/// A moment in which memory is looked at: what was found alive in it needs no second look.
+#[cfg(feature = "rdma")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look(u64);
+
+#[cfg(feature = "rdma")]
+impl Look {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// Memory of a GPU that is registered.
 #[derive(Debug)]
 pub(crate) struct Allocation {
@@ -126,6 +141,9 @@ pub(crate) struct Allocation {
     len: u64,
     handle: Option<[u8; 64]>,
     watched: Watched,
+    /// The last look in which it was alive.
+    #[cfg(feature = "rdma")]
+    looked: AtomicU64,
 }
 
 impl Allocation {
@@ -147,6 +165,19 @@ impl Allocation {
     /// Whether the memory still is what was registered.
     pub(crate) fn is_live(&self) -> bool {
         self.watched.are_live()
+    }
+
+    /// The same, asked once in a look.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn is_live_in(&self, look: Look) -> bool {
+        if self.looked.load(Ordering::Relaxed) == look.0 {
+            return true;
+        }
+        let live = self.is_live();
+        if live {
+            self.looked.store(look.0, Ordering::Relaxed);
+        }
+        live
     }
 }
 
@@ -229,7 +260,15 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
             .map(|(_, id)| id)
             .collect();
     }
-    Ok(Allocation { device, base: whole, len: whole_len, handle, watched: Watched(ids.into()) })
+    Ok(Allocation {
+        device,
+        base: whole,
+        len: whole_len,
+        handle,
+        watched: Watched(ids.into()),
+        #[cfg(feature = "rdma")]
+        looked: AtomicU64::new(0),
+    })
 }
 
 /// Memory of another process that this one can address.
