@@ -100,7 +100,7 @@ impl Device {
         let _entered = self.enter()?;
         // SAFETY: no pointers; the thread has entered the context.
         let status = unsafe { flush(FLUSH_TARGET_CONTEXT, FLUSH_TO_OWNER) };
-        self.api.check("cuFlushGPUDirectRDMAWrites", status)
+        self.check("cuFlushGPUDirectRDMAWrites", status)
     }
 }
 
