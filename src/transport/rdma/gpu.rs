@@ -101,7 +101,8 @@ impl Rails {
         self.tell(&outcome, visibility, memory.synchronise_calls(base, len));
         let flush = (visibility == Visibility::AfterFlush).then(|| memory.device());
         let refused = (!refused.is_empty()).then(|| refused.into());
-        Ok(Registrations::new(made, 0).flushed_by(flush).refused_because(refused))
+        let near = self.near_gpu(memory.device());
+        Ok(Registrations::new(made, near).flushed_by(flush).refused_because(refused))
     }
 
     /// Devices do not reach GPU memory, for this reason.

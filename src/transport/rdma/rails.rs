@@ -1,6 +1,7 @@
 //! The devices of an engine, and its memory on them.
 
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,6 +9,7 @@ use smallvec::SmallVec;
 
 use super::gpu::Told;
 use super::near::Nodes;
+use super::slots::Slots;
 use crate::config::RdmaConfig;
 use crate::gpu::Device;
 use crate::verbs::{
@@ -116,6 +118,7 @@ fn choose_gid(gids: u32, gid: impl Fn(u8) -> Option<Gid>, is_v2: impl Fn(u8) -> 
 pub(crate) struct Rails {
     all: Vec<Rail>,
     nodes: Nodes,
+    slots: Slots,
     relaxed_ordering: bool,
     on_demand: bool,
     /// That memory could not be registered is said once.
@@ -142,14 +145,17 @@ impl Rails {
             return Err(format!("{} devices are asked for; {MAX_RAILS} are possible", all.len()));
         }
         // Whoever names devices wants them used, whatever memory is near.
-        let nodes = if config.devices.is_empty() {
-            Nodes::new(all.iter().map(|rail| rail.device.numa_node()).collect())
+        let (nodes, slots) = if config.devices.is_empty() {
+            let names = all.iter().map(|rail| rail.device.name());
+            let nodes = all.iter().map(|rail| rail.device.numa_node()).collect();
+            (Nodes::new(nodes), Slots::new(Path::new("/sys"), names))
         } else {
-            Nodes::default()
+            (Nodes::default(), Slots::default())
         };
         Ok(Self {
             all,
             nodes,
+            slots,
             relaxed_ordering: config.relaxed_ordering,
             on_demand: config.on_demand_paging,
             complained: AtomicBool::new(false),
@@ -200,6 +206,11 @@ impl Rails {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.all.is_empty()
+    }
+
+    /// A bit for each rail that is near a GPU; 0: all are the same to it.
+    pub(super) fn near_gpu(&self, gpu: &Device) -> u32 {
+        self.slots.near(gpu.pci_address().as_deref(), &self.nodes)
     }
 
     /// Whether the devices were asked for by name.
