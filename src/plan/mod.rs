@@ -138,7 +138,8 @@ impl PlanInner {
 
     /// Why devices do not carry it: what is not registered, on which side.
     pub(crate) fn why_not_wired(&self) -> String {
-        let refused = |region: &Arc<RegionInner>| region.registrations.why_refused().map(str::to_owned);
+        let refused =
+            |region: &Arc<RegionInner>| region.registrations.why_refused().map(str::to_owned);
         if let Some(region) = self.regions.iter().find(|region| !region.registrations.is_some()) {
             let why = refused(region).map(|why| format!(" ({why})")).unwrap_or_default();
             let base = region.descriptor.base();

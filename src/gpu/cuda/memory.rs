@@ -132,6 +132,25 @@ impl Look {
     }
 }
 
+/// The last look in which something was alive.
+#[cfg(feature = "rdma")]
+#[derive(Debug, Default)]
+struct Seen(AtomicU64);
+
+#[cfg(feature = "rdma")]
+impl Seen {
+    fn alive_in(&self, Look(look): Look, ask: impl FnOnce() -> bool) -> bool {
+        if self.0.load(Ordering::Relaxed) == look {
+            return true;
+        }
+        let alive = ask();
+        if alive {
+            self.0.store(look, Ordering::Relaxed);
+        }
+        alive
+    }
+}
+
 /// Memory of a GPU that is registered.
 #[derive(Debug)]
 pub(crate) struct Allocation {
@@ -141,9 +160,8 @@ pub(crate) struct Allocation {
     len: u64,
     handle: Option<[u8; 64]>,
     watched: Watched,
-    /// The last look in which it was alive.
     #[cfg(feature = "rdma")]
-    looked: AtomicU64,
+    seen: Seen,
 }
 
 impl Allocation {
@@ -170,14 +188,7 @@ impl Allocation {
     /// The same, asked once in a look.
     #[cfg(feature = "rdma")]
     pub(crate) fn is_live_in(&self, look: Look) -> bool {
-        if self.looked.load(Ordering::Relaxed) == look.0 {
-            return true;
-        }
-        let live = self.is_live();
-        if live {
-            self.looked.store(look.0, Ordering::Relaxed);
-        }
-        live
+        self.seen.alive_in(look, || self.is_live())
     }
 }
 
@@ -267,7 +278,7 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
         handle,
         watched: Watched(ids.into()),
         #[cfg(feature = "rdma")]
-        looked: AtomicU64::new(0),
+        seen: Seen::default(),
     })
 }
 
@@ -450,5 +461,28 @@ impl Drop for HostMemory {
             // SAFETY: nothing uses it any more. An error leaves nothing to be done.
             unsafe { (self.device.api.host_free)(self.start) };
         }
+    }
+}
+
+#[cfg(all(test, feature = "rdma"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_alive_is_asked_for_once_in_a_look_and_what_is_not_every_time() {
+        let seen = Seen::default();
+        let (first, second) = (Look::new(), Look::new());
+        let ask = |look, alive: bool| {
+            let mut asked = false;
+            let answer = seen.alive_in(look, || {
+                asked = true;
+                alive
+            });
+            (answer, asked)
+        };
+        assert_eq!(ask(first, false), (false, true));
+        assert_eq!(ask(first, true), (true, true), "an answer that was no is not kept");
+        assert_eq!(ask(first, false), (true, false));
+        assert_eq!(ask(second, false), (false, true), "it was freed between two looks");
     }
 }
