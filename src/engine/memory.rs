@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::{Engine, EngineShared, Message};
 #[cfg(doc)]
 use crate::config::EngineConfig;
+use crate::config::TransportKind;
 use crate::error::{Error, Result};
 use crate::gpu;
 use crate::memory::{Backing, Buffer, Region, RegionInner};
@@ -86,7 +87,8 @@ impl Engine {
             // SAFETY: whoever registers memory of a GPU keeps it allocated likewise.
             Backing::Gpu(ref allocation) => unsafe {
                 let way = shared.config.gpu.rdma;
-                shared.rails.register_gpu(allocation, (base, len), access, way)?
+                let sockets = shared.identity.transports & TransportKind::Tcp.bit() != 0;
+                shared.rails.register_gpu(allocation, (base, len), access, way, sockets)?
             },
             // SAFETY: whoever registers memory keeps it mapped until it has been deregistered, or the engine's own keeps
             // itself. Pages are pinned here, outside all locks.

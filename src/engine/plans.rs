@@ -114,6 +114,15 @@ impl Engine {
                 {
                     Device::Elsewhere(reason)
                 }
+                Err(Error::NoTransport { reason, peer: name }) => {
+                    let rdma = shared.may_be_rdma(&peer.shared).then(|| inner.why_not_wired());
+                    let rdma = rdma.map(|why| format!("transport `rdma`: {why}; "));
+                    let rdma = rdma.unwrap_or_default();
+                    let reason = format!(
+                        "{rdma}transport `tcp` is not allowed by both sides; within a host: {reason}"
+                    );
+                    return Err(Error::NoTransport { peer: name, reason });
+                }
                 Err(error) => return Err(error),
             });
         }

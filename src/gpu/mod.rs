@@ -15,7 +15,7 @@ pub(crate) use cuda::{
     holds_device_memory,
 };
 #[cfg(feature = "rdma")]
-pub(crate) use cuda::{DmaBuf, Visibility};
+pub(crate) use cuda::{DmaBuf, Look, Visibility};
 pub(crate) use plan::{DeviceBuilder, DevicePlan, Settings};
 
 /// What the driver said.

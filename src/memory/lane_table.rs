@@ -5,6 +5,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::RegionInner;
+use super::flushes::Flushes;
 use crate::gpu::Device;
 use crate::sync::Ticket;
 use crate::sys::IoSegment;
@@ -17,6 +18,11 @@ struct Entry {
     users: u32,
     /// Somebody waits for `users` to reach zero; nothing new may start.
     closing: Option<Arc<Ticket<()>>>,
+}
+
+/// The GPU that has to be flushed when peers have written to a region, if they may.
+fn flushed(region: &RegionInner) -> Option<&'static Device> {
+    region.registrations.flush().filter(|_| region.descriptor.access.allows(Access::REMOTE_WRITE))
 }
 
 /// The memory of one admitted request, in order. Short lists, the common case, are inline.
@@ -32,7 +38,7 @@ pub(crate) struct LaneRegions {
     /// A region of GPU memory was there.
     has_gpu: bool,
     /// GPUs that have to be told before they see what devices of peers have written to their memory.
-    flushes: SmallVec<[&'static Device; 1]>,
+    flushes: Flushes,
     spare: Vec<Segments>,
 }
 
@@ -53,23 +59,25 @@ impl LaneRegions {
             self.slots.resize_with(slot + 1, || None);
         }
         self.has_gpu |= region.descriptor.kind != MemoryKind::Dram;
-        if let Some(device) = region.registrations.flush()
-            && region.descriptor.access.allows(Access::REMOTE_WRITE)
-            && !self.flushes.iter().any(|known| known.ordinal() == device.ordinal())
-        {
-            self.flushes.push(device);
+        if let Some(device) = flushed(&region) {
+            self.flushes.add(device);
         }
         self.slots[slot] = Some(Entry { region, users: 0, closing: None });
     }
 
-    /// Makes what peers have written by RDMA visible to kernels that are launched from now on. Nothing, for most GPUs.
+    /// Makes what peers have written by RDMA visible to kernels that are launched from now on. Nothing, for most GPUs. What fails is
+    /// said in the log, once.
     #[inline]
-    pub(crate) fn flush(&self) {
-        for device in &self.flushes {
-            if let Err(error) = device.flush_writes() {
-                // Its kernels will say so, too.
-                tracing::error!(%error, gpu = device.ordinal(), "what peers have written is not flushed");
-            }
+    pub(crate) fn flush(&mut self) {
+        self.flushes.flush();
+    }
+
+    /// A region is used no more, and leaves.
+    fn forget(&mut self, slot: usize) {
+        if let Some(entry) = self.slots.get_mut(slot).and_then(Option::take)
+            && let Some(device) = flushed(&entry.region)
+        {
+            self.flushes.remove(&device);
         }
     }
 
@@ -83,7 +91,7 @@ impl LaneRegions {
             }
             Some(entry) if entry.users > 0 => entry.closing = Some(ticket),
             Some(_) => {
-                self.slots[region.slot()] = None;
+                self.forget(region.slot());
                 ticket.complete(());
             }
             None => ticket.complete(()),
@@ -195,7 +203,7 @@ impl LaneRegions {
             if entry.users == 0
                 && let Some(ticket) = entry.closing.take()
             {
-                self.slots[slot as usize] = None;
+                self.forget(slot as usize);
                 ticket.complete(());
             }
         }

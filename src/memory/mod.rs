@@ -1,5 +1,6 @@
 //! Registered memory.
 
+mod flushes;
 mod lane_table;
 mod registry;
 

@@ -121,11 +121,36 @@ impl PlanInner {
         own.registrations.flush()
     }
 
+    /// Whether these rails carry it, ours and the peer's: all that it touches is registered with both. A comparison for each
+    /// region.
+    #[inline]
+    pub(crate) fn is_open_on(&self, own: usize, theirs: usize) -> bool {
+        self.rdma.is_open_on(theirs)
+            && self.regions.iter().all(|region| region.registrations.key(own) != 0)
+    }
+
     /// Whether devices may come to carry it: each region that it touches is registered with some, on its side.
     pub(crate) fn may_be_wired(&self) -> bool {
         !self.rdma.runs.is_empty()
             && self.rdma.keys.iter().all(|keys| keys.iter().any(|key| *key != 0))
             && self.regions.iter().all(|region| region.registrations.is_some())
+    }
+
+    /// Why devices do not carry it: what is not registered, on which side.
+    pub(crate) fn why_not_wired(&self) -> String {
+        let refused =
+            |region: &Arc<RegionInner>| region.registrations.why_refused().map(str::to_owned);
+        if let Some(region) = self.regions.iter().find(|region| !region.registrations.is_some()) {
+            let why = refused(region).map(|why| format!(" ({why})")).unwrap_or_default();
+            let base = region.descriptor.base();
+            return format!("our memory at {base:#x} is not registered with an RDMA device{why}");
+        }
+        if self.rdma.keys.iter().any(|keys| keys.iter().all(|key| *key == 0)) {
+            return "the peer's memory is not registered with an RDMA device of its (its log says why)".into();
+        }
+        let why = self.regions.iter().find_map(refused).map(|why| format!(" (ours: {why})"));
+        let why = why.unwrap_or_default();
+        format!("no two RDMA devices that reach each other have both sides' memory{why}")
     }
 
     /// Where the bytes of a piece lie in this engine's memory.

@@ -69,6 +69,7 @@ impl Rails {
         _: (u64, u64),
         _: Access,
         _: GpuRdma,
+        _: bool,
     ) -> EngineResult<Registrations> {
         Ok(Registrations::default())
     }
@@ -93,6 +94,10 @@ impl Registrations {
 
     pub(crate) fn near(&self) -> u32 {
         0
+    }
+
+    pub(crate) fn why_refused(&self) -> Option<&str> {
+        None
     }
 
     pub(crate) fn remote_keys(&self) -> &RailKeys {

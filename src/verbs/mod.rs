@@ -12,7 +12,7 @@ mod device;
 mod memory;
 mod queue;
 
-pub(crate) use device::{AsyncEvent, Device, Gid, ProtectionDomain, devices};
+pub(crate) use device::{AsyncEvent, Device, Gid, ProtectionDomain, devices, numa_node};
 pub(crate) use memory::{MemoryAccess, MemoryRegion};
 pub(crate) use queue::{
     Completion, CompletionChannel, CompletionQueue, Connect, QueuePair, QueuePairCaps, Receive,

@@ -1,6 +1,7 @@
 //! The commands of `corelane-test-peer`.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::io::{BufRead, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -158,6 +159,13 @@ impl Script {
                 let fake = Cuda::fake().ok_or("the driver cannot be told to")?;
                 let (gpu, status) = (words.number(0)? as u32, words.number(1)? as i32);
                 fake.lose(gpu, status, words.number(2)? as u64);
+                Ok(String::new())
+            }
+            // FUNCTION STATUS COUNT
+            "gpu-refuse" => {
+                let fake = Cuda::fake().ok_or("the driver cannot be told to")?;
+                let name = CString::new(words.text(0)?).map_err(|error| error.to_string())?;
+                fake.refuse(&name, words.number(1)? as i32, words.number(2)? as u64);
                 Ok(String::new())
             }
             // ID ADDRESS LEN
@@ -411,7 +419,11 @@ impl Script {
     }
 
     fn transfer(&self, operation: Operation, words: &Words<'_>) -> Answer {
-        let local = self.memory(words.text(1)?)?.segment(words.number(2)?, words.number(5)?);
+        let (offset, len) = (words.number(2)?, words.number(5)?);
+        let local = match self.gpu.get(words.text(1)?) {
+            Some((memory, _)) => memory.segment(offset, len),
+            None => self.memory(words.text(1)?)?.segment(offset, len),
+        };
         let descriptor = words.descriptor(3)?;
         let remote = descriptor.segment(words.number(4)? as u64, local.len);
         let plan = self

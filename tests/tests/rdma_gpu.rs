@@ -15,6 +15,10 @@ use corelane_tests::{
     from_hex, gpus, kind, outcome, pattern, rdma_config, to_hex, transport,
 };
 
+#[path = "rdma_gpu/lost.rs"]
+mod lost;
+#[path = "rdma_gpu/rails.rs"]
+mod rails;
 #[path = "rdma_gpu/ways.rs"]
 mod ways;
 
@@ -55,11 +59,15 @@ struct Far {
 }
 
 fn far(settings: &str, variables: &[(&str, &str)]) -> Far {
+    far_named("far", settings, variables)
+}
+
+fn far_named(name: &str, settings: &str, variables: &[(&str, &str)]) -> Far {
     let mut command = Command::new(env!("CARGO_BIN_EXE_corelane-test-peer"));
     command.envs(variables.iter().copied());
     let mut process = PeerProcess::start_command(&mut command).unwrap();
     process.ask("keep-log");
-    let metadata = process.engine("far", settings);
+    let metadata = process.engine(name, settings);
     let bytes = from_hex(&process.ask(&format!("gpu-region r {LEN} read-write 0"))).unwrap();
     process.ask(&format!("gpu-fill r 1 0 {LEN} 0"));
     Far { process, metadata, region: RegionDescriptor::from_bytes(&bytes).unwrap() }

@@ -274,7 +274,7 @@ impl LaneDriver {
             return self.rdma_resolve(slot, Err("no queue pair works".into()), cx);
         }
         self.rdma_resolve(slot, Ok(rails), cx);
-        self.rdma_resume(slot);
+        self.rdma_resume(slot, cx);
     }
 
     /// Where notifications come over queue pairs, trying the socket every turn would be a waste of 0.3 us.

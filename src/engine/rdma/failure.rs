@@ -263,7 +263,17 @@ impl LaneDriver {
         let Some(link) = self.rdma_link(slot) else { return };
         link.parked.clear();
         let slots: SmallVec<[usize; 16]> = link.jobs.iter().map(|(job, _)| job).collect();
-        for job in slots {
+        self.rdma_give_back(slot, slots, cx);
+    }
+
+    /// These jobs, which no queue pair has, take another way.
+    pub(super) fn rdma_give_back(
+        &mut self,
+        slot: usize,
+        jobs: impl IntoIterator<Item = usize>,
+        cx: &mut Cx<'_>,
+    ) {
+        for job in jobs {
             let Some(ended) = self.rdma_link(slot).and_then(|link| link.end(job)) else { continue };
             self.with_core(slot, cx, |core, env| {
                 if ended.notified {

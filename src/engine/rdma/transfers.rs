@@ -1,14 +1,11 @@
 //! Transfers and messages are posted, completions taken.
 
-use std::sync::Arc;
-
 use corelane_runtime::Cx;
 
 use super::failure::Blame;
 use crate::engine::lane::{LaneDriver, env as lane_env};
 use crate::error::Error;
-use crate::gpu::{Device, GpuError};
-use crate::memory::RegionInner;
+use crate::gpu::{Device, GpuError, Look};
 use crate::plan::PlanInner;
 use crate::session::{RingState, Wired, WiredEnd};
 use crate::transport::local::Message as RingMessage;
@@ -25,11 +22,28 @@ fn unseen(error: &GpuError) -> Error {
     Error::Gpu { what, reason: error.to_string() }
 }
 
-/// Memory of a GPU that was freed while it was registered: devices would reach what it was, whoever has it now.
-fn freed(plan: &PlanInner) -> Option<u64> {
+/// Why memory of a GPU in a plan is not what was registered: devices would move the bytes of what it was, or of nothing, and say
+/// that all is well.
+fn gone(plan: &PlanInner, look: &mut Option<Look>) -> Option<Error> {
     plan.device.as_ref()?;
-    let is_freed = |region: &&Arc<RegionInner>| region.gpu().is_some_and(|gpu| !gpu.is_live());
-    plan.regions.iter().find(is_freed).map(|region| region.descriptor.base())
+    let lost = |error: GpuError| {
+        let what = format!("a transfer by RDMA with `{}`", plan.peer.name);
+        Error::Gpu { what, reason: error.0 }
+    };
+    plan.regions.iter().find_map(|region| {
+        let allocation = region.gpu()?;
+        let device = allocation.device();
+        if let Some(error) = device.lost() {
+            return Some(lost(error.clone()));
+        }
+        let look = *look.get_or_insert_with(Look::new);
+        if allocation.is_live_in(look) {
+            return None;
+        }
+        // The driver of a lost GPU knows no memory of it.
+        let addr = region.descriptor.base();
+        Some(device.check_alive().map_or_else(lost, |()| Error::Fault { addr }))
+    })
 }
 
 impl LaneDriver {
@@ -40,15 +54,23 @@ impl LaneDriver {
             return false;
         };
         let mut posted = false;
+        // Each allocation is asked for once, however many transfers go now.
+        let mut look = None;
         while let Some(Wired { key, plan, notification }) = peer.core.next_wired() {
-            if let Some(addr) = freed(&plan) {
+            if let Some(error) = gone(&plan, &mut look) {
                 let mut env = lane_env(&mut self.regions, &self.engine, &self.counters, cx.now());
-                peer.core.wired_ended(key, WiredEnd::Failed(Error::Fault { addr }), &mut env);
+                peer.core.wired_ended(key, WiredEnd::Failed(error), &mut env);
                 continue;
             }
             let job = link.add(Job::new(key, plan, notification));
-            self.rdma.assign(link, job);
-            posted = true;
+            if self.rdma.assign(link, job) {
+                posted = true;
+            } else {
+                // It was queued for rails that are not there any more.
+                link.end(job);
+                let mut env = lane_env(&mut self.regions, &self.engine, &self.counters, cx.now());
+                peer.core.wired_back(key, &mut env);
+            }
         }
         match self.rdma.issue_all(link) {
             Ok(some) => {
@@ -120,15 +142,15 @@ impl LaneDriver {
         moved
     }
 
-    /// Jobs that waited for queue pairs have some.
-    pub(super) fn rdma_resume(&mut self, slot: usize) {
+    /// Jobs that waited for queue pairs have some; where these are on rails that do not have their memory, they take another way.
+    pub(super) fn rdma_resume(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let Self { peers, rdma, .. } = self;
         let Some(link) = peers.get_mut(slot).and_then(|peer| peer.rdma.as_deref_mut()) else {
             return;
         };
-        for job in std::mem::take(&mut link.parked) {
-            rdma.assign(link, job);
-        }
+        let mut parked = std::mem::take(&mut link.parked);
+        parked.retain(|job| !rdma.assign(link, *job));
+        self.rdma_give_back(slot, parked, cx);
         self.mark(slot);
     }
 

@@ -105,6 +105,7 @@ entry_points! {
         extra: *mut *mut c_void
     );
     optional:
+    fn device_pci_address = "cuDeviceGetPCIBusId"(text: *mut c_char, len: c_int, device: c_int);
     fn device_attribute = "cuDeviceGetAttribute"(value: *mut c_int, attribute: c_int, device: c_int);
     fn set_pointer_attribute = "cuPointerSetAttribute"(value: *const c_void, attribute: c_int, address: u64);
     fn range_handle = "cuMemGetHandleForAddressRange"(handle: *mut c_void, address: u64, bytes: usize, kind: c_int, flags: u64);

@@ -6,7 +6,7 @@
     allow(dead_code, reason = "only devices of transport `rdma` get at it")
 )]
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::super::GpuError;
@@ -26,6 +26,8 @@ const FLUSH_TARGET_CONTEXT: c_int = 0;
 const FLUSH_TO_OWNER: c_int = 100;
 
 const HANDLE_DMA_BUF: c_int = 1;
+/// Domain, bus, device and function, and more than that.
+const PCI_ADDRESS_BYTES: c_int = 32;
 const POINTER_SYNC_MEMOPS: c_int = 6;
 
 /// When kernels see what another device has written to a GPU's memory.
@@ -71,6 +73,17 @@ impl Device {
         (status == SUCCESS).then_some(value)
     }
 
+    /// Where it is on the PCI bus: `0000:3b:00.0`; `None`: the driver does not say.
+    pub(crate) fn pci_address(&self) -> Option<String> {
+        let ask = self.api.device_pci_address?;
+        let mut text = [0u8; PCI_ADDRESS_BYTES as usize];
+        // SAFETY: room for so many bytes, the last of which the driver makes a zero.
+        let status =
+            unsafe { ask(text.as_mut_ptr().cast::<c_char>(), PCI_ADDRESS_BYTES, self.raw) };
+        let text = CStr::from_bytes_until_nul(&text).ok()?.to_str().ok()?;
+        (status == SUCCESS && !text.is_empty()).then(|| text.to_owned())
+    }
+
     /// What it takes until kernels see what other devices write.
     ///
     /// # Errors
@@ -100,7 +113,7 @@ impl Device {
         let _entered = self.enter()?;
         // SAFETY: no pointers; the thread has entered the context.
         let status = unsafe { flush(FLUSH_TARGET_CONTEXT, FLUSH_TO_OWNER) };
-        self.api.check("cuFlushGPUDirectRDMAWrites", status)
+        self.check("cuFlushGPUDirectRDMAWrites", status)
     }
 }
 

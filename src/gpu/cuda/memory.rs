@@ -1,6 +1,8 @@
 //! Whose memory an address is, and memory of other processes.
 
 use std::ffi::{c_int, c_void};
+#[cfg(feature = "rdma")]
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
@@ -117,6 +119,38 @@ impl Watched {
     }
 }
 
+/// A moment in which memory is looked at: what was found alive in it needs no second look.
+#[cfg(feature = "rdma")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look(u64);
+
+#[cfg(feature = "rdma")]
+impl Look {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// The last look in which something was alive.
+#[cfg(feature = "rdma")]
+#[derive(Debug, Default)]
+struct Seen(AtomicU64);
+
+#[cfg(feature = "rdma")]
+impl Seen {
+    fn alive_in(&self, Look(look): Look, ask: impl FnOnce() -> bool) -> bool {
+        if self.0.load(Ordering::Relaxed) == look {
+            return true;
+        }
+        let alive = ask();
+        if alive {
+            self.0.store(look, Ordering::Relaxed);
+        }
+        alive
+    }
+}
+
 /// Memory of a GPU that is registered.
 #[derive(Debug)]
 pub(crate) struct Allocation {
@@ -126,6 +160,8 @@ pub(crate) struct Allocation {
     len: u64,
     handle: Option<[u8; 64]>,
     watched: Watched,
+    #[cfg(feature = "rdma")]
+    seen: Seen,
 }
 
 impl Allocation {
@@ -147,6 +183,12 @@ impl Allocation {
     /// Whether the memory still is what was registered.
     pub(crate) fn is_live(&self) -> bool {
         self.watched.are_live()
+    }
+
+    /// The same, asked once in a look.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn is_live_in(&self, look: Look) -> bool {
+        self.seen.alive_in(look, || self.is_live())
     }
 }
 
@@ -229,7 +271,15 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
             .map(|(_, id)| id)
             .collect();
     }
-    Ok(Allocation { device, base: whole, len: whole_len, handle, watched: Watched(ids.into()) })
+    Ok(Allocation {
+        device,
+        base: whole,
+        len: whole_len,
+        handle,
+        watched: Watched(ids.into()),
+        #[cfg(feature = "rdma")]
+        seen: Seen::default(),
+    })
 }
 
 /// Memory of another process that this one can address.
@@ -411,5 +461,28 @@ impl Drop for HostMemory {
             // SAFETY: nothing uses it any more. An error leaves nothing to be done.
             unsafe { (self.device.api.host_free)(self.start) };
         }
+    }
+}
+
+#[cfg(all(test, feature = "rdma"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_alive_is_asked_for_once_in_a_look_and_what_is_not_every_time() {
+        let seen = Seen::default();
+        let (first, second) = (Look::new(), Look::new());
+        let ask = |look, alive: bool| {
+            let mut asked = false;
+            let answer = seen.alive_in(look, || {
+                asked = true;
+                alive
+            });
+            (answer, asked)
+        };
+        assert_eq!(ask(first, false), (false, true));
+        assert_eq!(ask(first, true), (true, true), "an answer that was no is not kept");
+        assert_eq!(ask(first, false), (true, false));
+        assert_eq!(ask(second, false), (false, true), "it was freed between two looks");
     }
 }

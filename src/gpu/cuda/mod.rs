@@ -17,6 +17,8 @@ pub(crate) use device::Device;
 #[cfg(feature = "rdma")]
 pub(crate) use direct::{DmaBuf, Visibility};
 pub(crate) use lane::{Flight, LaneGpu, Launch};
+#[cfg(feature = "rdma")]
+pub(crate) use memory::Look;
 pub(crate) use memory::{
     Allocation, HostMemory, Mapping, Watched, allocation_of, forget_mappings, holds_device_memory,
     is_device_memory, is_pinned_host, open_mapping,

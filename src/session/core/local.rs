@@ -83,23 +83,22 @@ impl Core {
                 Some(Device::Elsewhere(reason)) => reason.clone(),
                 _ => "the plan was never made ready".into(),
             },
-            (Local::Off, _) => {
-                let why = if self.local_reason.is_empty() {
-                    "the peer is on another host, or transport `local` is not allowed".to_owned()
-                } else {
-                    format!("transport `local` fails: {}", self.local_reason)
-                };
-                let rdma = if self.is_rdma_up() {
-                    "the memory is not registered for transport `rdma` on both sides, "
-                } else {
-                    ""
-                };
-                format!("{rdma}transport `tcp` is not allowed, and {why}")
+            (Local::Off, _) if self.local_reason.is_empty() => {
+                "the peer is on another host, or transport `local` is not allowed".into()
             }
+            (Local::Off, _) => format!("transport `local` fails: {}", self.local_reason),
         };
         if self.are_frames_allowed() {
             return self.enqueue_staged(key);
         }
+        let rdma = if self.is_rdma_up() {
+            format!("transport `rdma`: {}; ", plan.why_not_wired())
+        } else if self.rdma_reason.is_empty() {
+            String::new()
+        } else {
+            format!("transport `rdma` fails: {}; ", self.rdma_reason)
+        };
+        let reason = format!("{rdma}transport `tcp` is not allowed by both sides; {reason}");
         let error = Error::NoTransport { peer: self.peer.name.clone(), reason };
         self.fail(key.slot, error, env);
     }

@@ -232,27 +232,37 @@ impl LaneRdma {
         Some(call(&mut entry.pair, &mut self.list))
     }
 
-    /// Chooses the queue pairs that a job goes over: the first, if it is small; all for bulk on the rails near its memory, if it is large
-    /// and they are several; of these else the one for bulk that has least to do.
-    pub(crate) fn assign(&mut self, link: &mut Link, job: usize) {
-        let Some(first) = link.first() else { return };
-        let Some(key) = link.jobs.get(job).map(|job| job.key) else { return };
-        let Some(large) = link.is_large(job) else {
+    /// Chooses the queue pairs that a job goes over, of those whose rails have its memory: the first, if it is small; all for bulk on
+    /// the rails near its memory, if it is large and they are several; of these else the one for bulk that has least to do. False: none
+    /// has it, and the job is left as it was.
+    #[must_use]
+    pub(crate) fn assign(&mut self, link: &mut Link, job: usize) -> bool {
+        let Some(key) = link.jobs.get(job).map(|job| job.key) else { return true };
+        let has_memory = |id: PairId| {
+            let entry = self.pairs.get(usize::from(id.slot));
+            entry.is_some_and(|entry| link.is_open_on(job, &entry.pair))
+        };
+        let first = link.first().filter(|id| has_memory(*id));
+        let large = link.is_large(job);
+        if let (None, Some(first)) = (large, first) {
             if let Some(pair) = self.pair(first) {
                 pair.waiting.push_back((job, key));
             }
-            return;
-        };
-        let bulk: SmallVec<[PairId; 8]> = link.pairs.iter().skip(1).map(|(_, id)| *id).collect();
-        let bulk = self.near_memory(link.near(job), bulk);
+            return true;
+        }
+        let bulk = link.pairs.iter().skip(1).map(|(_, id)| *id).filter(|id| has_memory(*id));
+        let bulk = self.near_memory(link.near(job), bulk.collect());
         let mut chosen: SmallVec<[PairId; 8]> = SmallVec::new();
-        if large && self.rails_of(&bulk) > 1 {
+        if large == Some(true) && self.rails_of(&bulk) > 1 {
             chosen = bulk;
         } else {
             let load = |id: &PairId| {
                 self.pairs.get(usize::from(id.slot)).map_or(0, |entry| entry.pair.load())
             };
-            chosen.push(bulk.iter().copied().min_by_key(load).unwrap_or(first));
+            chosen.extend(bulk.iter().copied().min_by_key(load).or(first));
+        }
+        if chosen.is_empty() {
+            return false;
         }
         link.share(job, chosen.len());
         for id in chosen {
@@ -260,6 +270,7 @@ impl LaneRdma {
                 pair.waiting.push_back((job, key));
             }
         }
+        true
     }
 
     /// Those of the queue pairs that are on these rails; all, if none is.

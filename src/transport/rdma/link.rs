@@ -227,7 +227,7 @@ impl Link {
         self.jobs.insert(job)
     }
 
-    /// Says how many queue pairs a job may use: with several, its notification waits for all of it.
+    /// Says how many queue pairs a job has been given: with several, its notification waits for all of it.
     pub(super) fn share(&mut self, slot: usize, over: usize) {
         if let Some(job) = self.jobs.get_mut(slot) {
             job.alone = over == 1;
@@ -239,6 +239,11 @@ impl Link {
         let job = self.jobs.get(slot)?;
         (job.plan.class == Class::Bulk)
             .then(|| job.plan.bytes >= SHARED_STRIPES * u64::from(self.stripe))
+    }
+
+    /// Whether a job's memory is registered with both ends of a queue pair.
+    pub(super) fn is_open_on(&self, slot: usize, pair: &Pair) -> bool {
+        self.jobs.get(slot).is_some_and(|job| job.plan.is_open_on(pair.rail, pair.peer_rail))
     }
 
     /// The rails that are near a job's memory, as its plan has them.

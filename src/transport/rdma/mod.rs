@@ -13,6 +13,7 @@ mod link;
 mod near;
 mod pair;
 mod rails;
+mod slots;
 
 pub(crate) use lane::{LaneRdma, PairId, WorkId};
 pub(crate) use link::{EndedJob, Job, Link, Phase};

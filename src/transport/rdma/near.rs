@@ -1,4 +1,4 @@
-//! Which rails are near memory: those of its NUMA node, or of the nearest node that has some. Looked up when memory is registered.
+//! Which rails are near host memory: those of its NUMA node, or of the nearest node that has some. Looked up when memory is registered.
 
 use crate::sys::node_of_pages;
 
@@ -30,7 +30,12 @@ impl Nodes {
         }
         let step = (len / SAMPLES).max(1);
         let pages: Vec<u64> = (0..SAMPLES.min(len)).map(|index| base + index * step).collect();
-        self.near_node(one_node(&node_of_pages(&pages)), corelane_runtime::placement::numa_distance)
+        self.near_node_of(one_node(&node_of_pages(&pages)))
+    }
+
+    /// The same, of memory on this node.
+    pub(super) fn near_node_of(&self, node: Option<usize>) -> u32 {
+        self.near_node(node, corelane_runtime::placement::numa_distance)
     }
 
     fn near_node(

@@ -1,12 +1,15 @@
 //! The devices of an engine, and its memory on them.
 
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
 
+use super::gpu::Told;
 use super::near::Nodes;
+use super::slots::Slots;
 use crate::config::RdmaConfig;
 use crate::gpu::Device;
 use crate::verbs::{
@@ -115,13 +118,15 @@ fn choose_gid(gids: u32, gid: impl Fn(u8) -> Option<Gid>, is_v2: impl Fn(u8) -> 
 pub(crate) struct Rails {
     all: Vec<Rail>,
     nodes: Nodes,
+    slots: Slots,
     relaxed_ordering: bool,
     on_demand: bool,
     /// That memory could not be registered is said once.
     complained: AtomicBool,
-    /// The same of GPU memory, and that some could be.
-    pub(super) complained_of_gpu: AtomicBool,
-    pub(super) has_gpu: AtomicBool,
+    /// The same of GPU memory, and more.
+    pub(super) told_of_gpu: Told,
+    /// The devices were asked for by name.
+    named: bool,
 }
 
 impl Rails {
@@ -140,19 +145,22 @@ impl Rails {
             return Err(format!("{} devices are asked for; {MAX_RAILS} are possible", all.len()));
         }
         // Whoever names devices wants them used, whatever memory is near.
-        let nodes = if config.devices.is_empty() {
-            Nodes::new(all.iter().map(|rail| rail.device.numa_node()).collect())
+        let (nodes, slots) = if config.devices.is_empty() {
+            let names = all.iter().map(|rail| rail.device.name());
+            let nodes = all.iter().map(|rail| rail.device.numa_node()).collect();
+            (Nodes::new(nodes), Slots::new(Path::new("/sys"), names))
         } else {
-            Nodes::default()
+            (Nodes::default(), Slots::default())
         };
         Ok(Self {
             all,
             nodes,
+            slots,
             relaxed_ordering: config.relaxed_ordering,
             on_demand: config.on_demand_paging,
             complained: AtomicBool::new(false),
-            complained_of_gpu: AtomicBool::new(false),
-            has_gpu: AtomicBool::new(false),
+            told_of_gpu: Told::default(),
+            named: !config.devices.is_empty(),
         })
     }
 
@@ -198,6 +206,16 @@ impl Rails {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.all.is_empty()
+    }
+
+    /// A bit for each rail that is near a GPU; 0: all are the same to it.
+    pub(super) fn near_gpu(&self, gpu: &Device) -> u32 {
+        self.slots.near(gpu.pci_address().as_deref(), &self.nodes)
+    }
+
+    /// Whether the devices were asked for by name.
+    pub(super) fn are_named(&self) -> bool {
+        self.named
     }
 
     pub(crate) fn all(&self) -> &[Rail] {
@@ -304,6 +322,8 @@ pub(crate) struct Registrations {
     remote: RailKeys,
     near: u32,
     flush: Option<&'static Device>,
+    /// Why it is not on a rail, where that is known and was asked for.
+    refused: Option<Box<str>>,
 }
 
 impl Registrations {
@@ -312,12 +332,27 @@ impl Registrations {
             regions.iter().map(|region| region.as_ref().map_or(0, key)).collect()
         };
         let (local, remote) = (keys(MemoryRegion::lkey), keys(MemoryRegion::rkey));
-        Self { regions: Mutex::new(regions), local, remote, near, flush: None }
+        Self { regions: Mutex::new(regions), local, remote, near, flush: None, refused: None }
     }
 
     /// The same, of memory that has to be flushed by its GPU.
     pub(super) fn flushed_by(self, flush: Option<&'static Device>) -> Self {
         Self { flush, ..self }
+    }
+
+    /// Of memory that is on no rail, for this reason.
+    pub(super) fn without(reason: &str) -> Self {
+        Self::default().refused_because(Some(reason.into()))
+    }
+
+    /// The same, of memory that is not on all rails.
+    pub(super) fn refused_because(self, refused: Option<Box<str>>) -> Self {
+        Self { refused, ..self }
+    }
+
+    /// Why memory of a GPU is not on all rails.
+    pub(crate) fn why_refused(&self) -> Option<&str> {
+        self.refused.as_deref()
     }
 
     /// The GPU that has to be told before it sees what devices have written here; `None`: no GPU, or one that sees it by itself.

@@ -4,6 +4,7 @@
 //!
 //! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_ORDERING`: for each of them whether it sees in order what other devices
 //! write: `native`, as all do by default, `flush`, if the host flushes it, `none`. `FAKE_CUDA_NO_DMABUF`: memory is not exported.
+//! `FAKE_CUDA_PCI`: the address of each on the PCI bus, which is not known by default.
 //! `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`: there is no more pinned memory.
 //! `switches` has what tests do to it while they run.
 
@@ -152,6 +153,15 @@ driver! {
     fn cuDeviceGetCount(count: *mut c_int) { put(count, gpus()) }
     fn cuDeviceGet(device: *mut c_int, ordinal: c_int) { put(device, ordinal) }
     fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: c_int) { put(uuid, [0xf0 | device as u8; 16]) }
+    fn cuDeviceGetPCIBusId(text: *mut c_char, len: c_int, device: c_int) {
+        let all = std::env::var("FAKE_CUDA_PCI").unwrap_or_default();
+        let address = all.split(',').nth(device.max(0) as usize).unwrap_or_default();
+        if address.is_empty() || address.len() >= len.max(0) as usize {
+            return INVALID_VALUE;
+        }
+        std::ptr::copy_nonoverlapping(address.as_ptr().cast::<c_char>(), text, address.len());
+        put(text.add(address.len()), 0)
+    }
     fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _peer: c_int) { put(can, 1) }
     fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
         put(context, CONTEXTS + device as usize)

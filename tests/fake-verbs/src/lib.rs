@@ -3,7 +3,8 @@
 //!
 //! A dmabuf of that driver is a file, and the position in it where the exported range begins; what registers it is the mapping of
 //! the file. `FAKE_VERBS_DMABUF=off`: refused, as by devices that take none. `FAKE_VERBS_PEERMEM=off`: addresses of GPUs are such that
-//! nothing can be pinned at, as without the kernel module nvidia_peermem. The variables are looked at with every registration.
+//! nothing can be pinned at, as without the kernel module nvidia_peermem. `FAKE_VERBS_NO_GPU=rxe1`: this device has neither way. The
+//! variables are looked at with every registration.
 
 #![cfg(feature = "rdma")]
 #![allow(
@@ -11,7 +12,7 @@
     reason = "the manual pages of verbs say what each caller has to keep to"
 )]
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
 use ibverbs_sys as sys;
@@ -104,9 +105,23 @@ fn fail(error: c_int) -> *mut sys::ibv_mr {
     std::ptr::null_mut()
 }
 
+/// Whether the device of a protection domain gets at no memory of a GPU.
+///
+/// # Safety
+/// The protection domain is one.
+unsafe fn is_without_gpu(pd: *mut sys::ibv_pd) -> bool {
+    // SAFETY: the caller's promise; its device lives as long, and a device has a name that ends in a zero.
+    let name = unsafe { CStr::from_ptr(original::ibv_get_device_name((*(*pd).context).device)) };
+    std::env::var("FAKE_VERBS_NO_GPU").is_ok_and(|without| name.to_bytes() == without.as_bytes())
+}
+
 /// Where the memory of a fake GPU can be touched; `None`: it is none, or the kernel module is not there.
-fn place(address: u64, len: usize) -> Option<u64> {
-    if is_off("FAKE_VERBS_PEERMEM") {
+///
+/// # Safety
+/// As for `is_without_gpu`.
+unsafe fn place(pd: *mut sys::ibv_pd, address: u64, len: usize) -> Option<u64> {
+    // SAFETY: the caller's promise.
+    if is_off("FAKE_VERBS_PEERMEM") || unsafe { is_without_gpu(pd) } {
         return None;
     }
     let flags = libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NOLOAD;
@@ -130,9 +145,11 @@ pub unsafe extern "C" fn ibv_reg_mr_iova2(
     iova: u64,
     access: c_uint,
 ) -> *mut sys::ibv_mr {
-    let addr = place(addr as u64, len).map_or(addr, |place| place as *mut c_void);
     // SAFETY: what the caller promises; the other place is of the same memory.
-    unsafe { original::ibv_reg_mr_iova2(pd, addr, len, iova, access) }
+    unsafe {
+        let addr = place(pd, addr as u64, len).map_or(addr, |place| place as *mut c_void);
+        original::ibv_reg_mr_iova2(pd, addr, len, iova, access)
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -145,7 +162,7 @@ pub unsafe extern "C" fn ibv_reg_mr(
 ) -> *mut sys::ibv_mr {
     // SAFETY: what the caller promises; the other place is of the same memory.
     unsafe {
-        match place(addr as u64, len) {
+        match place(pd, addr as u64, len) {
             Some(place) => {
                 let place = place as *mut c_void;
                 original::ibv_reg_mr_iova2(pd, place, len, addr as u64, access.cast_unsigned())
@@ -165,7 +182,8 @@ pub unsafe extern "C" fn ibv_reg_dmabuf_mr(
     fd: c_int,
     access: c_int,
 ) -> *mut sys::ibv_mr {
-    if is_off("FAKE_VERBS_DMABUF") {
+    // SAFETY: what the caller promises.
+    if is_off("FAKE_VERBS_DMABUF") || unsafe { is_without_gpu(pd) } {
         return fail(libc::EOPNOTSUPP);
     }
     // SAFETY: looks at a descriptor.

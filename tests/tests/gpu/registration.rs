@@ -92,3 +92,19 @@ fn a_gpu_that_sees_nothing_in_order_and_cannot_be_flushed_is_not_registered() {
     let error = one.try_ask("gpu-region r 4096 read-write 0").unwrap_err();
     assert!(error.contains("cannot flush it"), "{error}");
 }
+
+#[test]
+fn calls_that_cannot_be_made_synchronous_are_said_once_whichever_region_is_the_first() {
+    let Some(mut one) = process(&[], "") else { return };
+    if !Cuda::get().unwrap().is_fake() {
+        return eprintln!("SKIPPED: takes the driver of tests/fake-cuda");
+    }
+    one.ask("gpu-region r 4096 read-write 0");
+    assert_eq!(one.ask("log SYNC_MEMOPS"), "");
+    one.ask("gpu-refuse cuPointerSetAttribute 801 2");
+    for region in ["s", "t", "u"] {
+        one.ask(&format!("gpu-region {region} 4096 read-write 0"));
+    }
+    let said = one.ask("log SYNC_MEMOPS");
+    assert_eq!(said.matches("cannot be set").count(), 1, "{said}");
+}

@@ -37,6 +37,11 @@ fn what_devices_do_not_reach_goes_through_pinned_memory_on_the_same_session() {
     let said = theirs.process.ask("log do not reach GPU memory");
     assert!(said.contains("dmabuf: ") && said.contains("nvidia_peermem: "), "{said}");
     assert_eq!(said.matches("do not reach GPU memory").count(), 1, "{said}");
+    assert!(said.contains("through pinned host memory and sockets"), "{said}");
+    // Where there are none: the log does not say so.
+    let mut nowhere = far("transports=rdma", &neither);
+    let said = nowhere.process.ask("log do not reach GPU memory");
+    assert!(said.contains("`tcp` is not allowed") && !said.contains("sockets"), "{said}");
     let near = side("near", config_with_tcp(GpuRdma::Auto), 0);
     lengths_arrive_whole(&near, &mut theirs, false);
     // Host memory of the same peer goes by its devices.
@@ -60,12 +65,19 @@ fn what_no_allowed_way_carries_is_refused_when_it_is_prepared() {
     if !has_gpus(1) {
         return;
     }
-    let (near, far) =
-        (side("near", config(GpuRdma::Auto), 0), side("far", config(GpuRdma::Off), 0));
-    let peer = connect(&near.engine, &far.engine.metadata());
-    let (local, remote) = (near.memory.segment(0, 100), far.region.descriptor().segment(0, 100));
-    let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap_err();
-    assert_eq!(kind(&refused), "NoTransport", "{refused}");
+    for (ours, theirs, said) in [
+        (GpuRdma::Auto, GpuRdma::Off, "the peer's memory is not registered"),
+        (GpuRdma::Off, GpuRdma::Auto, "is not registered with an RDMA device (gpu_rdma=off)"),
+    ] {
+        let (near, far) = (side("near", config(ours), 0), side("far", config(theirs), 0));
+        let peer = connect(&near.engine, &far.engine.metadata());
+        let remote = far.region.descriptor().segment(0, 100);
+        let local = near.memory.segment(0, 100);
+        let refused = near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap_err();
+        let told = refused.to_string();
+        assert_eq!(kind(&refused), "NoTransport", "{told}");
+        assert!(told.contains(said) && told.contains("`tcp` is not allowed"), "{told}");
+    }
 }
 
 #[test]
@@ -84,6 +96,7 @@ fn a_way_that_is_asked_for_and_fails_fails_the_registration_only() {
         let error = process.try_ask("gpu-region r 4096 read-write 0").unwrap_err();
         let asked = format!("gpu_rdma={way}");
         assert!(error.contains(&asked) && !error.contains(other), "{error}");
+        assert_eq!(error.contains("modprobe nvidia_peermem"), way == "peermem", "{error}");
         // Host memory of the same engine is none of its concern.
         process.ask("region h 4096 read-write");
     }
