@@ -13,6 +13,7 @@ use corelane_tests::{
 over_each_transport!(
     a_transfer_that_waits_for_a_connection_past_its_timeout_says_that_there_is_none,
     unloading_a_silent_peer_need_not_wait_for_its_acknowledgements,
+    a_peer_loaded_again_while_its_goodbye_is_under_way_is_served_and_loses_nothing_in_silence,
     an_engine_whose_name_was_given_to_another_is_heard_no_more,
     taking_notifications_ends_although_more_arrive,
     a_peer_that_connects_again_before_its_old_link_is_closed_is_served,
@@ -127,6 +128,46 @@ fn unloading_a_silent_peer_need_not_wait_for_its_acknowledgements(config: Config
     assert!(matches!(peer.notify(b"late"), Err(Error::Cancelled)));
     far.thaw();
     eventually("what was said before is heard", || far.number("received") == 1);
+}
+
+/// Twice over: the second goodbye is that of a connection which could not be made yet, and which the third may replace.
+fn a_peer_loaded_again_while_its_goodbye_is_under_way_is_served_and_loses_nothing_in_silence(
+    config: Configuration,
+) {
+    let mut config = config();
+    config.linger = FAR_TOO_LONG * 2;
+    config.liveness = FAR_TOO_LONG * 2;
+    config.connect_timeout = FAR_TOO_LONG;
+    config.operation_timeout = FAR_TOO_LONG;
+    let near = Near::new(config, LEN);
+    let mut far = target!("far", LEN);
+    let mut peer = near.connect(&far.metadata);
+    far.process.freeze();
+    for said in [1u8, 2] {
+        peer.notify(&[said]).unwrap();
+        let dropped = near.engine.unload_peer_within(&peer, Duration::from_millis(20)).unwrap();
+        assert_eq!(dropped, None, "the flush goes on by itself");
+        peer = near.engine.load_peer(&far.metadata).unwrap();
+    }
+    let read = near.transfer(&peer, Operation::Read, (0, 0), &far.region, 4096);
+    near.memory.poison(0, 4096);
+    read.post().unwrap();
+    far.process.thaw();
+    outcome(&read).unwrap();
+    near.memory.assert_pattern(1, 0, 4096, 0);
+    eventually("each has arrived or is counted as dropped", || {
+        let dropped = near.engine.stats().totals.notifications_dropped;
+        far.process.number("received") + dropped >= 2
+    });
+    peer.notify(&[3]).unwrap();
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|last| last != "near:03") {
+        let more = far.process.ask("take 1");
+        heard.extend(more.split(' ').map(str::to_owned));
+    }
+    assert!(heard.is_sorted_by(|one, next| one < next), "once each: {heard:?}");
+    let dropped = near.engine.stats().totals.notifications_dropped;
+    assert!(heard.len() as u64 + dropped >= 3, "{heard:?}, {dropped} dropped");
 }
 
 fn an_engine_whose_name_was_given_to_another_is_heard_no_more(config: Configuration) {
