@@ -198,16 +198,34 @@ impl Outbox {
     /// The link is gone: all that is not acknowledged will be sent again on the next. Transfers
     /// whose pieces were under way have failed, so what is not void need not wait for any.
     pub(crate) fn rewind(&mut self) {
+        self.take_back();
+        self.queue.iter_mut().for_each(|outgoing| outgoing.bound = None);
+    }
+
+    /// Nothing is on the wire.
+    fn take_back(&mut self) {
         (self.sent, self.sent_bytes, self.in_flight) = (0, 0, 0);
-        for outgoing in &mut self.queue {
-            (outgoing.on_wire, outgoing.bound) = (0, None);
-        }
+        self.queue.iter_mut().for_each(|outgoing| outgoing.on_wire = 0);
     }
 
     /// The session is resumed on a new link by a peer that has all below `expects`.
     /// `None`: it has more than was ever numbered.
     pub(crate) fn resume(&mut self, expects: u64) -> Option<Freed> {
         self.rewind();
+        self.skip_to(expects)
+    }
+
+    /// What carried notifications only is gone; the peer has all below `expects`. Pieces of transfers go on, and what is bound to
+    /// them still waits for them. `None` as for `resume`.
+    pub(crate) fn resync(&mut self, expects: u64) -> Option<Freed> {
+        self.take_back();
+        if mutated!(ResyncLoosens) {
+            self.rewind();
+        }
+        self.skip_to(expects)
+    }
+
+    fn skip_to(&mut self, expects: u64) -> Option<Freed> {
         let count = expects.saturating_sub(self.acknowledged);
         if count > self.queue.len() as u64 {
             return None;
@@ -287,6 +305,20 @@ mod tests {
         assert_eq!(outbox.next_fragment().unwrap().seq, 2);
         assert!(outbox.next_fragment().is_none());
         assert_eq!(outbox.resume(9), None);
+    }
+
+    #[test]
+    fn what_is_bound_stays_bound_unless_the_pieces_are_lost_too() {
+        let mut outbox = Outbox::default();
+        let bound = Some(Bound { transfer: 8, pieces: 2 });
+        outbox.push(payload(4), None);
+        outbox.push(payload(4), bound);
+        outbox.next_whole(64).unwrap();
+        assert!(outbox.next_whole(64).is_none(), "not by what carries no pieces");
+        assert_eq!(outbox.resync(1).unwrap().count, 1);
+        assert_eq!(outbox.next_fragment().unwrap().bound, bound);
+        assert_eq!(outbox.resume(1).unwrap().count, 0);
+        assert_eq!(outbox.next_fragment().unwrap().bound, None);
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub use node::{
     Config, Memory, Node, Outside, Peer, PlanHandle, RegionHandle, RingLook, State, TicketHandle,
     Touch, TransferHandle, Trust, Way,
 };
+pub(crate) use wired::is_wired;
 pub use wired::{Completion, Range, Work};
 
 thread_local! {

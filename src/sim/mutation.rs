@@ -82,6 +82,7 @@ mutations! {
     PairKept, "a queue pair that is down is kept by the side that did not offer it", "quiet after end";
     NotifiedRedone, "a WRITE whose notification the peer may have seen is done again by RDMA", "notified once";
     ResyncForgets, "what queue pairs have lost of the notifications is not sent again", "nothing lost";
+    ResyncLoosens, "notifications no longer wait for their data once queue pairs have failed, which did not carry it", "after its data";
     LostAcknowledgementForgotten, "an acknowledgement that was lost with queue pairs is not made up for", "nothing left";
     ResyncFromAcknowledged, "notifications that the peer has are sent again after queue pairs failed", "rules";
     GapLeft, "numbers of voided notifications are not sent", "rules";

@@ -28,6 +28,12 @@ const CREDITS: usize = 8;
 const BOUND: u8 = 3;
 const ACK_REQUEST: u8 = 4;
 
+/// Whether a device reaches all that a plan touches. One plan in four has memory of which it knows nothing, and goes as frames beside
+/// what goes by queue pairs.
+pub(crate) fn is_wired(plan: &PlanInner) -> bool {
+    plan.bytes % 4 != 3
+}
+
 /// A range here, one there, and the key that opens it.
 #[derive(Debug, Clone, Copy)]
 pub struct Range {
