@@ -195,8 +195,9 @@ run_fake_gpu() {
         local -x CORELANE_NOOP_VERBS=$target/debug/libcorelane_noop_verbs.so
     fi
     local -x LD_LIBRARY_PATH=$fake_driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-    run_cargo_tests --package corelane-tests --test gpu --test gpu_faults
-    run_cargo_tests --package corelane-bench --test cli vram
+    # With the workspace's choice of features, so that nothing is compiled again.
+    run_cargo_tests --workspace "${product_only[@]}" --exclude corelane-nixl-tests --test gpu --test gpu_faults
+    run_cargo_tests --workspace "${product_only[@]}" --exclude corelane-nixl-tests --test cli vram
 }
 
 # Leaves a libcuda.so.1 in the directory `fake_driver`.
@@ -486,15 +487,15 @@ check_nixl_bench() {
     mkdir -p -- "$log_dir/bench"
     printf 'time_s,bytes\n0,4096\n0.01,1000000\n0.02,65536\n' >"$log_dir/bench/requests.csv"
     cargo test --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --bins --tests --locked -- --include-ignored &&
-        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --locked -- \
             nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms \
             --scenario all,fault,trace --trace "$log_dir/bench/requests.csv" --fault-timeout 2s --phase-duration 200ms --out-dir "$log_dir/bench/nixl" &&
-        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --locked -- \
             nixl --vs UCX --num_threads 3 --start_block_size 4096 --max_batch_size 2 --num_iter 99 --rounds 1 --format nixlbench \
             --out-dir "$log_dir/bench/threads" &&
-        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --locked -- \
             many-peers --vs UCX --vs UCX@UCX_TLS=tcp --peers 1,3 --rounds 1 --duration 20ms --out-dir "$log_dir/bench/many-peers" &&
-        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl --locked -- \
+        cargo run --quiet --package corelane-bench "${cargo_features[@]}" --features nixl,png --locked -- \
             plot "$log_dir/bench/nixl/results.json" "$log_dir/bench/many-peers/results.json" --out "$log_dir/bench/nixl/again.html"
 }
 
