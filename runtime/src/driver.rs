@@ -46,6 +46,12 @@ pub trait Driver: Send + 'static {
         false
     }
 
+    /// A caller that does nothing but wait finds the lane at work, and would turn the pump itself: whether it may have it
+    /// alone, while the lane's thread sleeps. False where two threads at work are faster than one. Default: true.
+    fn may_hand_over(&self) -> bool {
+        true
+    }
+
     /// The lane is about to sleep until a descriptor, a timer or its doorbell wakes it. Tell whoever has to ring that
     /// doorbell ([`Lane::doorbell`](crate::Lane::doorbell)) from outside, and look once more for what they did before they
     /// could know: false if there is something, then the lane does not sleep. Default: true.

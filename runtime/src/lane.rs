@@ -12,7 +12,7 @@ use crate::{
     Cx, Driver, LaneConfig, LaneError, LaneStats, LaneTask, LocalLane, SubmitError, TrySubmitError,
     core_watch::{CoreWatch, Courtesy},
     inbox::PushError,
-    shared::{DEDICATED, ENDED, Shared, Turn, lock},
+    shared::{DEDICATED, DRIVEN_NS, ENDED, Shared, Turn, lock},
     task, thread,
 };
 
@@ -69,6 +69,9 @@ pub enum Assist {
 thread_local! {
     /// What this thread learned about its core while it assisted.
     static ASSISTING: Cell<CoreWatch> = const { Cell::new(CoreWatch::NEW) };
+    /// The lane that was busy when this thread last asked for a turn, and when it came back from yielding: callers that look
+    /// at several lanes by turns leave each its own thread.
+    static BUSY: Cell<(*const (), u64)> = const { Cell::new((std::ptr::null(), 0)) };
 }
 
 impl<D: Driver> Lane<D> {
@@ -184,8 +187,19 @@ impl<D: Driver> Lane<D> {
         calls.store(calls.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         let before_ns = shared.clock_ns();
         // On the lane's own thread the lane itself turns, when the calling task yields.
-        if shared.is_lane_thread() || !shared.token.try_acquire() {
+        if shared.is_lane_thread() {
             std::thread::yield_now();
+            return Assist::Busy;
+        }
+        if !shared.token.try_acquire() {
+            // Who was here a moment ago does nothing but wait: it may have the pump, instead of sharing a core with the lane's
+            // thread, which under load has something to do for a whole time slice. One clock reading after the yield.
+            let (lane, left_ns) = BUSY.get();
+            if lane == shared.identity() && before_ns.saturating_sub(left_ns) <= DRIVEN_NS {
+                shared.drive.wanted.store(true, Ordering::Relaxed);
+            }
+            std::thread::yield_now();
+            BUSY.set((shared.identity(), shared.clock_ns()));
             return Assist::Busy;
         }
         self.turn_on_caller(before_ns)

@@ -164,7 +164,7 @@ impl Policy {
         self.seen_calls = shared.drive.calls.load(Ordering::Relaxed);
     }
 
-    /// After a turn at `now_ns`.
+    /// After a turn at `now_ns`. One load of what callers seldom write, where none of them waits.
     pub(crate) fn decide<D: Driver>(
         &mut self,
         shared: &Shared<D>,
@@ -172,7 +172,14 @@ impl Policy {
         progress: bool,
         has_tasks: bool,
         must_poll: impl FnOnce() -> bool,
+        may_hand_over: impl FnOnce() -> bool,
     ) -> Idle {
+        if shared.drive.wanted.load(Ordering::Relaxed) {
+            shared.drive.wanted.store(false, Ordering::Relaxed);
+            if !self.dedicated && !has_tasks && may_hand_over() {
+                return Idle::Standby;
+            }
+        }
         if progress || self.has_busy_tasks {
             self.idle_since_ns = None;
             return Idle::Turn;

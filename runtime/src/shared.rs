@@ -59,6 +59,8 @@ pub(crate) struct Drive {
     pub(crate) calls: AtomicU64,
     /// When the last turn of a caller began, in nanoseconds of the lane's clock.
     pub(crate) last_turn_ns: AtomicU64,
+    /// A caller that polls without pause finds the lane's thread in its turns again and again.
+    pub(crate) wanted: AtomicBool,
 }
 
 /// Wakes the lane's thread. Shared with the wakers of its tasks.
@@ -172,7 +174,7 @@ impl<D: Driver> Shared<D> {
         self.mode.load(Ordering::Acquire) & bits != 0
     }
 
-    fn identity(&self) -> *const () {
+    pub(crate) fn identity(&self) -> *const () {
         std::ptr::from_ref(self).cast()
     }
 

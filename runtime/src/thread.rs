@@ -34,6 +34,8 @@ const STANDBY_FIRST_NS: u64 = 200_000;
 const STANDBY_DOUBLING_NS: u64 = 2_000_000;
 const STANDBY_MAX_NS: u64 = 10_000_000;
 const STANDBY_SHARE: u64 = 16;
+/// The most where the lane had work when it stood by: a caller that leaves its bulk half way must not stop it for long.
+const STANDBY_BUSY_NS: u64 = 1_000_000;
 /// A stand-by that begins this soon after the last goes on where that was.
 const STANDBY_AGAIN_NS: u64 = 5_000_000;
 
@@ -129,6 +131,8 @@ struct Standby {
     since_ns: u64,
     for_ns: u64,
     ended_ns: u64,
+    /// There was work at its beginning.
+    is_busy: bool,
 }
 
 struct LaneThread<D: Driver> {
@@ -272,11 +276,20 @@ impl<D: Driver> LaneThread<D> {
                 pump.intent = Intent::Turn;
                 let has_tasks = self.local.alive.get() > 0;
                 let must_poll = || core.driver.as_ref().is_some_and(Driver::must_poll);
-                let next = match self.policy.decide(shared, now_ns, progress, has_tasks, must_poll)
-                {
+                let may_hand_over = || core.driver.as_ref().is_some_and(Driver::may_hand_over);
+                let decision = self.policy.decide(
+                    shared,
+                    now_ns,
+                    progress,
+                    has_tasks,
+                    must_poll,
+                    may_hand_over,
+                );
+                let next = match decision {
                     Idle::Turn => Next::Turn,
                     Idle::Standby => {
                         pump.intent = Intent::Standby;
+                        self.standby.is_busy = progress;
                         Next::Standby
                     }
                     Idle::Park
@@ -366,15 +379,19 @@ impl<D: Driver> LaneThread<D> {
         let shared = &*local.shared;
         let begin_ns = shared.clock_ns();
         if begin_ns.saturating_sub(self.standby.ended_ns) > STANDBY_AGAIN_NS {
-            self.standby = Standby { since_ns: begin_ns, for_ns: STANDBY_FIRST_NS, ended_ns: 0 };
+            let is_busy = self.standby.is_busy;
+            self.standby =
+                Standby { since_ns: begin_ns, for_ns: STANDBY_FIRST_NS, ended_ns: 0, is_busy };
         }
-        let Standby { since_ns, mut for_ns, .. } = self.standby;
+        let Standby { since_ns, mut for_ns, is_busy, .. } = self.standby;
+        let most_ns = if is_busy { STANDBY_BUSY_NS } else { STANDBY_MAX_NS };
         loop {
             shared.counters.standbys.add(1);
             self.sleep(shared, LaneState::Standby, Some(for_ns));
             let last = shared.drive.last_turn_ns.load(Ordering::Relaxed);
             let now_ns = shared.clock_ns();
-            let driven = now_ns.saturating_sub(last) <= DRIVEN_NS;
+            // A turn that began longer ago may still be under way.
+            let driven = now_ns.saturating_sub(last) <= DRIVEN_NS || shared.token.is_held();
             if !driven
                 || self.ring.has_completions()
                 || shared.wakeup.attention.load(Ordering::Acquire)
@@ -382,9 +399,9 @@ impl<D: Driver> LaneThread<D> {
                 break;
             }
             let share_ns = (now_ns.saturating_sub(since_ns) / STANDBY_SHARE).min(STANDBY_MAX_NS);
-            for_ns = (2 * for_ns).min(STANDBY_DOUBLING_NS).max(share_ns);
+            for_ns = (2 * for_ns).min(STANDBY_DOUBLING_NS).max(share_ns).min(most_ns);
         }
-        self.standby = Standby { since_ns, for_ns, ended_ns: shared.clock_ns() };
+        self.standby = Standby { since_ns, for_ns, ended_ns: shared.clock_ns(), is_busy };
         self.policy.woke(shared);
     }
 

@@ -29,6 +29,12 @@ impl<T> Token<T> {
             && self.held.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
+    /// Whether somebody held it just now.
+    #[inline]
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
     /// Gives up the token. The caller must hold it.
     #[inline]
     pub(crate) fn release(&self) {

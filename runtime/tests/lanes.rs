@@ -213,6 +213,51 @@ fn callers_drive_a_shared_lane_and_it_stands_by() {
     lane.stop(STOP).unwrap();
 }
 
+/// Otherwise the two share the core where there is no other, and whoever has it keeps it for a time slice.
+#[test]
+fn a_lane_at_work_leaves_its_turns_to_a_caller_that_only_waits() {
+    let (lane, seen) = start(config(AssistMode::Always, Spin::default()));
+    seen.working.store(true, Ordering::Relaxed);
+    submit(&lane, Ask::Note(1));
+    wait_until("work", || lane.stats().turns > 10);
+    let assist_until = |what: &str, done: &dyn Fn() -> bool| {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !done() {
+            assert!(Instant::now() < end, "never: {what}");
+            // Looking at the figures takes long; who waits does nothing in between.
+            (0..100).for_each(|_| _ = lane.assist());
+        }
+    };
+    let before = lane.stats();
+    assist_until("handed over", &|| {
+        let now = lane.stats();
+        now.standbys > before.standbys && now.assisted_turns > before.assisted_turns + 20
+    });
+    // The caller has left; the work goes on.
+    let before = lane.stats();
+    wait_until("taken back", || lane.stats().turns > before.turns + 10);
+    seen.working.store(false, Ordering::Relaxed);
+    lane.stop(Duration::from_secs(1)).unwrap();
+}
+
+#[test]
+fn a_lane_at_work_keeps_its_turns_from_callers_that_look_in_or_where_it_must() {
+    let (lane, seen) = start(config(AssistMode::Always, Spin::default()));
+    seen.working.store(true, Ordering::Relaxed);
+    submit(&lane, Ask::Note(1));
+    wait_until("work", || lane.stats().turns > 10);
+    let before = lane.stats();
+    for _ in 0..100 {
+        lane.assist();
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    seen.keeps_turns.store(true, Ordering::Relaxed);
+    (0..1000).for_each(|_| _ = lane.assist());
+    assert_eq!(lane.stats().standbys, before.standbys);
+    seen.working.store(false, Ordering::Relaxed);
+    lane.stop(Duration::from_secs(1)).unwrap();
+}
+
 /// Otherwise it costs each turn of a caller a system call, for as long as callers drive.
 #[test]
 fn a_calm_descriptor_goes_quiet_while_callers_drive_and_is_still_heard() {

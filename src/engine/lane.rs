@@ -583,6 +583,11 @@ impl Driver for LaneDriver {
         !self.dirty.is_empty() || !self.copies.is_empty() || !self.gpu.is_idle()
     }
 
+    fn may_hand_over(&self) -> bool {
+        // Lane and callers copy side by side.
+        self.copies.is_empty()
+    }
+
     fn before_sleep(&mut self, cx: &mut Cx<'_>) -> bool {
         self.rdma_before_sleep(cx) && self.rings_before_sleep()
     }

@@ -243,16 +243,35 @@ impl LaneDriver {
         worked
     }
 
-    /// Sends what a peer's core has for its links.
+    /// Sends what a peer's core has for its links. Bulk streams share one link's share of the turn, and take turns at it:
+    /// what the session's stream has waits for one of them, not for all.
     pub(super) fn flush_peer(&mut self, slot: usize, cx: &mut Cx<'_>) -> bool {
         let mut worked = self.flush_ring(slot, cx) | self.rdma_flush(slot, cx);
-        let mut at = 0;
+        let (mut at, mut left) = (0, self.peers.get(slot).map_or(0, |peer| peer.links.len()));
+        let mut used_up = false;
         // By index: a link that breaks takes itself out of the list.
-        while let Some(&id) = self.peers.get(slot).and_then(|peer| peer.links.get(at)) {
+        while left > 0
+            && let Some(&id) = self.peers.get(slot).and_then(|peer| peer.links.get(at))
+        {
+            left -= 1;
+            if used_up && self.is_bulk(id) {
+                at += 1;
+                continue;
+            }
+            let waiting = self.busy.len();
             match self.flush_link(id, cx) {
                 Ok(flow) => {
                     worked |= flow == Flow::Progress;
-                    at += 1;
+                    let has_more = self.busy.len() > waiting && self.is_bulk(id);
+                    used_up |= has_more;
+                    match self.peers.get_mut(slot).filter(|_| has_more) {
+                        // Behind the others, which come first in the next turn.
+                        Some(peer) if peer.links.get(at) == Some(&id) => {
+                            peer.links.remove(at);
+                            peer.links.push(id);
+                        }
+                        _ => at += 1,
+                    }
                 }
                 Err(reason) => {
                     self.receive_last(id, cx);
@@ -261,6 +280,11 @@ impl LaneDriver {
             }
         }
         worked
+    }
+
+    fn is_bulk(&mut self, id: LinkId) -> bool {
+        let phase = self.link(id).map(|link| &link.phase);
+        matches!(phase, Some(Phase::Open { kind: LinkKind::Bulk, .. }))
     }
 
     /// A link may be at its end. The peer may have said why before it closed it: a goodbye that is not read looks

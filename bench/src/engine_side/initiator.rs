@@ -32,21 +32,13 @@ pub(super) struct EngineInitiator {
     handles: Handles,
     place: Place,
     in_flight: VecDeque<usize>,
-    /// Which transfer besides the oldest is looked at next.
-    cursor: usize,
     answers: VecDeque<u64>,
 }
 
 impl EngineInitiator {
     pub(super) fn new(handles: Handles, place: Place) -> Self {
         let slots = handles.transfers.len();
-        Self {
-            handles,
-            place,
-            in_flight: VecDeque::with_capacity(slots),
-            cursor: 0,
-            answers: VecDeque::new(),
-        }
+        Self { handles, place, in_flight: VecDeque::with_capacity(slots), answers: VecDeque::new() }
     }
 
     /// Whether the transfer at this position of the queue has ended; takes it out if so.
@@ -121,18 +113,14 @@ impl Initiator for EngineInitiator {
         Ok(())
     }
 
-    /// Looks at the oldest transfer, which is the likeliest, and at one of the others in turn: completions out of
-    /// order are seen soon, and a poll costs the same for any window.
+    /// Looks at all transfers, by one load each, and where none has ended helps the engine along once, for the oldest: asking
+    /// each for its status would be a turn of the lane for each where cores are few.
     #[inline]
     fn poll_finished(&mut self) -> Result<Option<usize>> {
-        if let Some(slot) = self.take_ended(0)? {
-            return Ok(Some(slot));
-        }
-        if self.in_flight.len() < 2 {
-            return Ok(None);
-        }
-        self.cursor = self.cursor % (self.in_flight.len() - 1) + 1;
-        self.take_ended(self.cursor)
+        let transfers = &self.handles.transfers;
+        let ended = |slot: &usize| !matches!(transfers[*slot].peek(), Status::InProgress);
+        let position = self.in_flight.iter().position(ended);
+        self.take_ended(position.unwrap_or(0))
     }
 
     async fn finished(&mut self) -> Result<usize> {

@@ -26,6 +26,9 @@ pub struct Seen {
     pub stops: AtomicU64,
     pub dropped_on: Mutex<Option<std::thread::ThreadId>>,
     pub must_poll: AtomicBool,
+    /// Every turn takes a tenth of a millisecond and makes progress.
+    pub working: AtomicBool,
+    pub keeps_turns: AtomicBool,
 }
 
 pub enum Ask {
@@ -100,7 +103,15 @@ impl Driver for Probe {
     }
 
     fn on_turn(&mut self, _: &mut Cx<'_>) -> bool {
-        false
+        let working = self.seen.working.load(Ordering::Relaxed);
+        if working {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        working
+    }
+
+    fn may_hand_over(&self) -> bool {
+        !self.seen.keeps_turns.load(Ordering::Relaxed)
     }
 
     fn must_poll(&self) -> bool {
