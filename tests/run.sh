@@ -134,10 +134,10 @@ has_clippy() {
     have_clippy || cannot_run "clippy is missing: rustup component add clippy"
 }
 
-# The harness without its features, as users build it, is looked at by the step build.
+# Then the engine without RDMA and with the deliberate bugs. The harness as users build it is looked at by the step build.
 check_clippy() {
     cargo clippy "${everything[@]}" --all-targets --locked -- -D warnings &&
-        cargo clippy --package corelane --package corelane-sim "${cargo_features[@]}" --all-targets --locked -- -D warnings
+        cargo clippy --package corelane --package corelane-sim --no-default-features --all-targets --locked -- -D warnings
 }
 
 build_docs() {
@@ -218,10 +218,12 @@ make_fake_driver() {
     cp "$target/debug/libcorelane_fake_cuda.so" "$fake_driver/libcuda.so.1"
 }
 
-# run_cargo_tests [WORD]...   without those of NIXL; the words choose among the rest.
+# run_cargo_tests [WORD]...   without those of NIXL; the words choose among the rest. More of them at a time than there are
+# processors, since many wait.
 run_cargo_tests() {
     if have_nextest; then
-        cargo nextest run "${everything[@]}" --exclude corelane-nixl-tests "$@" --locked --no-fail-fast --failure-output final
+        cargo nextest run "${everything[@]}" --exclude corelane-nixl-tests "$@" --locked --no-fail-fast --failure-output final \
+            --test-threads $(($(nproc) * 3 / 2))
     elif (($# > 0)); then
         cargo test "${everything[@]}" --exclude corelane-nixl-tests "$@" --locked --no-fail-fast
     else
