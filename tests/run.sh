@@ -442,7 +442,7 @@ end_to_end_programs() {
 # programs_of FOLDER KIND   prints the files of the test programs of the package in a folder; KIND is a pattern.
 programs_of() {
     cargo test "${everything[@]}" --tests --locked --no-run --message-format json-render-diagnostics |
-        grep -F "\"manifest_path\":\"$repo_root/$1/Cargo.toml\"" | grep -F '"test":true' |
+        grep -F "\"manifest_path\":\"$repo_root/$1/Cargo.toml\"" | grep -E '"overflow_checks":[a-z]*,"test":true' |
         sed -n '/"kind":'"$2"'/s/.*"executable":"\([^"]*\)".*/\1/p'
 }
 
