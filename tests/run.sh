@@ -218,12 +218,10 @@ make_fake_driver() {
     cp "$target/debug/libcorelane_fake_cuda.so" "$fake_driver/libcuda.so.1"
 }
 
-# run_cargo_tests [WORD]...   without those of NIXL; the words choose among the rest. More of them at a time than there are
-# processors, since many wait.
+# run_cargo_tests [WORD]...   without those of NIXL; the words choose among the rest.
 run_cargo_tests() {
     if have_nextest; then
-        cargo nextest run "${everything[@]}" --exclude corelane-nixl-tests "$@" --locked --no-fail-fast --failure-output final \
-            --test-threads $(($(nproc) * 3 / 2))
+        cargo nextest run "${everything[@]}" --exclude corelane-nixl-tests "$@" --locked --no-fail-fast --failure-output final
     elif (($# > 0)); then
         cargo test "${everything[@]}" --exclude corelane-nixl-tests "$@" --locked --no-fail-fast
     else
