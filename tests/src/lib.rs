@@ -52,7 +52,7 @@ pub use settings::{
 pub use slots::{Slots, block_holds, fill_block, watch};
 pub use sockets::{free_port, reset, sockets_of};
 pub use streams::{exchange, exchange_sizes, sized_payload};
-pub use wait::{BOUND, collect, cut_short, end_of, eventually, kind, outcome};
+pub use wait::{BOUND, collect, cut_short, end_of, eventually, kind, outcome, rounds};
 
 /// Makes tests of functions that take a [`Configuration`], `local::NAME`, `rdma::NAME` and `tcp::NAME`: of what each transport
 /// promises. Those of `rdma` are ignored unless they are asked for, on a machine with a device: in the rig (tests/rdma).

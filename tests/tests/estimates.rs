@@ -13,7 +13,7 @@ use corelane::{
 };
 use corelane_tests::{
     BOUND, Buffer, Configuration, Passing, Proxy, end_of, engine_on_a_known_port, eventually, kind,
-    local_config, outcome, over_each_transport, target, tcp_config,
+    local_config, outcome, over_each_transport, rounds, target, tcp_config,
 };
 
 over_each_transport!(
@@ -151,7 +151,7 @@ fn an_estimate_is_between_what_memory_allows_and_the_longest_that_was_seen(confi
     for shape in SHAPES {
         let plan = near.plan(&peer, &far.region, shape);
         let mut most = Duration::ZERO;
-        for _ in 0..10 {
+        for _ in 0..rounds(10) {
             most = most.max(longest(&plan, 5));
             let estimate = plan.estimate().unwrap();
             let least = Duration::from_nanos(shape.bytes / FASTEST);

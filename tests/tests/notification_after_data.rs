@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use corelane::{Access, Engine, Error, Operation, Plan, Status};
 use corelane_tests::{
-    BOUND, Buffer, Configuration, Slots, fill_block, outcome, over_each_transport, target, to_hex,
-    watch,
+    BOUND, Buffer, Configuration, Slots, fill_block, outcome, over_each_transport, rounds, target,
+    to_hex, watch,
 };
 
 over_each_transport!(
@@ -111,7 +111,7 @@ fn writes_of_many_pages_arrive_before_their_notifications(config: Configuration)
 }
 
 fn bulk_writes_over_several_streams_arrive_before_their_notifications(config: Configuration) {
-    writes(config, 1 << 20, 8, 500);
+    writes(config, 1 << 20, 8, rounds(500));
 }
 
 /// Reads between two engines of this process: the peer's notification comes after the data is in this side's memory.
@@ -161,7 +161,7 @@ fn small_reads_have_arrived_before_the_peer_is_notified(config: Configuration) {
 }
 
 fn bulk_reads_have_arrived_before_the_peer_is_notified(config: Configuration) {
-    reads(config, 1 << 20, 8, 300);
+    reads(config, 1 << 20, 8, rounds(300));
 }
 
 fn a_transfer_that_fails_sends_no_notification(config: Configuration) {

@@ -145,6 +145,7 @@ fn fifty_thousand_notifications_wait_for_a_receiver_that_does_not_poll(config: C
 }
 
 fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing(config: Configuration) {
+    const COUNT: u64 = 10_000;
     let mut far = peer_process!();
     let metadata = far.engine("receiver", "pending=300");
     let mut config = config();
@@ -154,7 +155,7 @@ fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing(config: Conf
     let mut sent = 0u64;
     let mut refusals = 0;
     // Far more than both bounds together; each time the sender is stopped, the receiver takes some.
-    while sent < 50_000 {
+    while sent < COUNT {
         match peer.notify(&sent.to_le_bytes()) {
             Ok(()) => sent += 1,
             Err(error @ Error::Backpressure { .. }) => {
@@ -164,7 +165,7 @@ fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing(config: Conf
                     // It stays stopped, and what is under way is bounded.
                     eventually("the receiver is full", || far.number("received") >= 300);
                     assert!(sent <= 300 + 500, "{sent} under way");
-                    far.send("take-flood 50000");
+                    far.send(&format!("take-flood {COUNT}"));
                 }
                 std::thread::yield_now();
             }
@@ -172,8 +173,8 @@ fn a_receiver_that_does_not_poll_stops_its_sender_and_loses_nothing(config: Conf
         }
     }
     assert!(refusals > 0);
-    far.answer().expect("all 50,000, once, in order");
-    assert_eq!(far.number("received"), 50_000);
+    far.answer().expect("all of them, once, in order");
+    assert_eq!(far.number("received"), COUNT);
 }
 
 fn the_bound_on_pending_bytes_stops_the_sender_too(config: Configuration) {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use corelane::{Access, Engine, Error, LocalEngine, Operation, Status, Transfer};
 use corelane_tests::{
@@ -116,8 +117,11 @@ fn an_engine_that_is_shut_down_says_so_to_every_call(config: Configuration) {
 
 fn threads_that_post_and_poll_survive_a_shutdown_from_several_threads(config: Configuration) {
     let far = target!("far", LEN);
+    // The peer takes none of the notifications: where its room is full, a shutdown waits for this long.
+    let mut config = config();
+    config.linger = Duration::from_secs(1);
     for _ in 0..5 {
-        let engine = Engine::new("near", config()).unwrap();
+        let engine = Engine::new("near", config.clone()).unwrap();
         let memory = Buffer::new(LEN);
         let transfers = reads(&engine, &far, &memory, 6);
         end_of(&transfers[0]).unwrap();

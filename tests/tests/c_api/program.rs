@@ -21,10 +21,16 @@ fn profile_folder() -> PathBuf {
     std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned()
 }
 
-/// The folder of `libcorelane.so`, of the profile of this test.
+/// The folder of `libcorelane.so`: the one named by who has built it with all else, as `tests/run.sh` does; or it is built here, of the
+/// profile of this test. With other features of its dependencies than the tests had, this can take a minute.
 pub(crate) fn library() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("CORELANE_TEST_LIBRARIES") {
+            let folder = PathBuf::from(folder);
+            assert!(folder.join("libcorelane.so").exists(), "no library in {}", folder.display());
+            return folder;
+        }
         let folder = profile_folder();
         let profile = match folder.file_name().unwrap().to_str().unwrap() {
             "debug" => "dev",
