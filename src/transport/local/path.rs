@@ -473,7 +473,11 @@ impl Call<'_> {
             let moved = unsafe { cma::read(self.pid, &local, &remote) };
             match moved {
                 Ok(n) if n == bytes - done + nonce.len() => {
-                    return if nonce == expected { Ok(()) } else { Err(self.another_process()) };
+                    return if nonce == expected {
+                        Ok(())
+                    } else {
+                        Err(self.path.gone("it has left this connection"))
+                    };
                 }
                 Ok(0) => {
                     let fault = io::Error::from_raw_os_error(libc::EFAULT);
@@ -533,14 +537,12 @@ impl Call<'_> {
         let (addr, expected) = self.path.parts.nonce;
         match cma::holds(self.pid, addr, &expected) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(self.another_process()),
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Err(self.another_process()),
+            Ok(false) => Err(self.path.gone("it has left this connection")),
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                Err(self.path.gone("its process has ended, and its process ID belongs to another"))
+            }
             Err(error) => Err(self.failed(&error, Operation::Read, 0)),
         }
-    }
-
-    fn another_process(&self) -> Error {
-        self.path.gone("its process has ended, and its process ID belongs to another")
     }
 
     /// What a failed call means. Slow: it finds out whose memory is missing.

@@ -55,8 +55,11 @@ pub(crate) struct Outcome {
     /// To the first error, and to the last end of each slot that was posted after the strike or in flight then.
     pub(crate) first_error_us: Option<u64>,
     pub(crate) ends_us: Vec<i64>,
-    /// How much of that the survivor's threads that post could not run, since others had the cores: the one that waited longest.
+    /// How much of that the threads that post could not run, since others had the cores: the one that waited longest, of the survivor
+    /// and, unless it was killed, the victim.
     pub(crate) waited_us: u64,
+    /// Transfers that failed, on both sides.
+    pub(crate) failed: u64,
     /// To the end of the victim's process, by the watch's own waiting.
     pub(crate) exited_us: Option<u64>,
     pub(crate) stopped_ms: u64,
@@ -178,6 +181,7 @@ impl Contest {
             first_error_us: None,
             ends_us: Vec::new(),
             waited_us: 0,
+            failed: 0,
             exited_us: None,
             stopped_ms: 0,
             resident: 0,
@@ -226,6 +230,7 @@ impl Contest {
             self.add_verdict(VICTIM, &mut victim, &mut outcome)?;
             self.retired.push((Instant::now(), victim));
         }
+        self.judge_short(&mut outcome);
         Ok(outcome)
     }
 
@@ -449,21 +454,27 @@ impl Contest {
     ) -> Result<()> {
         let process = if side == SURVIVOR { &mut self.survivor } else { victim };
         let verdict: Verdict = ask(process, &Order::Finish)?;
-        // While a link is cut, transfers may fail; a stop within the liveness timeout is no reason to.
-        if outcome.strike == Strike::Short
-            && outcome.phase != Phase::Reconnect
-            && verdict.failed > 0
-        {
-            let what = format!("{} failed: {}", verdict.failed, verdict.errors.join(" | "));
-            outcome.problems.push((Kind::Failed, what));
-        }
+        outcome.failed += verdict.failed;
         outcome.problems.extend(verdict.problems);
         outcome.errors.extend(verdict.errors);
         outcome.busy += verdict.busy;
-        if side == SURVIVOR {
-            outcome.waited_us = verdict.waited_us;
-        }
+        outcome.waited_us = outcome.waited_us.max(verdict.waited_us);
         Ok(())
+    }
+
+    /// While a link is cut, transfers may fail; a stop within the liveness timeout is no reason to, unless others had the cores for
+    /// the rest of it.
+    fn judge_short(&self, outcome: &mut Outcome) {
+        let silent =
+            Duration::from_millis(outcome.stopped_ms) + Duration::from_micros(outcome.waited_us);
+        if outcome.strike == Strike::Short
+            && outcome.phase != Phase::Reconnect
+            && outcome.failed > 0
+            && silent < self.rules.liveness
+        {
+            let what = format!("{} failed: {}", outcome.failed, outcome.errors.join(" | "));
+            outcome.problems.push((Kind::Failed, what));
+        }
     }
 }
 
