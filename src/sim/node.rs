@@ -90,6 +90,8 @@ pub struct Config {
     pub limits: Limits,
     /// Which way transfers go.
     pub way: Way,
+    /// It never answers that queue pairs are gone, and goes on with its own, though it answers pings.
+    pub is_deaf: bool,
     /// Whether it keeps to the handshake.
     pub trust: Trust,
 }
