@@ -237,8 +237,11 @@ impl LaneDriver {
             // before it goes down: this side would not be connecting any more.
             Phase::Off | Phase::Connecting => return Ok(()),
         }
-        let resync = self.with_core(slot, cx, |core, env| core.rdma_resync(expects, env));
-        resync.unwrap_or(Ok(())).map_err(|error| error.to_string())?;
+        // What is in a ring of shared memory is not lost, and the peer is not to get it twice.
+        if self.has_rdma_messages(slot) {
+            let resync = self.with_core(slot, cx, |core, env| core.rdma_resync(expects, env));
+            resync.unwrap_or(Ok(())).map_err(|error| error.to_string())?;
+        }
         self.rdma_end_refused(slot, cx);
         let Some(link) = self.rdma_link(slot) else { return Ok(()) };
         link.phase = Phase::Connecting;

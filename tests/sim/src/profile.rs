@@ -132,7 +132,7 @@ impl Profile {
             // What can happen to queue pairs takes some of them at work.
             fault_weights.push((Fault::Rail, 60));
             more_faults = 10;
-            deaf_percent = rng.pick(&[0, 0, 30]);
+            deaf_percent = rng.pick(&[0, 40]);
         }
         Self {
             engines,
