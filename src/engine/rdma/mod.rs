@@ -21,7 +21,7 @@ use smallvec::SmallVec;
 use self::failure::Blame;
 use crate::engine::lane::{LaneDriver, Message, RDMA_CHANNEL, RDMA_EVENTS, RDMA_TIMER};
 use crate::session::{LinkId, RailPairs};
-use crate::transport::rdma::{Late, Link, PairId, Rail};
+use crate::transport::rdma::{Late, Link, PairId, Phase, Rail};
 use crate::verbs::AsyncEvent;
 use crate::wire::frame::Header;
 use crate::wire::rdma::{QueuePairFrame, RdmaFrame, Verdict};
@@ -203,8 +203,15 @@ impl LaneDriver {
             }
             Some(Late::Close) => {
                 let session = link.session;
+                // Where it is this lane that stood still, the answer is there.
+                self.receive_last(session, cx);
+                let waits = |link: &&mut Link| link.phase == Phase::Down && link.deadline.is_none();
+                if self.rdma_link(slot).filter(waits).is_none() {
+                    return;
+                }
                 let patience = self.rdma_patience(true);
-                let reason = format!("it has not said within {patience:?} that its queue pairs are gone");
+                let reason =
+                    format!("it has not said within {patience:?} that its queue pairs are gone");
                 self.close_link(session, &reason, cx);
             }
             None => {}
