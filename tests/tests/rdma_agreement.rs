@@ -204,10 +204,10 @@ fn a_peer_that_never_says_its_queue_pairs_are_gone_is_given_up() {
             }
         });
         peer.connect(BOUND).unwrap();
-        is_up.recv().unwrap();
+        is_up.recv_timeout(2 * BOUND).expect("queue pairs are up");
         let write = near.transfer(&peer, Operation::Write, (0, 0), &remote, 4096);
         write.post().unwrap();
-        is_down.recv().unwrap();
+        is_down.recv_timeout(2 * BOUND).expect("they are gone");
         peer.notify(b"kept").unwrap();
         let error = outcome(&write).unwrap_err();
         assert!(matches!(error, Error::RemoteDisconnect { .. }), "{error}");
