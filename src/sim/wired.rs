@@ -77,6 +77,7 @@ enum Phase {
     Down,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 struct Job {
     plan: Arc<PlanInner>,
     notification: Option<Arc<[u8]>>,
@@ -107,6 +108,7 @@ impl Job {
 }
 
 /// The queue pair of a session.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(super) struct Wire {
     pub(super) link: u64,
     offers: bool,

@@ -205,8 +205,8 @@ impl LaneDriver {
                 let session = link.session;
                 // Where it is this lane that stood still, the answer is there.
                 self.receive_last(session, cx);
-                let waits = |link: &&mut Link| link.phase == Phase::Down && link.deadline.is_none();
-                if self.rdma_link(slot).filter(waits).is_none() {
+                let waits = |link: &mut Link| link.phase == Phase::Down && link.deadline.is_none();
+                if !self.rdma_link(slot).is_some_and(waits) {
                     return;
                 }
                 let patience = self.rdma_patience(true);
