@@ -58,13 +58,44 @@ impl LaneDriver {
         cx: &mut Cx<'_>,
     ) {
         match kind {
+            LinkKind::Session if self.is_preceded(slot) => {
+                if let Some(peer) = self.peers.get_mut(slot) {
+                    peer.connects_later = Some(again);
+                }
+            }
             LinkKind::Session => {
+                if let Some(peer) = self.peers.get_mut(slot) {
+                    peer.connects_later = None;
+                }
                 let config = &self.engine.config;
                 let timeout = if again { config.reconnect_timeout } else { config.connect_timeout };
                 let deadline = cx.now() + timeout;
                 self.connect_session(slot, deadline, cx);
             }
             LinkKind::Bulk => self.connect_bulk(slot, cx),
+        }
+    }
+
+    /// Whether this peer was loaded anew while what was said to it before is still being flushed, for the time to linger at most. A
+    /// second session would take the place of that one at the peer, and what is not acknowledged would be lost.
+    fn is_preceded(&self, slot: usize) -> bool {
+        let Some(peer) = self.peers.get(slot) else { return false };
+        let incarnation = peer.core.peer.incarnation;
+        self.peers.iter().any(|(_, other)| {
+            other.unload && other.born < peer.born && other.core.peer.incarnation == incarnation
+        })
+    }
+
+    /// One of this incarnation has left: who waited for it connects.
+    pub(super) fn connect_next(&mut self, incarnation: u128, cx: &mut Cx<'_>) {
+        let waiting: SmallVec<[(usize, bool); 2]> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.core.peer.incarnation == incarnation)
+            .filter_map(|(slot, peer)| Some((slot, peer.connects_later?)))
+            .collect();
+        for (slot, again) in waiting {
+            self.start_connect(slot, LinkKind::Session, again, cx);
         }
     }
 
@@ -404,6 +435,9 @@ impl LaneDriver {
 
     /// Drops all attempts to open the session link.
     pub(super) fn abort_connect(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.connects_later = None;
+        }
         let Some(connector) = self.peers.get_mut(slot).and_then(|peer| peer.connector.take())
         else {
             return;

@@ -92,7 +92,11 @@ pub(super) struct LanePeer {
     pub(super) silent_until: Option<Instant>,
     pub(super) unsaid_failures: u32,
     /// To be forgotten once it has been left.
-    unload: bool,
+    pub(super) unload: bool,
+    /// In which order they came.
+    pub(super) born: u64,
+    /// It is to connect once who was unloaded before it has left: `again` of the event that asked for it.
+    pub(super) connects_later: Option<bool>,
     /// What is shared with a peer on this host.
     pub(super) local: Option<Box<Attachment>>,
     /// Whose memory it was, while there is no session.
@@ -121,6 +125,7 @@ pub(crate) struct LaneDriver {
     pub(super) peers: Slab<LanePeer>,
     pub(super) links: Slab<Link>,
     pub(super) next_stamp: u32,
+    next_birth: u64,
     pub(super) scratch: Scratch,
     /// Peers with something to do at the end of this turn.
     dirty: Vec<usize>,
@@ -177,6 +182,7 @@ impl LaneDriver {
             peers: Slab::new(),
             links: Slab::new(),
             next_stamp: 0,
+            next_birth: 0,
             scratch: Scratch::new(engine_config.staging_bytes / 2),
             dirty: Vec::with_capacity(64),
             busy: Vec::with_capacity(64),
@@ -240,12 +246,15 @@ impl LaneDriver {
             silent_until: None,
             unsaid_failures: 0,
             unload: false,
+            born: self.next_birth,
+            connects_later: None,
             local: None,
             last_process: None,
             suspect: None,
             rdma: None,
             transports: 0,
         });
+        self.next_birth += 1;
         peer.slot.store(slot as u32, Ordering::Relaxed);
         slot
     }
@@ -275,6 +284,7 @@ impl LaneDriver {
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
         self.engine.arrivals.forget(&peer.core.peer);
         peer.core.peer.connected.store(false, Ordering::Release);
+        self.connect_next(peer.core.peer.incarnation, cx);
     }
 
     pub(super) fn mark(&mut self, slot: usize) {

@@ -10,7 +10,7 @@ use corelane_runtime::{Assist, Lane, SubmitError};
 use super::{LaneDriver, Message};
 use crate::config::{EngineConfig, TransportKind};
 use crate::error::{Error, Result};
-use crate::memory::{RegionInner, Registry};
+use crate::memory::{RegionInner, Registry, close_all};
 use crate::notification::NotificationQueue;
 use crate::peer::{Arrivals, PeerShared, PeerTable};
 use crate::session::handshake::Identity;
@@ -256,13 +256,7 @@ pub(super) fn shutdown(shared: &EngineShared) -> Result<()> {
 fn wait_for_copies(shared: &EngineShared) -> bool {
     let deadline = Instant::now() + shared.config.deregister_timeout;
     let regions: Vec<Arc<RegionInner>> = shared.registry().all().cloned().collect();
-    for region in regions {
-        while !region.close_to_copies() {
-            if region.is_abandoned() || Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::yield_now();
-        }
-    }
-    shared.accessors.wait_until_quiet(deadline)
+    // One that is never quiet does not keep the others from being.
+    let quiet = close_all(&regions, deadline);
+    shared.accessors.wait_until_quiet(deadline) && quiet
 }

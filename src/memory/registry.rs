@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::gpu::Allocation;
@@ -96,6 +97,21 @@ impl RegionInner {
     pub(crate) fn key(&self) -> RegionKey {
         self.descriptor.key
     }
+}
+
+/// Lets no copy begin in any of these any more; true: by the deadline none is under way. One that is abandoned is not waited for.
+pub(crate) fn close_all(regions: &[Arc<RegionInner>], deadline: Instant) -> bool {
+    let mut quiet = true;
+    for region in regions {
+        while !region.close_to_copies() {
+            if region.is_abandoned() || Instant::now() >= deadline {
+                quiet = false;
+                break;
+            }
+            std::thread::yield_now();
+        }
+    }
+    quiet
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -257,6 +273,23 @@ mod tests {
             rail_keys: crate::wire::RailKeys::new(),
             device: None,
         }
+    }
+
+    #[test]
+    fn one_region_that_is_never_quiet_leaves_no_other_open() {
+        let mut registry = Registry::new(10);
+        let mut region = |base| {
+            let of = |slot| descriptor(slot, base, 10);
+            registry.insert(of, Backing::Application, Registrations::default()).unwrap()
+        };
+        let (abandoned, used, idle) = (region(0), region(100), region(200));
+        abandoned.abandon();
+        let copy = used.begin_copy().unwrap();
+        let all = [abandoned, used.clone(), idle.clone()];
+        assert!(!close_all(&all, Instant::now()));
+        assert!(used.begin_copy().is_none() && idle.begin_copy().is_none());
+        drop(copy);
+        assert!(close_all(&all[1..], Instant::now()) && !close_all(&all, Instant::now()));
     }
 
     #[test]

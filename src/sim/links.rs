@@ -160,6 +160,7 @@ impl Node {
     }
 
     pub(super) fn abort_connect(&mut self, slot: usize, out: &mut dyn Outside) {
+        self.peers[slot].connects_later = None;
         let Some(connector) = self.peers[slot].connector.take() else { return };
         if let Some(link) = connector.link
             && self.links.remove(&link).is_some()

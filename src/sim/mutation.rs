@@ -84,6 +84,7 @@ mutations! {
     ResyncForgets, "what queue pairs have lost of the notifications is not sent again", "nothing lost";
     ResyncLoosens, "notifications no longer wait for their data once queue pairs have failed, which did not carry it", "after its data";
     LostAcknowledgementForgotten, "an acknowledgement that was lost with queue pairs is not made up for", "nothing left";
+    DownWithoutEnd, "a peer that does not say that its queue pairs are gone is waited for without end", "nothing left";
     ResyncFromAcknowledged, "notifications that the peer has are sent again after queue pairs failed", "rules";
     GapLeft, "numbers of voided notifications are not sent", "rules";
     AnswersTwice, "a WRITE is answered twice", "rules";

@@ -90,6 +90,8 @@ pub struct Config {
     pub limits: Limits,
     /// Which way transfers go.
     pub way: Way,
+    /// It never answers that queue pairs are gone, and goes on with its own, though it answers pings.
+    pub is_deaf: bool,
     /// Whether it keeps to the handshake.
     pub trust: Trust,
 }
@@ -291,6 +293,7 @@ pub struct Node {
     pub(super) links: BTreeMap<u64, Link>,
     pub(super) next_link: u64,
     pub(super) dirty: Vec<usize>,
+    pub(super) next_birth: u64,
     pub(super) stopping: bool,
     pub(super) neighbours: Neighbours,
     /// What the keys that peers' devices use are for.
@@ -324,6 +327,7 @@ impl Node {
             links: BTreeMap::new(),
             next_link: 1,
             dirty: Vec::new(),
+            next_birth: 0,
             stopping: false,
             neighbours: Neighbours::new(limits.regions),
             keys: BTreeMap::new(),

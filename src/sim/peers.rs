@@ -39,6 +39,9 @@ pub(super) struct NodePeer {
     pub(super) address: Option<SocketAddr>,
     dirty: bool,
     unload: bool,
+    born: u64,
+    /// As in the engine's lane.
+    pub(super) connects_later: Option<bool>,
     /// The session's link, where a ring belongs to it that both sides have.
     pub(super) ring: Option<u64>,
     /// What the two share of their memory.
@@ -71,12 +74,47 @@ impl Node {
             address: None,
             dirty: false,
             unload: false,
+            born: self.next_birth,
+            connects_later: None,
             ring: None,
             local: None,
             wire: None,
         });
+        self.next_birth += 1;
         peer.slot.store(slot as u32, Ordering::Relaxed);
         slot
+    }
+
+    /// Whether who was unloaded before it is still being left.
+    fn is_preceded(&self, slot: usize) -> bool {
+        let Some(peer) = self.peers.get(slot) else { return false };
+        let incarnation = peer.core.peer.incarnation;
+        self.peers.iter().any(|(_, other)| {
+            other.unload && other.born < peer.born && other.core.peer.incarnation == incarnation
+        })
+    }
+
+    fn start_session(&mut self, slot: usize, again: bool, out: &mut dyn Outside) {
+        let later = self.is_preceded(slot);
+        self.peers[slot].connects_later = later.then_some(again);
+        if later {
+            return;
+        }
+        let config = &self.config;
+        let timeout = if again { config.reconnect_timeout } else { config.connect_timeout };
+        self.connect_session(slot, self.now + timeout, out);
+    }
+
+    fn connect_next(&mut self, incarnation: u128, out: &mut dyn Outside) {
+        let waiting: Vec<(usize, bool)> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.core.peer.incarnation == incarnation)
+            .filter_map(|(slot, peer)| Some((slot, peer.connects_later?)))
+            .collect();
+        for (slot, again) in waiting {
+            self.start_session(slot, again, out);
+        }
     }
 
     fn remove_peer(&mut self, slot: usize, out: &mut dyn Outside) {
@@ -93,6 +131,7 @@ impl Node {
         let peer = self.peers.remove(slot);
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
         peer.core.peer.connected.store(false, Ordering::Release);
+        self.connect_next(peer.core.peer.incarnation, out);
     }
 
     /// Calls into a peer's core.
@@ -309,10 +348,7 @@ impl Node {
         while let Some(event) = self.peers.get_mut(slot).and_then(|p| p.core.poll_event()) {
             match event {
                 Event::Connect { kind: LinkKind::Session, again } => {
-                    let config = &self.config;
-                    let timeout =
-                        if again { config.reconnect_timeout } else { config.connect_timeout };
-                    self.connect_session(slot, self.now + timeout, out);
+                    self.start_session(slot, again, out);
                 }
                 Event::Connect { kind: LinkKind::Bulk, .. } => self.connect_bulk(slot, out),
                 Event::AbortConnect => self.abort_connect(slot, out),

@@ -77,6 +77,7 @@ enum Phase {
     Down,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 struct Job {
     plan: Arc<PlanInner>,
     notification: Option<Arc<[u8]>>,
@@ -84,6 +85,7 @@ struct Job {
     outstanding: u32,
     stopped: bool,
     refused: bool,
+    begun: bool,
     tries: u8,
 }
 
@@ -99,12 +101,14 @@ impl Job {
             outstanding: 0,
             stopped: false,
             refused: false,
+            begun: false,
             tries: 0,
         }
     }
 }
 
 /// The queue pair of a session.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not states")]
 pub(super) struct Wire {
     pub(super) link: u64,
     offers: bool,
@@ -119,6 +123,8 @@ pub(super) struct Wire {
     failures: u32,
     pub(super) deadline: Option<Instant>,
     asked: bool,
+    /// It was told that the other end is gone, and does not care.
+    ignored: bool,
 }
 
 impl Wire {
@@ -186,7 +192,7 @@ impl Node {
 
     /// A session is up: it is found out whether there is a way.
     pub(super) fn wire_attach(&mut self, slot: usize, link: u64, ours: bool) {
-        let deadline = Some(self.now + self.config.connect_timeout);
+        let deadline = Some(self.now + self.wire_patience(ours));
         let peer = &mut self.peers[slot];
         peer.wire = Some(Wire {
             link,
@@ -201,10 +207,16 @@ impl Node {
             failures: 0,
             deadline,
             asked: false,
+            ignored: false,
         });
         if ours {
             self.wire_offer(slot);
         }
+    }
+
+    /// How long the peer may take for its part of the agreement.
+    fn wire_patience(&self, offers: bool) -> Duration {
+        self.config.connect_timeout * if offers { 1 } else { 2 }
     }
 
     fn wire_offer(&mut self, slot: usize) {
@@ -235,6 +247,12 @@ impl Node {
                     if matches!(phase, Phase::Up | Phase::Down) {
                         return Err("a queue pair is offered that there is already".into());
                     }
+                    if phase == Phase::Off {
+                        let deadline = self.now + self.wire_patience(false);
+                        if let Some(wire) = self.wire(slot) {
+                            wire.deadline = Some(deadline);
+                        }
+                    }
                     self.wire_destroy(slot, out);
                     self.wire_make(slot, generation, out);
                     self.wire_tell(slot, self::frame(Verdict::Answer, generation));
@@ -260,8 +278,15 @@ impl Node {
             RdmaFrame::Down { generation, expects } => {
                 return self.on_wire_down(slot, generation, expects, out);
             }
+            RdmaFrame::None if phase == Phase::Up || phase == Phase::Down && offers => {
+                return Err("RDMA is given up without a word of what was lost".into());
+            }
+            RdmaFrame::None if phase == Phase::Off => {}
             RdmaFrame::None => {
                 self.wire_destroy(slot, out);
+                if offers {
+                    self.wire_tell(slot, RdmaFrame::None.encode());
+                }
                 self.wire_resolve(slot, false);
             }
         }
@@ -285,9 +310,10 @@ impl Node {
 
     fn wire_resolve(&mut self, slot: usize, up: bool) {
         if !up {
+            let again = self.now + PAUSE;
             if let Some(wire) = self.wire(slot) {
                 wire.phase = Phase::Off;
-                wire.deadline = None;
+                wire.deadline = wire.offers.then_some(again);
             }
             self.peers[slot].core.set_ring(None);
             self.wire_give_back(slot);
@@ -297,7 +323,8 @@ impl Node {
     }
 
     pub(super) fn wire_time(&mut self, slot: usize, out: &mut dyn Outside) {
-        let (now, timeout) = (self.now, self.config.connect_timeout);
+        let now = self.now;
+        let patience = self.wire_patience(true);
         let Some(wire) = self.wire(slot) else { return };
         if wire.deadline.is_none_or(|at| at > now) {
             return;
@@ -314,10 +341,14 @@ impl Node {
             }
             Phase::Off if wire.offers => {
                 wire.failures = 0;
-                wire.deadline = Some(now + timeout);
+                wire.deadline = Some(now + patience);
                 self.wire_offer(slot);
             }
-            _ => {}
+            Phase::Down => {
+                let link = wire.link;
+                self.close_link(link, "it has not said that its queue pairs are gone", out);
+            }
+            Phase::Off | Phase::Up => {}
         }
     }
 
@@ -354,6 +385,7 @@ impl Node {
             Operation::Write => Work::Write(all),
         };
         job.outstanding = 1;
+        job.begun = true;
         let message = job.notification.clone().filter(|_| room);
         job.notified = message.is_some();
         job.outstanding += u32::from(job.notified);
@@ -486,6 +518,10 @@ impl Node {
         if wire.phase != Phase::Up && !early {
             return;
         }
+        if wire.ignored {
+            let link = wire.link;
+            return self.close_link(link, "its queue pair has failed", out);
+        }
         wire.phase = Phase::Down;
         wire.deadline = None;
         let culprit = refused.and_then(|work| wire.works.get(&work).copied().flatten());
@@ -502,6 +538,10 @@ impl Node {
         let Some(peer) = self.peers.get(slot) else { return };
         let expects = peer.core.expects();
         self.wire_tell(slot, RdmaFrame::Down { generation, expects }.encode());
+        let deadline = self.now + self.wire_patience(true);
+        if let Some(wire) = self.wire(slot).filter(|_| !mutated!(DownWithoutEnd)) {
+            wire.deadline = Some(deadline);
+        }
     }
 
     fn wire_take_down(&mut self, slot: usize, culprit: Option<u64>, out: &mut dyn Outside) {
@@ -561,12 +601,16 @@ impl Node {
         expects: u64,
         out: &mut dyn Outside,
     ) -> Result<(), String> {
-        let (now, timeout) = (self.now, self.config.connect_timeout);
         if let Some(link) = self.wire(slot).map(|wire| wire.link) {
             self.look_at_wire(link, out);
         }
+        let deaf = self.config.is_deaf;
         let Some(wire) = self.wire(slot) else { return Ok(()) };
         if wire.generation != generation {
+            return Ok(());
+        }
+        if deaf && wire.phase == Phase::Up {
+            wire.ignored = true;
             return Ok(());
         }
         match wire.phase {
@@ -588,20 +632,19 @@ impl Node {
         self.wire_end_refused(slot);
         let Some(wire) = self.wire(slot) else { return Ok(()) };
         wire.phase = Phase::Connecting;
-        wire.deadline = Some(now + timeout * 2);
-        if !wire.offers {
-            return Ok(());
-        }
-        wire.deadline = Some(now + timeout);
-        if wire.failures >= MAX_FAILURES {
+        let (offers, failures) = (wire.offers, wire.failures);
+        if failures >= MAX_FAILURES {
             self.wire_tell(slot, RdmaFrame::None.encode());
             self.wire_resolve(slot, false);
-            if let Some(wire) = self.wire(slot) {
-                wire.deadline = Some(now + PAUSE);
-            }
             return Ok(());
         }
-        self.wire_offer(slot);
+        let deadline = self.now + self.wire_patience(offers);
+        if let Some(wire) = self.wire(slot) {
+            wire.deadline = Some(deadline);
+        }
+        if offers {
+            self.wire_offer(slot);
+        }
         Ok(())
     }
 
@@ -641,19 +684,15 @@ impl Node {
 
     /// The session's link is going, and with it the queue pair.
     pub(super) fn wire_detach(&mut self, slot: usize, link: u64, out: &mut dyn Outside) {
-        let Some(wire) = self.wire(slot).filter(|wire| wire.link == link) else { return };
-        let begun: Vec<u64> = wire
-            .jobs
-            .iter()
-            .filter(|(_, job)| job.outstanding > 0 || job.notified)
-            .map(|(key, _)| *key)
-            .collect();
+        if self.wire(slot).is_none_or(|wire| wire.link != link) {
+            return;
+        }
         self.wire_destroy(slot, out);
         let Some(wire) = self.wire(slot) else { return };
         let jobs = std::mem::take(&mut wire.jobs);
         self.peers[slot].wire = None;
         for (key, job) in jobs {
-            if begun.contains(&key) && job.plan.operation == Operation::Write {
+            if job.begun && job.plan.operation == Operation::Write {
                 let error = self.peers[slot].core.peer.gone("its session link is gone");
                 self.wire_ended(slot, key, WiredEnd::Failed(error));
             } else {

@@ -70,7 +70,7 @@ impl LaneDriver {
         header: &Header,
         cx: &mut Cx<'_>,
     ) -> Result<(), String> {
-        if self.rdma_link(slot).is_none() && !self.rdma_follow(slot, session, header) {
+        if self.rdma_link(slot).is_none() && !self.rdma_follow(slot, session, header, cx)? {
             return Ok(());
         }
         let Some(link) = self.rdma_link(slot) else { return Ok(()) };
@@ -99,12 +99,34 @@ impl LaneDriver {
             RdmaFrame::Down { generation, expects } => {
                 return self.on_rdma_down(slot, generation, expects, cx);
             }
-            RdmaFrame::None => {
-                self.rdma_destroy(slot, cx);
-                self.rdma_resolve(slot, Err("the peer has no usable device".into()), cx);
+            // Who has something up tells first what is gone with it.
+            RdmaFrame::None if self.rdma_owes_down(slot) => {
+                return Err("RDMA is given up without a word of what was lost".into());
             }
+            RdmaFrame::None => match self.rdma_link(slot).map(|link| (link.phase, link.offers)) {
+                None | Some((Phase::Off, _)) => {}
+                Some((_, offers)) => {
+                    self.rdma_destroy(slot, cx);
+                    if offers {
+                        // It has given up, and may be answering what was offered meanwhile.
+                        self.rdma_tell(slot, RdmaFrame::None.encode());
+                    }
+                    let reason = "the peer has no usable device, or has given up";
+                    self.rdma_resolve(slot, Err(reason.into()), cx);
+                }
+            },
         }
         Ok(())
+    }
+
+    /// Whether the peer must say that its queue pairs are gone before it may say anything else. One that offers and has not gone up
+    /// owes nothing: its end was never used.
+    fn rdma_owes_down(&mut self, slot: usize) -> bool {
+        self.rdma_link(slot).is_some_and(|link| match link.phase {
+            Phase::Up => true,
+            Phase::Down => link.offers,
+            Phase::Off | Phase::Connecting => false,
+        })
     }
 
     /// The peer offers a queue pair: one is made for it.
@@ -119,13 +141,25 @@ impl LaneDriver {
         if again || matches!(link.phase, Phase::Up | Phase::Down) {
             return Err("a queue pair is offered that there is already".into());
         }
+        let was_off = link.phase == Phase::Off;
+        let is_late = was_off && offer.generation == link.generation;
         if offer.generation != link.generation {
             // The first of a new generation. The one before has gone down on both sides, or never came up.
             link.generation = offer.generation;
             link.phase = Phase::Connecting;
             self.rdma_destroy(slot, cx);
+            if was_off {
+                // Else one is set: a peer that offers anew and anew does not put it off.
+                let deadline = cx.now() + self.rdma_patience(false);
+                self.rdma_set_deadline(slot, deadline, cx);
+            }
         }
-        let answer = match self.rdma_accept(slot, offer) {
+        let accepted = if is_late {
+            Err("this side has waited long enough for the rest of them".into())
+        } else {
+            self.rdma_accept(slot, offer)
+        };
+        let answer = match accepted {
             Ok(answer) => answer,
             Err(reason) => {
                 let peer = self.peers.get(slot).map(|peer| peer.core.peer.name.clone());
@@ -213,14 +247,12 @@ impl LaneDriver {
 
     /// All that were offered are decided on.
     pub(super) fn rdma_conclude(&mut self, slot: usize, cx: &mut Cx<'_>) {
-        let now = cx.now();
         let Some(link) = self.rdma_link(slot) else { return };
         if link.undecided != 0 || link.phase != Phase::Connecting {
             return;
         }
         let (generation, working) = (link.generation, link.mask());
         if working == 0 {
-            self.rdma_set_deadline(slot, now + RAIL_PAUSE, cx);
             self.rdma_tell(slot, RdmaFrame::None.encode());
             let reason = "no packets go to the peer's device and back".to_owned();
             return self.rdma_resolve(slot, Err(reason), cx);
@@ -292,10 +324,15 @@ impl LaneDriver {
         cx: &mut Cx<'_>,
     ) {
         self.log_rdma(slot, &outcome);
-        if let (Err(_), Some(link)) = (&outcome, self.rdma_link(slot)) {
-            link.phase = Phase::Off;
-        }
         let failed = outcome.is_err();
+        self.rdma_clear_deadline(slot, cx);
+        if let Some(link) = self.rdma_link(slot).filter(|_| failed) {
+            link.phase = Phase::Off;
+            if link.offers {
+                let again = cx.now() + RAIL_PAUSE;
+                self.rdma_set_deadline(slot, again, cx);
+            }
+        }
         self.rdma_calm_session(slot, !failed, cx);
         self.rdma_set_ring(slot, None);
         self.with_core(slot, cx, |core, env| core.rdma_resolved(outcome, env));

@@ -58,6 +58,9 @@ impl LaneDriver {
         self.rdma_take_down(slot, culprit, reason, cx);
         let Some(expects) = self.peers.get(slot).map(|peer| peer.core.expects()) else { return };
         self.rdma_tell(slot, RdmaFrame::Down { generation, expects }.encode());
+        // A peer that lives may still never answer.
+        let deadline = now + self.rdma_patience(true);
+        self.rdma_set_deadline(slot, deadline, cx);
     }
 
     /// Destroys all queue pairs of a connection. Jobs that cannot be begun again end, the others wait.
@@ -234,26 +237,26 @@ impl LaneDriver {
             // before it goes down: this side would not be connecting any more.
             Phase::Off | Phase::Connecting => return Ok(()),
         }
-        let resync = self.with_core(slot, cx, |core, env| core.rdma_resync(expects, env));
-        resync.unwrap_or(Ok(())).map_err(|error| error.to_string())?;
+        // What is in a ring of shared memory is not lost, and the peer is not to get it twice.
+        if self.has_rdma_messages(slot) {
+            let resync = self.with_core(slot, cx, |core, env| core.rdma_resync(expects, env));
+            resync.unwrap_or(Ok(())).map_err(|error| error.to_string())?;
+        }
         self.rdma_end_refused(slot, cx);
-        let now = cx.now();
-        let timeout = self.engine.config.connect_timeout;
         let Some(link) = self.rdma_link(slot) else { return Ok(()) };
         link.phase = Phase::Connecting;
         let (offers, failures) = (link.offers, link.failures);
-        if !offers {
-            self.rdma_set_deadline(slot, now + timeout + timeout, cx);
-            return Ok(());
-        }
+        // Either side may be the only one that finds out, since it is the one that posts.
         if failures >= MAX_FAILURES {
-            self.rdma_set_deadline(slot, now + RAIL_PAUSE, cx);
             self.rdma_tell(slot, RdmaFrame::None.encode());
             self.rdma_resolve(slot, Err("it has failed again and again".into()), cx);
             return Ok(());
         }
-        self.rdma_set_deadline(slot, now + timeout, cx);
-        self.rdma_offer(slot, cx);
+        let deadline = cx.now() + self.rdma_patience(offers);
+        self.rdma_set_deadline(slot, deadline, cx);
+        if offers {
+            self.rdma_offer(slot, cx);
+        }
         Ok(())
     }
 
@@ -295,6 +298,9 @@ impl LaneDriver {
         self.rdma_destroy(slot, cx);
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let Some(mut link) = peer.rdma.take() else { return };
+        if let Some(timer) = link.timer.take() {
+            cx.cancel_timer(timer);
+        }
         // A READ may be done again: the queue pairs that could write are destroyed.
         let lost: SmallVec<[(usize, bool); 16]> =
             link.jobs.iter().map(|(slot, job)| (slot, job.has_begun() && job.is_write())).collect();

@@ -21,7 +21,7 @@ use smallvec::SmallVec;
 use self::failure::Blame;
 use crate::engine::lane::{LaneDriver, Message, RDMA_CHANNEL, RDMA_EVENTS, RDMA_TIMER};
 use crate::session::{LinkId, RailPairs};
-use crate::transport::rdma::{Link, PairId, Phase, Rail};
+use crate::transport::rdma::{Late, Link, PairId, Phase, Rail};
 use crate::verbs::AsyncEvent;
 use crate::wire::frame::Header;
 use crate::wire::rdma::{QueuePairFrame, RdmaFrame, Verdict};
@@ -63,7 +63,7 @@ impl LaneDriver {
         let stripe = self.engine.config.rdma.stripe_bytes;
         peer.rdma = Some(Box::new(Link::new(session, ours, stripe)));
         peer.core.rdma_pending();
-        let deadline = cx.now() + self.engine.config.connect_timeout;
+        let deadline = cx.now() + self.rdma_patience(ours);
         self.rdma_set_deadline(slot, deadline, cx);
         if ours {
             self.rdma_offer(slot, cx);
@@ -74,26 +74,58 @@ impl LaneDriver {
 
     /// When to look at the link next, whatever happens.
     pub(super) fn rdma_set_deadline(&mut self, slot: usize, at: Instant, cx: &mut Cx<'_>) {
+        self.rdma_clear_deadline(slot, cx);
         if let Some(link) = self.rdma_link(slot) {
             link.deadline = Some(at);
-            cx.set_timer(at, RDMA_TIMER | slot as u64);
+            link.timer = Some(cx.set_timer(at, RDMA_TIMER | slot as u64));
         }
     }
 
-    /// The peer offers what this side has not asked for, since it has a better way or none; true: it may.
-    pub(super) fn rdma_follow(&mut self, slot: usize, session: LinkId, header: &Header) -> bool {
+    pub(super) fn rdma_clear_deadline(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let Some(link) = self.rdma_link(slot) else { return };
+        link.deadline = None;
+        if let Some(timer) = link.timer.take() {
+            cx.cancel_timer(timer);
+        }
+    }
+
+    /// How long the peer may take for its part of the agreement. What it does takes no longer than connecting, and that it lives
+    /// is asked for otherwise.
+    pub(super) fn rdma_patience(&self, offers: bool) -> Duration {
+        let timeout = self.engine.config.connect_timeout;
+        // Who offers gives up first, and says so.
+        if offers { timeout } else { timeout + timeout }
+    }
+
+    /// The peer offers what this side has not asked for, since it has a better way or none; `Ok(true)`: it may.
+    ///
+    /// # Errors
+    /// It is this side that offers, or nobody.
+    pub(super) fn rdma_follow(
+        &mut self,
+        slot: usize,
+        session: LinkId,
+        header: &Header,
+        cx: &mut Cx<'_>,
+    ) -> Result<bool, String> {
         let offered =
             QueuePairFrame::decode(header).is_some_and(|frame| frame.verdict == Verdict::Offer);
         let theirs = self.peers.get(slot).map_or(0, |peer| peer.transports);
         let expected = self.rdma_expected(theirs);
         let stripe = self.engine.config.rdma.stripe_bytes;
-        let Some(peer) = self.peers.get_mut(slot).filter(|_| offered) else { return false };
+        let Some(peer) = self.peers.get_mut(slot).filter(|_| offered) else { return Ok(false) };
+        if peer.core.is_link_ours(session) {
+            // What was made for it would be in the way of what this side may be about to offer.
+            return Err("RDMA frames of the wrong side".into());
+        }
         if !expected || peer.core.session_link() != Some(session) {
             self.rdma_tell(slot, RdmaFrame::None.encode());
-            return false;
+            return Ok(false);
         }
         peer.rdma = Some(Box::new(Link::new(session, false, stripe)));
-        true
+        let deadline = cx.now() + self.rdma_patience(false);
+        self.rdma_set_deadline(slot, deadline, cx);
+        Ok(true)
     }
 
     pub(super) fn rdma_link(&mut self, slot: usize) -> Option<&mut Link> {
@@ -137,15 +169,13 @@ impl LaneDriver {
         }
     }
 
-    /// A timer of a link: what was offered is decided on now, or it is time to try again.
+    /// A timer of a link: what the peer has not done by now it is not waited for any more.
     pub(in crate::engine) fn rdma_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
         let now = cx.now();
         // Another timer of this link, or of one that had its place before, may be early.
-        let due = |link: &&mut Link| link.deadline.is_some_and(|at| at <= now);
-        let Some(link) = self.rdma_link(slot).filter(due) else { return };
-        link.deadline = None;
-        match link.phase {
-            Phase::Connecting if link.offers => {
+        let Some(link) = self.rdma_link(slot) else { return };
+        match link.take_late(now) {
+            Some(Late::Conclude) => {
                 let late = std::mem::take(&mut link.undecided);
                 let ids: SmallVec<[PairId; 4]> = link
                     .pairs
@@ -159,18 +189,32 @@ impl LaneDriver {
                 }
                 self.rdma_conclude(slot, cx);
             }
-            Phase::Connecting => {
+            Some(Late::GiveUp) => {
                 self.rdma_destroy(slot, cx);
-                self.rdma_resolve(slot, Err("the peer offers no queue pair".into()), cx);
+                let reason = "the peer offers no queue pair, or does not say which work";
+                self.rdma_resolve(slot, Err(reason.into()), cx);
             }
-            Phase::Off if link.offers => {
+            Some(Late::Offer) => {
                 link.suspects = 0;
                 link.failures = 0;
-                let deadline = now + self.engine.config.connect_timeout;
+                let deadline = now + self.rdma_patience(true);
                 self.rdma_set_deadline(slot, deadline, cx);
                 self.rdma_offer(slot, cx);
             }
-            Phase::Off | Phase::Up | Phase::Down => {}
+            Some(Late::Close) => {
+                let session = link.session;
+                // Where it is this lane that stood still, the answer is there.
+                self.receive_last(session, cx);
+                let waits = |link: &mut Link| link.phase == Phase::Down && link.deadline.is_none();
+                if !self.rdma_link(slot).is_some_and(waits) {
+                    return;
+                }
+                let patience = self.rdma_patience(true);
+                let reason =
+                    format!("it has not said within {patience:?} that its queue pairs are gone");
+                self.close_link(session, &reason, cx);
+            }
+            None => {}
         }
     }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use corelane_runtime::TimerId;
 use slab::Slab;
 use smallvec::SmallVec;
 
@@ -72,6 +73,8 @@ pub(crate) struct Job {
     /// Goes behind the last request, if all are on one queue pair.
     notification: Option<Arc<[u8]>>,
     notified: bool,
+    /// Something was issued. What is known of that once its queue pairs are gone is only that it may have been carried out.
+    begun: bool,
     /// Nothing more is issued: it ends when nothing is outstanding.
     stopped: bool,
     /// How often it was begun again.
@@ -96,6 +99,7 @@ impl Job {
             outstanding: 0,
             notification,
             notified: false,
+            begun: false,
             stopped: false,
             tries: 0,
             refused: false,
@@ -113,7 +117,7 @@ impl Job {
 
     /// Whether anything was issued that the peer may have seen.
     pub(crate) fn has_begun(&self) -> bool {
-        self.outstanding > 0 || self.notified || self.todo[..] != [Span::of(&self.plan.rdma)]
+        self.begun
     }
 
     pub(crate) fn is_write(&self) -> bool {
@@ -157,6 +161,20 @@ pub(crate) enum Phase {
     Down,
 }
 
+/// What is to be done when what a link waits for has not come in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Late {
+    /// Those of the queue pairs that were offered count as broken of which nothing has been heard; the others go up.
+    Conclude,
+    /// The peer offers none, or does not say which of them work: transfers take another way.
+    GiveUp,
+    /// It is time to offer again.
+    Offer,
+    /// The peer does not say that its queue pairs are gone. Without that nothing may be done again, and nobody knows which
+    /// notifications it has: the session's link goes, whose next one begins with both.
+    Close,
+}
+
 /// The RDMA side of one session.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -179,6 +197,7 @@ pub(crate) struct Link {
     pub(crate) up_since: Option<Instant>,
     /// When what is under way is over, or is begun again.
     pub(crate) deadline: Option<Instant>,
+    pub(crate) timer: Option<TimerId>,
     /// An `ACK_REQUEST` is on its way.
     pub(crate) asked: bool,
     /// Rails of ours that did not answer: not offered while there are others.
@@ -200,8 +219,21 @@ impl Link {
             failures: 0,
             up_since: None,
             deadline: None,
+            timer: None,
             asked: false,
             suspects: 0,
+        }
+    }
+
+    /// What to do now, if it is time for anything. A timer that is early finds nothing.
+    pub(crate) fn take_late(&mut self, now: Instant) -> Option<Late> {
+        self.deadline.take_if(|at| *at <= now)?;
+        match (self.phase, self.offers) {
+            (Phase::Connecting, true) => Some(Late::Conclude),
+            (Phase::Connecting, false) => Some(Late::GiveUp),
+            (Phase::Off, true) => Some(Late::Offer),
+            (Phase::Down, _) => Some(Late::Close),
+            (Phase::Off, false) | (Phase::Up, _) => None,
         }
     }
 
@@ -366,6 +398,7 @@ impl Job {
         }
         list.signal_last();
         self.outstanding += 1;
+        self.begun = true;
         self.notified |= notified;
         // SAFETY: the plan's regions are counted as used until the transfer ends, which is not before its chains have
         // completed or their queue pair has been destroyed.
@@ -436,4 +469,46 @@ fn fill(
         }
     }
     moved
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const ALL: [Phase; 4] = [Phase::Off, Phase::Connecting, Phase::Up, Phase::Down];
+
+    fn link(phase: Phase, offers: bool, deadline: Option<Instant>) -> Link {
+        Link { phase, deadline, ..Link::new(7, offers, 1 << 20) }
+    }
+
+    #[test]
+    fn whatever_is_waited_for_has_an_end() {
+        let now = Instant::now();
+        let late = |phase, offers| link(phase, offers, Some(now)).take_late(now);
+        assert_eq!(late(Phase::Connecting, true), Some(Late::Conclude));
+        assert_eq!(late(Phase::Connecting, false), Some(Late::GiveUp));
+        for offers in [true, false] {
+            assert_eq!(late(Phase::Down, offers), Some(Late::Close), "a peer that never answers");
+            assert_eq!(late(Phase::Up, offers), None);
+        }
+        assert_eq!(late(Phase::Off, true), Some(Late::Offer));
+        assert_eq!(late(Phase::Off, false), None, "the other side offers, or nobody");
+    }
+
+    #[test]
+    fn a_timer_that_is_early_or_late_finds_nothing() {
+        let now = Instant::now();
+        for (phase, offers) in ALL.into_iter().flat_map(|phase| [(phase, true), (phase, false)]) {
+            let soon = now + Duration::from_millis(1);
+            let mut waiting = link(phase, offers, Some(soon));
+            assert_eq!(waiting.take_late(now), None);
+            assert_eq!(waiting.deadline, Some(soon), "{phase:?}: it is still waited for");
+            let first = waiting.take_late(soon);
+            assert_eq!(waiting.deadline, None, "{phase:?}");
+            assert_eq!(waiting.take_late(soon), None, "{phase:?}: once, {first:?}");
+            assert_eq!(link(phase, offers, None).take_late(soon), None, "{phase:?}");
+        }
+    }
 }

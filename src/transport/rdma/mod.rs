@@ -16,7 +16,7 @@ mod rails;
 mod slots;
 
 pub(crate) use lane::{LaneRdma, PairId, WorkId};
-pub(crate) use link::{EndedJob, Job, Link, Phase};
+pub(crate) use link::{EndedJob, Job, Late, Link, Phase};
 pub(crate) use near::near_all;
 pub(crate) use pair::Pair;
 pub(crate) use rails::{Rail, Rails, Registrations};

@@ -396,7 +396,6 @@ impl Pair {
         if takes_credit {
             self.withheld += 1;
         }
-        self.works = true;
         self.post_receive(buffer as usize).map_err(|_| "a receive cannot be posted again")?;
         Ok((bytes, len))
     }

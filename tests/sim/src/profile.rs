@@ -47,6 +47,8 @@ pub(crate) struct Profile {
     pub(crate) impostor: bool,
     pub(crate) regions: usize,
     pub(crate) way: Way,
+    /// Of each engine, whether it hears that queue pairs are gone.
+    pub(crate) deaf_percent: u64,
     pub(crate) manner: Manner,
     pub(crate) liveness: Duration,
     pub(crate) operation_timeout: Duration,
@@ -125,11 +127,13 @@ impl Profile {
                 (*fault, weight)
             })
             .collect();
-        let mut more_faults = 0;
+        let (mut more_faults, mut deaf_percent) = (0, 0);
         if way == Way::Wired && rng.chance(75) {
             // What can happen to queue pairs takes some of them at work.
             fault_weights.push((Fault::Rail, 60));
             more_faults = 10;
+            // Aside, so that all else of the run is the same.
+            deaf_percent = rng.clone().pick(&[0, 0, 60]);
         }
         Self {
             engines,
@@ -137,6 +141,7 @@ impl Profile {
             impostor: engines > 2 && few(rng, 25),
             regions: 1 + rng.index(3),
             way,
+            deaf_percent,
             manner: Manner { delay_us: (5, 5 + delay), capacity, chunk: (capacity / 2).min(4000) },
             liveness: Duration::from_millis(if quick { rng.pick(&[200, 500, 3000]) } else { 3000 }),
             operation_timeout: Duration::from_millis(rng.pick(&[30_000, 30_000, 5000, 30])),

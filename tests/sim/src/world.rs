@@ -219,6 +219,7 @@ impl World {
         secret: [u8; 32],
         honest: bool,
     ) -> Config {
+        let is_deaf = self.profile.deaf_percent > 0 && self.rng.chance(self.profile.deaf_percent);
         let profile = &self.profile;
         let mut addresses = vec![address(index)];
         if profile.dead_address {
@@ -250,6 +251,7 @@ impl World {
                 half_open: profile.half_open,
             },
             way: profile.way,
+            is_deaf,
             trust: if honest { Trust::Honest } else { Trust::Impostor },
         }
     }
