@@ -16,8 +16,8 @@ use crate::config::{GpuConfig, TransportKind};
 use crate::error::Error;
 use crate::gpu::{Flight, GpuError, LaneGpu};
 use crate::memory::{LaneRegions, RegionInner};
-use crate::plan::{Class, PlanInner};
-use crate::transfer::TransferShared;
+use crate::plan::Class;
+use crate::transfer::{TransferShared, gpu_failed as failed};
 use crate::transport::local::{CopyError, OwnedUse};
 
 /// Copies of GPUs to and from one peer at the same time: half of the places that it has for copies. Threads that copy host
@@ -26,7 +26,7 @@ const AT_ONCE: usize = 16;
 /// How often one turn looks whether a copy has ended: for a microsecond, which is about what the rest of a turn takes.
 const LOOKS: usize = 16;
 /// How long a lane that ends, or leaves a peer for good, waits for GPUs.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A transfer that a GPU is copying.
 struct Flying {
@@ -174,6 +174,7 @@ impl LaneDriver {
     /// A peer is about to be forgotten: waits until no GPU copies anything for its transfers. What a GPU does not end is
     /// abandoned.
     pub(super) fn settle_gpu_of(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        self.settle_or_abandon_issued_of(slot, PATIENCE, cx);
         let Some(peer) = self.peers.get(slot).map(|peer| peer.core.peer.clone()) else { return };
         let is_of = |transfer: &TransferShared| Arc::ptr_eq(&transfer.plan.peer, &peer);
         let patience = Instant::now() + PATIENCE;
@@ -217,10 +218,8 @@ impl GpuCopies {
             Err(CopyError::Busy) => return Started::Full,
             Err(CopyError::Failed(error)) => return Started::Failed(error),
         };
-        // A kernel that touches memory which is gone takes the model's context down: better to look first. Last, since it
-        // asks the driver.
-        let freed =
-            plan.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()));
+        // Last, since it asks the driver.
+        let freed = plan.freed_region();
         if freed.is_some() || !on_device.is_live() {
             // The driver of a lost GPU knows no memory of it.
             if let Err(error) = on_device.device().check_alive() {
@@ -310,9 +309,4 @@ impl GpuCopies {
             std::hint::spin_loop();
         }
     }
-}
-
-fn failed(plan: &PlanInner, error: GpuError) -> Error {
-    let what = format!("copying to or from the memory of `{}`", plan.peer.name);
-    Error::Gpu { what, reason: error.0 }
 }

@@ -14,6 +14,7 @@ use super::EngineShared;
 use super::accept::Adopted;
 use super::connect::Connector;
 use super::gpu::GpuCopies;
+use super::issued::{self, Issuers};
 use super::links::Link;
 use super::local::Attachment;
 use crate::error::Error;
@@ -22,7 +23,7 @@ use crate::peer::{NO_SLOT, PeerShared};
 use crate::session::{ConnectTicket, Core, CoreConfig, Env, Event, LinkId};
 use crate::stats::Counters;
 use crate::sync::Ticket;
-use crate::transfer::TransferShared;
+use crate::transfer::{Issuer, TransferShared};
 use crate::transport::addresses::Remote;
 use crate::transport::link::Scratch;
 use crate::transport::local::Accessor;
@@ -48,6 +49,8 @@ pub(crate) enum Message {
     Help(Arc<TransferShared>),
     /// Somebody has copied the last chunk of a transfer.
     Copied(Arc<TransferShared>),
+    /// A caller has begun a copy of a GPU.
+    Issued(Arc<Issuer>),
     /// A link that another lane accepted and that belongs here.
     Adopt(Box<Adopted>),
     /// Something has happened to an RDMA device.
@@ -139,6 +142,7 @@ pub(crate) struct LaneDriver {
     pub(super) mirror: Option<usize>,
     pub(super) rdma: LaneRdma,
     pub(super) gpu: GpuCopies,
+    pub(super) issuers: Issuers,
     leaving: bool,
     /// Shows peers on this host that this process lives, of the first lane.
     _life: Option<Held>,
@@ -189,6 +193,7 @@ impl LaneDriver {
             mirror: None,
             rdma,
             gpu: GpuCopies::new(&engine_config),
+            issuers: Issuers::new(),
             leaving: false,
             _life: life,
         };
@@ -388,7 +393,7 @@ impl LaneDriver {
         let deadline = cx.now() + self.engine.config.linger;
         let slots: Vec<usize> = self.peers.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
-            self.close_path(slot);
+            self.close_path(slot, cx);
             self.with_core(slot, cx, |core, env| core.leave(deadline, Ticket::new(), env));
         }
     }
@@ -414,6 +419,7 @@ impl LaneDriver {
     fn fail_everything(&mut self, error: &Error) {
         self.copies.clear();
         self.gpu.settle(&self.regions);
+        self.issuers.settle(&self.engine, self.index, super::gpu::PATIENCE);
         // Nothing moves any more once the queue pairs are destroyed.
         self.rdma.clear();
         for (_, peer) in &mut self.peers {
@@ -477,7 +483,7 @@ impl Driver for LaneDriver {
             },
             Message::Disconnect(peer, ticket) => match self.slot_of(&peer) {
                 Some(slot) => {
-                    self.close_path(slot);
+                    self.close_path(slot, cx);
                     let deadline = cx.now() + self.engine.config.linger;
                     self.with_core(slot, cx, |core, env| core.leave(deadline, ticket, env));
                 }
@@ -486,7 +492,7 @@ impl Driver for LaneDriver {
             Message::Unload(peer, ticket) => match self.slot_of(&peer) {
                 Some(slot) => {
                     self.peers[slot].unload = true;
-                    self.close_path(slot);
+                    self.close_path(slot, cx);
                     let deadline = cx.now() + self.engine.config.linger;
                     self.with_core(slot, cx, |core, env| core.leave(deadline, ticket, env));
                 }
@@ -502,7 +508,7 @@ impl Driver for LaneDriver {
             }
             Message::Retire(peer) => {
                 if let Some(slot) = self.slot_of(&peer) {
-                    self.close_path(slot);
+                    self.close_path(slot, cx);
                     self.with_core(slot, cx, Core::retire);
                 }
             }
@@ -517,6 +523,7 @@ impl Driver for LaneDriver {
             }
             Message::Help(transfer) => self.add_copy(transfer),
             Message::Copied(transfer) => self.copied(&transfer, cx),
+            Message::Issued(issuer) => self.watch_issuer(issuer),
             Message::Adopt(adopted) => self.adopt(*adopted, cx),
             Message::Rdma(event) => self.on_rdma_event(&event.0, event.1, cx),
             Message::Drain => self.drain(cx),
@@ -570,6 +577,7 @@ impl Driver for LaneDriver {
         let mut worked = !self.rings.is_empty() && self.poll_rings(cx);
         worked |= self.poll_rdma(cx);
         worked |= !self.gpu.is_idle() && self.poll_gpu(cx);
+        worked |= !self.issuers.is_idle() && self.look_at_issuers(cx);
         worked |= !self.dirty.is_empty() && self.service(cx);
         if self.run_copies(cx) {
             worked = true;
@@ -580,7 +588,8 @@ impl Driver for LaneDriver {
     }
 
     fn must_poll(&self) -> bool {
-        !self.dirty.is_empty() || !self.copies.is_empty() || !self.gpu.is_idle()
+        let idle = self.copies.is_empty() && self.gpu.is_idle() && self.issuers.is_idle();
+        !self.dirty.is_empty() || !idle
     }
 
     fn before_sleep(&mut self, cx: &mut Cx<'_>) -> bool {
@@ -602,6 +611,9 @@ impl Driver for LaneDriver {
             Message::Connect(_, ticket) => ticket.complete(Err(gone)),
             Message::Disconnect(_, ticket) | Message::Unload(_, ticket) => ticket.complete(0),
             Message::CloseRegion(_, ticket) => ticket.complete(()),
+            Message::Issued(issuer) => {
+                issued::settle_for(&issuer, &self.engine, self.index, super::gpu::PATIENCE);
+            }
             _ => {}
         }
     }

@@ -3,6 +3,7 @@
 mod accept;
 mod connect;
 mod gpu;
+mod issued;
 mod lane;
 mod links;
 mod local;

@@ -108,7 +108,10 @@ impl Engine {
                 Err(Error::NoTransport { peer: peer.shared.name.clone(), reason })
             };
             inner.device = Some(match ready {
-                Ok(ready) => Device::Ready(Box::new(ready)),
+                Ok(ready) => {
+                    let issuer = ready.only_range().and_then(|_| shared.issuer(ready.device()));
+                    Device::Ready(Box::new(ready), issuer)
+                }
                 Err(Error::NoTransport { reason, .. })
                     if shared.may_be_framed(&peer.shared) || inner.may_be_wired() =>
                 {

@@ -10,11 +10,13 @@ use corelane_runtime::{Assist, Lane, SubmitError};
 use super::{LaneDriver, Message};
 use crate::config::{EngineConfig, TransportKind};
 use crate::error::{Error, Result};
+use crate::gpu::Device;
 use crate::memory::{RegionInner, Registry};
 use crate::notification::NotificationQueue;
 use crate::peer::{Arrivals, PeerShared, PeerTable};
 use crate::session::handshake::Identity;
 use crate::stats::{Counters, InlineCounters};
+use crate::transfer::Issuer;
 use crate::transport::local::{Accessors, Table};
 use crate::transport::rdma::Rails;
 
@@ -75,6 +77,8 @@ pub(crate) struct EngineShared {
     pub(super) counters: Vec<Arc<Counters>>,
     /// What callers' threads have copied by themselves.
     pub(crate) inline: InlineCounters,
+    /// By what callers begin copies of GPUs, for each GPU that it was asked for.
+    pub(super) issuers: Mutex<Vec<Arc<Issuer>>>,
     /// The regions, for peers on this host; `None`: transport `local` is not allowed.
     pub(super) table: Option<Table>,
     pub(super) accessors: Accessors,
@@ -117,6 +121,29 @@ impl EngineShared {
     /// Whether the calling thread is one of this engine's lanes.
     pub(crate) fn is_lane_thread(&self) -> bool {
         self.lanes().iter().any(Lane::is_lane_thread)
+    }
+
+    /// By what callers begin copies of this GPU; `None`: they do not.
+    pub(super) fn issuer(&self, device: &'static Device) -> Option<Arc<Issuer>> {
+        if self.config.inline_bytes == 0 {
+            // What is the lane's stays on the lane.
+            return None;
+        }
+        let mut issuers = self.issuers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = issuers.iter().find(|issuer| issuer.is_for(device)) {
+            return Some(known.clone());
+        }
+        match Issuer::new(device) {
+            Ok(issuer) => {
+                let issuer = Arc::new(issuer);
+                issuers.push(issuer.clone());
+                Some(issuer)
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no stream for callers: the lane begins all copies");
+                None
+            }
+        }
     }
 
     /// Why a lane takes nothing any more.

@@ -138,6 +138,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         lanes: OnceLock::new(),
         counters: (0..lanes).map(|_| Arc::new(Counters::default())).collect(),
         inline: InlineCounters::default(),
+        issuers: Mutex::default(),
         table,
         accessors: Accessors::default(),
         rails: Arc::new(rails),

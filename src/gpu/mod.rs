@@ -11,8 +11,8 @@ mod plan;
 
 pub(crate) use bounce::{BLOCK_BYTES, Block, Bounce};
 pub(crate) use cuda::{
-    Allocation, Device, Flight, LaneGpu, Launch, allocation_of, driver_is_present, forget_mappings,
-    holds_device_memory,
+    Allocation, CallerStream, Device, Flight, LaneGpu, Launch, allocation_of, driver_is_present,
+    forget_mappings, holds_device_memory,
 };
 #[cfg(feature = "rdma")]
 pub(crate) use cuda::{DmaBuf, Look, Visibility};

@@ -370,6 +370,14 @@ impl DevicePlan {
         self.table.device()
     }
 
+    /// The one range that it is, which the copy engine moves: to, from, length. `None`: it is something else.
+    pub(crate) fn only_range(&self) -> Option<(u64, u64, u64)> {
+        match *self.large {
+            [range] if self.table.tiles().count == 0 => Some(range),
+            _ => None,
+        }
+    }
+
     /// What is to be started for a posting.
     pub(crate) fn launch(&self, bulk: bool) -> Launch<'_> {
         Launch {

@@ -5,7 +5,7 @@ mod lane_table;
 mod registry;
 
 pub(crate) use lane_table::{LaneRegions, RegionUses, Segments};
-pub(crate) use registry::{Backing, RegionInner, Registry};
+pub(crate) use registry::{Backing, OwnedRegionCopy, RegionInner, Registry};
 
 pub use crate::wire::{Access, MemoryKind, RegionDescriptor};
 

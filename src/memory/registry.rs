@@ -48,6 +48,25 @@ impl Drop for RegionCopy<'_> {
     }
 }
 
+/// As `RegionCopy`, for a copy that outlives the call.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct OwnedRegionCopy(Arc<RegionInner>);
+
+impl OwnedRegionCopy {
+    /// `None`: the region is being deregistered.
+    pub(crate) fn begin(region: &Arc<RegionInner>) -> Option<Self> {
+        std::mem::forget(region.begin_copy()?);
+        Some(Self(region.clone()))
+    }
+}
+
+impl Drop for OwnedRegionCopy {
+    fn drop(&mut self) {
+        drop(RegionCopy(&self.0));
+    }
+}
+
 impl RegionInner {
     pub(crate) fn new(
         descriptor: RegionDescriptor,

@@ -21,6 +21,7 @@ use crate::gpu::{Allocation, DeviceBuilder, DevicePlan};
 use crate::memory::RegionInner;
 use crate::peer::PeerShared;
 use crate::sys::IoSegment;
+use crate::transfer::Issuer;
 use crate::transport::local::RemoteRange;
 use crate::wire::frame::Header;
 
@@ -86,8 +87,9 @@ pub(crate) struct PlanInner {
 pub(crate) enum Device {
     /// Checked, and not known to any GPU.
     Listed(Box<DeviceBuilder>),
-    /// A GPU of ours copies it where the peer turns out to be reached so; else it goes as RDMA requests or as frames.
-    Ready(Box<DevicePlan>),
+    /// A GPU of ours copies it where the peer turns out to be reached so; else it goes as RDMA requests or as frames. Where
+    /// callers may begin the copy, with what they do that by.
+    Ready(Box<DevicePlan>, Option<Arc<Issuer>>),
     /// No GPU of ours does, because of this: it goes as RDMA requests or as frames.
     Elsewhere(String),
 }
@@ -101,9 +103,29 @@ impl PlanInner {
     /// What a GPU copies of it.
     pub(crate) fn on_device(&self) -> Option<&DevicePlan> {
         match &self.device {
-            Some(Device::Ready(plan)) => Some(plan),
+            Some(Device::Ready(plan, _)) => Some(plan),
             Some(Device::Listed(_) | Device::Elsewhere(_)) | None => None,
         }
+    }
+
+    /// By what callers begin its copy, if they may.
+    #[inline]
+    pub(crate) fn issuer(&self) -> Option<&Arc<Issuer>> {
+        match &self.device {
+            Some(Device::Ready(_, issuer)) => issuer.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// A region of ours in the memory of a GPU that is not what was registered any more.
+    pub(crate) fn freed_region(&self) -> Option<&Arc<RegionInner>> {
+        self.regions.iter().find(|region| region.gpu().is_some_and(|gpu| !gpu.is_live()))
+    }
+
+    /// Whether all that a GPU is going to touch is there. A kernel that touches memory which is gone takes the model's context down:
+    /// better to look first.
+    pub(crate) fn is_memory_live(&self) -> bool {
+        self.freed_region().is_none() && self.on_device().is_some_and(DevicePlan::is_live)
     }
 
     /// The memory of a GPU that this engine's side is.

@@ -15,6 +15,9 @@ use corelane_tests::{
     tcp_config,
 };
 
+#[path = "gpu/issued.rs"]
+mod issued;
+
 const ALONE: &str = "CORELANE_TEST_ALONE";
 const LAUNCH_FAILED: i32 = 719;
 const OUT_OF_MEMORY: i32 = 2;
@@ -237,20 +240,32 @@ fn a_driver_that_cannot_say_how_a_copy_stands_ends_none() {
     let far = far(0, "");
     let near = side(local_config(), 0);
     let peer = near.connect(&far.metadata);
-    let transfer = transfer(&near, &peer, Operation::Read, &far, 9000);
-    end_of(&transfer).unwrap();
-    near.memory.poison();
-    fake.hold(0, true);
-    fake.refuse(c"cuStreamQuery", AMID_CAPTURE, u64::MAX);
-    transfer.post().unwrap();
-    let asked = Instant::now() + Duration::from_millis(100);
-    while Instant::now() < asked {
-        assert!(matches!(transfer.status(), Status::InProgress), "the GPU is held");
+    let (local, remote) = (near.memory.segment(30_000, 4000), far.region.segment(20_000, 4000));
+    let whole = (near.memory.segment(3, 9000), far.region.segment(5, 9000));
+    let prepare = |local: &[_], remote: &[_]| {
+        near.engine.prepare(Operation::Read, &peer, local, remote).unwrap().transfer()
+    };
+    // The lane's has a flag that tells of its end; of the caller's only the driver does.
+    let by_lane = prepare(&[whole.0, local], &[whole.1, remote]);
+    let by_caller = prepare(&[whole.0], &[whole.1]);
+    for (transfer, has_flag) in [(by_lane, true), (by_caller, false)] {
+        end_of(&transfer).unwrap();
+        near.memory.poison();
+        fake.hold(0, true);
+        fake.refuse(c"cuStreamQuery", AMID_CAPTURE, u64::MAX);
+        transfer.post().unwrap();
+        let asked = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < asked {
+            assert!(matches!(transfer.status(), Status::InProgress), "the GPU is held");
+        }
+        fake.hold(0, false);
+        if !has_flag {
+            fake.refuse(c"cuStreamQuery", 0, 0);
+        }
+        outcome(&transfer).unwrap();
+        fake.refuse(c"cuStreamQuery", 0, 0);
+        assert_bytes(&near.memory.read(3, 9000), &pattern(1, 5, 9000), "after all");
     }
-    fake.hold(0, false);
-    outcome(&transfer).unwrap();
-    fake.refuse(c"cuStreamQuery", 0, 0);
-    assert_bytes(&near.memory.read(3, 9000), &pattern(1, 5, 9000), "after all");
 }
 
 #[test]

@@ -387,10 +387,11 @@ impl LaneDriver {
     }
 
     /// No further transfer is copied by callers: the session is being left.
-    pub(in crate::engine) fn close_path(&mut self, slot: usize) {
+    pub(in crate::engine) fn close_path(&mut self, slot: usize, cx: &mut Cx<'_>) {
         if let Some(peer) = self.peers.get(slot) {
             peer.core.peer.set_path(None);
         }
+        self.settle_issued_of(slot, cx);
     }
 }
 

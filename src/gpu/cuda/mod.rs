@@ -5,6 +5,7 @@
 //! one that was there back. The driver's default stream is never used: it would wait for the model, and the model for it.
 
 mod api;
+mod caller;
 mod device;
 mod direct;
 mod lane;
@@ -13,6 +14,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use caller::CallerStream;
 pub(crate) use device::Device;
 #[cfg(feature = "rdma")]
 pub(crate) use direct::{DmaBuf, Visibility};
