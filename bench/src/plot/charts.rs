@@ -88,11 +88,13 @@ fn cut(label: &str) -> String {
     cut_to(label, LONGEST_LABEL)
 }
 
-fn cut_to(label: &str, most: usize) -> String {
+/// In the middle, since the ends of labels tell them apart: a backend at the beginning, what of it at the end.
+pub(super) fn cut_to(label: &str, most: usize) -> String {
     if label.chars().count() <= most {
         return label.to_owned();
     }
-    label.chars().take(most - 1).chain(['…']).collect()
+    let end: Vec<char> = label.chars().rev().take(most / 2 - 1).collect();
+    label.chars().take(most - 1 - end.len()).chain(['…']).chain(end.into_iter().rev()).collect()
 }
 
 /// Grid and labels of a vertical axis; labels that would touch are left out.

@@ -176,6 +176,21 @@ fn several_results_are_told_apart_by_name() {
 }
 
 #[test]
+fn labels_that_are_too_long_still_differ_in_their_ends() {
+    let label = "CORELANE@transports=tcp,NIXL_PLUGIN_DIR=/a/folder/far/away/from/here";
+    let slowest = format!("{label}, slowest peer");
+    let [one, other] = [label, &slowest].map(|label| super::charts::cut_to(label, 52));
+    assert_eq!(one.chars().count(), 52);
+    assert_eq!(other.chars().count(), 52);
+    assert!(
+        one.starts_with("CORELANE@transports=tcp,") && one.ends_with("/away/from/here"),
+        "{one}"
+    );
+    assert!(other.ends_with(", slowest peer"), "{other}");
+    assert_eq!(super::charts::cut_to(label, label.len()), label);
+}
+
+#[test]
 fn many_peers_of_backends_have_a_line_each_in_every_chart() {
     let view = super::of_peers(&crate::peers::compared());
     let labels: Vec<Vec<&str>> = view
