@@ -71,6 +71,8 @@ pub(super) const LOCAL_TIMER: u64 = 1 << 61;
 pub(super) const RDMA_TIMER: u64 = 1 << 60;
 /// The process of a peer on this host may be dying. Both tags: asked for before either.
 pub(super) const DEATH_TIMER: u64 = LOCAL_TIMER | RDMA_TIMER;
+/// A peer on this host should have done its part of sharing memory by now.
+pub(super) const ATTACH_TIMER: u64 = PEER_TIMER | LOCAL_TIMER;
 /// Descriptors: the events of a device, and the completion channel of a rail.
 pub(super) const RDMA_EVENTS: u64 = 1 << 62;
 pub(super) const RDMA_CHANNEL: u64 = RDMA_EVENTS | 1 << 61;
@@ -555,6 +557,8 @@ impl Driver for LaneDriver {
         let slot = (token & !TAGS) as usize;
         if token & DEATH_TIMER == DEATH_TIMER {
             self.death_timer((token & !DEATH_TIMER) as usize, cx);
+        } else if token & ATTACH_TIMER == ATTACH_TIMER {
+            self.attach_timer((token & !ATTACH_TIMER) as usize, cx);
         } else if token & LOCAL_TIMER != 0 {
             self.ring_timer((token & !LOCAL_TIMER) as usize);
         } else if token & RDMA_TIMER != 0 {

@@ -306,6 +306,36 @@ fn descriptors_that_are_no_shared_memory_are_refused() {
     victim.assert_whole();
 }
 
+/// It answers pings, so that it is alive, and never does its part of sharing memory.
+#[test]
+fn a_peer_that_does_not_share_memory_is_not_waited_for_without_end() {
+    let mut victim = Victim::new("connect_ms=400");
+    for (shares, answers) in [(false, false), (false, true), (true, false)] {
+        let (mut link, _, _) = victim.connect();
+        let (table, channel, doorbell) =
+            (victim.table(), victim.channel(), EventFd::new().unwrap());
+        if shares {
+            let attach = Header { status: 2, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+            link.send_with(&attach, &[table.as_fd(), channel.as_fd(), doorbell.as_fd()]);
+        }
+        if answers {
+            link.send(&Header::new(frame::ATTACHED), &[]);
+        }
+        let mut number = 0;
+        eventually("the link is closed", || {
+            number += 1;
+            link.ping(number).is_err()
+        });
+        victim.assert_serves();
+    }
+    // Who has done it is served for longer than that.
+    let mut attached = victim.attach();
+    std::thread::sleep(Duration::from_millis(900));
+    attached.link.ping(9).unwrap();
+    drop(attached);
+    victim.assert_whole();
+}
+
 #[test]
 fn more_descriptors_than_any_frame_has_end_the_link() {
     let mut victim = Victim::new("");

@@ -15,10 +15,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use corelane_runtime::{Cx, Lane, WordId};
+use corelane_runtime::{Cx, Lane, TimerId, WordId};
 use smallvec::SmallVec;
 
-use crate::engine::lane::{LaneDriver, LanePeer};
+use crate::engine::lane::{ATTACH_TIMER, LaneDriver, LanePeer};
 use crate::engine::links::Phase;
 use crate::session::LinkId;
 use crate::sys;
@@ -64,6 +64,8 @@ pub(in crate::engine) struct Attachment {
     theirs: Option<Theirs>,
     /// The peer has mapped what is ours.
     taken: bool,
+    /// Until when the peer may take for its part, and the timer for that; none once both have done theirs.
+    until: Option<(Instant, TimerId)>,
     outgoing: VecDeque<Outgoing>,
     /// Since when something waits for the ring, and whether a timer is set for it.
     waiting: Option<(Instant, bool)>,
@@ -90,9 +92,14 @@ impl LaneDriver {
     /// A session has come up over a Unix socket: our side of the exchange.
     pub(in crate::engine) fn attach(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
         let made = self.make_attachment(link);
+        let until = cx.now() + self.engine.config.connect_timeout;
         let Some(peer) = self.peers.get_mut(slot) else { return };
         match made {
-            Ok(attachment) => peer.local = Some(Box::new(attachment)),
+            Ok(mut attachment) => {
+                let timer = cx.set_timer(until, ATTACH_TIMER | slot as u64);
+                attachment.until = Some((until, timer));
+                peer.local = Some(Box::new(attachment));
+            }
             Err(reason) => {
                 tracing::warn!(peer = &*peer.core.peer.name, reason, "no shared memory");
                 // The peer must not wait for ours.
@@ -122,6 +129,7 @@ impl LaneDriver {
             ring,
             theirs: None,
             taken: false,
+            until: None,
             outgoing: VecDeque::from([attach]),
             waiting: None,
         })
@@ -306,9 +314,34 @@ impl LaneDriver {
         }
     }
 
+    /// Which way transfers go is not known before both have answered: a peer that lives and does not is not waited for without
+    /// end. It is no engine that works; with the link goes all that it may have of this one.
+    pub(in crate::engine) fn attach_timer(&mut self, slot: usize, cx: &mut Cx<'_>) {
+        let now = cx.now();
+        let late = |driver: &Self| {
+            let attachment = driver.peers.get(slot)?.local.as_ref()?;
+            // Another timer, of one that had its place before, may be early.
+            attachment.until.is_some_and(|(until, _)| until <= now).then_some(attachment.link)
+        };
+        let Some(link) = late(self) else { return };
+        // Where it is this lane that stood still, the answer is there.
+        self.receive_last(link, cx);
+        if late(self) == Some(link) {
+            let patience = self.engine.config.connect_timeout;
+            let reason =
+                format!("it has not shared memory within {patience:?}, as engines on one host do");
+            self.close_link(link, &reason, cx);
+        }
+    }
+
     fn try_local_up(&mut self, slot: usize, id: LinkId, cx: &mut Cx<'_>) {
-        let Some(peer) = self.peers.get(slot) else { return };
-        let Some(attachment) = &peer.local else { return };
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(attachment) = peer.local.as_mut() else { return };
+        if attachment.is_up()
+            && let Some((_, timer)) = attachment.until.take()
+        {
+            cx.cancel_timer(timer);
+        }
         let Some(Theirs { path, .. }) = attachment.theirs.as_ref().filter(|_| attachment.is_up())
         else {
             return;
@@ -377,8 +410,11 @@ impl LaneDriver {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.core.peer.set_path(None);
         peer.core.set_ring(None);
-        if let Some(attachment) = peer.local.take()
-            && let Some(theirs) = &attachment.theirs
+        let attachment = peer.local.take();
+        if let Some((_, timer)) = attachment.as_ref().and_then(|attachment| attachment.until) {
+            cx.cancel_timer(timer);
+        }
+        if let Some(theirs) = attachment.as_ref().and_then(|attachment| attachment.theirs.as_ref())
         {
             theirs.accessor.process.set_disconnected();
             crate::gpu::forget_mappings(peer.core.peer.incarnation);
