@@ -14,6 +14,7 @@ over_each_transport!(
     small_transfers_complete_while_a_bulk_transfer_is_in_flight,
     an_initiator_that_is_killed_lets_go_of_the_targets_memory,
     memory_that_a_stopped_initiator_writes_is_given_back_or_busy,
+    what_is_refused_again_and_again_holds_up_nothing_else,
     notifications_to_a_dead_peer_are_given_up_and_their_room_is_free_again,
     waiting_for_notifications_ends_with_the_first_or_with_the_time,
     tasks_on_a_lane_await_notifications_and_answer_them,
@@ -179,6 +180,34 @@ fn memory_that_a_stopped_initiator_writes_is_given_back_or_busy(config: Configur
         let error = writer.try_ask("stop-hammers").unwrap_err();
         assert!(error.contains("Permission"), "{error}");
         memory.assert_poison(0, LEN / 8);
+    }
+}
+
+/// A device that refuses an access takes the queue pair down: that says nothing against the way, which is not given up.
+fn what_is_refused_again_and_again_holds_up_nothing_else(config: Configuration) {
+    let (near, far) = (Near::new(config, 4096), Near::named("far", config, 4096));
+    // Whoever of them has opened the connection.
+    for (from, to) in [(&near, &far), (&far, &near)] {
+        let peer = from.engine.load_peer(&to.engine.metadata()).unwrap();
+        let write = |remote: &Region| {
+            let local = [from.region.segment(0, 4096)];
+            let remote = [remote.descriptor().segment(0, 4096)];
+            from.engine.prepare(Operation::Write, &peer, &local, &remote).unwrap().transfer()
+        };
+        let allowed = write(&to.region);
+        let other = Buffer::new(4096);
+        for round in 0..12 {
+            let region = other.register(&to.engine, Access::REMOTE_WRITE);
+            let refused = write(&region);
+            to.engine.deregister(&region).unwrap();
+            other.poison(0, 4096);
+            from.memory.fill(round, 0, 4096, 0);
+            let error = end_of(&refused).unwrap_err();
+            assert_eq!(kind(&error), "Permission", "{error}");
+            end_of(&allowed).unwrap();
+            to.memory.assert_pattern(round, 0, 4096, 0);
+            other.assert_poison(0, 4096);
+        }
     }
 }
 

@@ -24,6 +24,9 @@ pub(super) enum Blame {
     Rail(usize),
     /// Nobody in particular.
     Nobody,
+    /// Perhaps a request of the peer's, which this side's device has refused: who posts is told what it was, who is written to
+    /// only that its queue pair is in error.
+    Unsaid,
 }
 
 impl LaneDriver {
@@ -43,7 +46,8 @@ impl LaneDriver {
         if let Blame::Rail(rail) = blame {
             link.suspects |= 1 << rail;
         }
-        if !matches!(blame, Blame::Job(..)) {
+        // What was refused says nothing against the way.
+        if matches!(blame, Blame::Rail(_) | Blame::Nobody) {
             link.failures += 1;
         }
         let generation = link.generation;
@@ -53,7 +57,7 @@ impl LaneDriver {
         }
         let culprit = match blame {
             Blame::Job(job, status) => Some((*job, *status)),
-            Blame::Rail(_) | Blame::Nobody => None,
+            Blame::Rail(_) | Blame::Nobody | Blame::Unsaid => None,
         };
         self.rdma_take_down(slot, culprit, reason, cx);
         let Some(expects) = self.peers.get(slot).map(|peer| peer.core.expects()) else { return };

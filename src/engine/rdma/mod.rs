@@ -279,7 +279,7 @@ impl LaneDriver {
                         // Its completions say more, if they are there already.
                         self.poll_rdma(cx);
                         let reason = "the device says that a queue pair is in error";
-                        self.rdma_fail(slot, &Blame::Nobody, reason, cx);
+                        self.rdma_fail(slot, &Blame::Unsaid, reason, cx);
                     }
                     continue;
                 }

@@ -266,6 +266,7 @@ impl LaneDriver {
                 Some(job),
             ) => Blame::Job(job, status),
             (WorkStatus::NoAnswer, _) => Blame::Rail(rail),
+            (WorkStatus::Flushed, _) => Blame::Unsaid,
             _ => Blame::Nobody,
         };
         self.rdma_fail(slot, &blame, &reason_of(status, &name), cx);
