@@ -309,7 +309,7 @@ fn descriptors_that_are_no_shared_memory_are_refused() {
 /// It answers pings, so that it is alive, and never does its part of sharing memory.
 #[test]
 fn a_peer_that_does_not_share_memory_is_not_waited_for_without_end() {
-    let mut victim = Victim::new("connect_ms=400");
+    let mut victim = Victim::new("connect_ms=400 liveness_ms=800");
     for (shares, answers) in [(false, false), (false, true), (true, false)] {
         let (mut link, _, _) = victim.connect();
         let (table, channel, doorbell) =
@@ -330,8 +330,10 @@ fn a_peer_that_does_not_share_memory_is_not_waited_for_without_end() {
     }
     // Who has done it is served for longer than that.
     let mut attached = victim.attach();
-    std::thread::sleep(Duration::from_millis(900));
-    attached.link.ping(9).unwrap();
+    for number in 0..40 {
+        std::thread::sleep(Duration::from_millis(50));
+        attached.link.ping(number).unwrap();
+    }
     drop(attached);
     victim.assert_whole();
 }

@@ -13,7 +13,7 @@ use self::memory::take_share;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use corelane_runtime::{Cx, Lane, TimerId, WordId};
 use smallvec::SmallVec;
@@ -92,7 +92,8 @@ impl LaneDriver {
     /// A session has come up over a Unix socket: our side of the exchange.
     pub(in crate::engine) fn attach(&mut self, slot: usize, link: LinkId, cx: &mut Cx<'_>) {
         let made = self.make_attachment(link);
-        let until = cx.now() + self.engine.config.connect_timeout;
+        // One that stands still is silent first, which ends all at once: no further attempt is waited for.
+        let until = cx.now() + self.attach_patience();
         let Some(peer) = self.peers.get_mut(slot) else { return };
         match made {
             Ok(mut attachment) => {
@@ -327,11 +328,15 @@ impl LaneDriver {
         // Where it is this lane that stood still, the answer is there.
         self.receive_last(link, cx);
         if late(self) == Some(link) {
-            let patience = self.engine.config.connect_timeout;
+            let patience = self.attach_patience();
             let reason =
                 format!("it has not shared memory within {patience:?}, as engines on one host do");
             self.close_link(link, &reason, cx);
         }
+    }
+
+    fn attach_patience(&self) -> Duration {
+        self.engine.config.connect_timeout + self.engine.config.liveness
     }
 
     fn try_local_up(&mut self, slot: usize, id: LinkId, cx: &mut Cx<'_>) {
