@@ -12,7 +12,7 @@ use corelane_tests::{
 };
 
 over_each_transport!(
-    a_hundred_thousand_small_writes_arrive_before_their_notifications,
+    many_small_writes_arrive_before_their_notifications,
     writes_of_many_pages_arrive_before_their_notifications,
     bulk_writes_over_several_streams_arrive_before_their_notifications,
     small_reads_have_arrived_before_the_peer_is_notified,
@@ -102,8 +102,8 @@ fn writes(config: Configuration, block: usize, slots: usize, count: u64) {
     far.process.answer().expect("every notification after its data");
 }
 
-fn a_hundred_thousand_small_writes_arrive_before_their_notifications(config: Configuration) {
-    writes(config, 256, 64, 100_000);
+fn many_small_writes_arrive_before_their_notifications(config: Configuration) {
+    writes(config, 256, 64, rounds(100_000));
 }
 
 fn writes_of_many_pages_arrive_before_their_notifications(config: Configuration) {
