@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 fn main() {
-    let capi = Path::new(env!("CARGO_MANIFEST_DIR")).join("../capi/include");
+    // Asked for when it runs: a checkout may be moved together with its target folder.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+    let capi = Path::new(&package).join("../capi/include");
     let header = capi.join("corelane.h");
     println!("cargo:rerun-if-changed=cpp");
     println!("cargo:rerun-if-changed={}", header.display());
