@@ -213,13 +213,18 @@ fn callers_drive_a_shared_lane_and_it_stands_by() {
     lane.stop(STOP).unwrap();
 }
 
-/// Otherwise the two share the core where there is no other, and whoever has it keeps it for a time slice.
-#[test]
-fn a_lane_at_work_leaves_its_turns_to_a_caller_that_only_waits() {
+fn start_at_work() -> (Lane<Probe>, Arc<Seen>) {
     let (lane, seen) = start(config(AssistMode::Always, Spin::default()));
     seen.working.store(true, Ordering::Relaxed);
     submit(&lane, Ask::Note(1));
     wait_until("work", || lane.stats().turns > 10);
+    (lane, seen)
+}
+
+/// Otherwise the two share the core where there is no other, and whoever has it keeps it for a time slice.
+#[test]
+fn a_lane_at_work_leaves_its_turns_to_a_caller_that_only_waits() {
+    let (lane, seen) = start_at_work();
     let assist_until = |what: &str, done: &dyn Fn() -> bool| {
         let end = Instant::now() + Duration::from_secs(10);
         while !done() {
@@ -242,10 +247,7 @@ fn a_lane_at_work_leaves_its_turns_to_a_caller_that_only_waits() {
 
 #[test]
 fn a_lane_at_work_keeps_its_turns_from_callers_that_look_in_or_where_it_must() {
-    let (lane, seen) = start(config(AssistMode::Always, Spin::default()));
-    seen.working.store(true, Ordering::Relaxed);
-    submit(&lane, Ask::Note(1));
-    wait_until("work", || lane.stats().turns > 10);
+    let (lane, seen) = start_at_work();
     let before = lane.stats();
     for _ in 0..100 {
         lane.assist();

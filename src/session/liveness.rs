@@ -13,6 +13,12 @@ pub(crate) enum Verdict {
     Dead,
 }
 
+/// How much of a silence may be the lane's own delays: half of a timeout that is about as long as threads wait for a core where
+/// there are too few, and not much of a long one.
+fn excusable(timeout: Duration) -> Duration {
+    (timeout / 5 + Duration::from_millis(25)).min(timeout / 2)
+}
+
 /// Watches one session link.
 ///
 /// A ping goes out when nothing was heard for a quarter of the timeout, so that a healthy peer is
@@ -23,11 +29,13 @@ pub(crate) struct Liveness {
     heard: Instant,
     asked: Instant,
     next: Instant,
+    /// For how long of this silence the lane itself had no core.
+    late: Duration,
 }
 
 impl Liveness {
     pub(crate) fn new(timeout: Duration, now: Instant) -> Self {
-        Self { timeout, heard: now, asked: now, next: now + timeout / 4 }
+        Self { timeout, heard: now, asked: now, next: now + timeout / 4, late: Duration::ZERO }
     }
 
     pub(crate) fn timeout(&self) -> Duration {
@@ -38,6 +46,7 @@ impl Liveness {
     #[inline]
     pub(crate) fn heard(&mut self, now: Instant) {
         self.heard = now;
+        self.late = Duration::ZERO;
     }
 
     /// When to call `check`.
@@ -45,16 +54,19 @@ impl Liveness {
         self.next
     }
 
-    /// Judges the silence. A call that comes late by more than a quarter of the timeout means that
-    /// this lane was not running (preempted, stopped, VM paused): that gap is not held against the
-    /// peer, whose bytes may be waiting in our socket.
+    /// Judges the silence. A call that comes late means that this lane was not running (preempted, stopped, VM paused), and a
+    /// peer's bytes may be waiting in our socket. Of a gap of more than a quarter of the timeout only what leaves the peer half a
+    /// timeout is held against it; shorter ones, as where many threads share a core, are not, up to [`excusable`]: a peer that
+    /// is dead is so in time, however busy this side is.
     pub(crate) fn check(&mut self, now: Instant) -> Verdict {
         let late = now.saturating_duration_since(self.next);
         if late > self.timeout / 4 {
             let half = now.checked_sub(self.timeout / 2).unwrap_or(now);
             self.heard = self.heard.max(half);
+        } else {
+            self.late = (self.late + late).min(excusable(self.timeout));
         }
-        let silent = now.saturating_duration_since(self.heard);
+        let silent = now.saturating_duration_since(self.heard).saturating_sub(self.late);
         if silent >= self.timeout {
             return Verdict::Dead;
         }
@@ -97,6 +109,46 @@ mod tests {
             }
         }
         assert_eq!(pings, 3);
+    }
+
+    #[test]
+    fn delays_of_our_own_are_not_held_against_the_peer_for_ever() {
+        // Each look a fifth of the timeout late, or now and then: how long it takes until the peer is given up.
+        let given_up = |late: Duration| {
+            let start = Instant::now();
+            let mut liveness = Liveness::new(T, start);
+            let (mut at, mut pings) = (start, 0);
+            loop {
+                at = liveness.next().max(at) + late;
+                match liveness.check(at) {
+                    Verdict::Ping(_) => pings += 1,
+                    Verdict::Wait(_) => {}
+                    Verdict::Dead => return (at - start, pings),
+                }
+            }
+        };
+        assert_eq!(given_up(Duration::ZERO), (T, 3));
+        for late in [T / 20, T / 10, T / 5] {
+            let (after, pings) = given_up(late);
+            assert!(after - 3 * late >= T && pings >= 3, "{late:?}: {after:?}, {pings}");
+            assert!(after <= T + excusable(T) + T / 4 + late, "{late:?}: {after:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_heard_ends_the_excuse() {
+        let start = Instant::now();
+        let mut liveness = Liveness::new(T, start);
+        let late = liveness.next() + T / 5;
+        liveness.check(late);
+        liveness.heard(late);
+        loop {
+            let at = liveness.next();
+            if liveness.check(at) == Verdict::Dead {
+                assert!(at - late >= T && at - late <= T + T / 4, "{:?}", at - late);
+                break;
+            }
+        }
     }
 
     #[test]

@@ -90,17 +90,23 @@ fn close_the_circle(link: &mut HostilePeer) {
     assert_eq!((up.kind, up.status, up.id), (frame::RDMA, UP, 1));
 }
 
-/// The peer's ends are lost before this side knows whether its own work: it must neither go up nor wait for ever.
-#[test]
-#[ignore = "needs an RDMA device: tests/run.sh rdma"]
-fn what_the_peer_gives_up_before_it_works_is_confirmed_and_offered_anew_a_few_times() {
-    let mut target = HostileTarget::new(Identity::invented("far", 900));
+/// What a hostile target, with this incarnation, does to an engine that connects to it.
+fn connected_to(incarnation: u128, attack: impl FnOnce(HostilePeer)) {
+    let mut target = HostileTarget::new(Identity::invented("far", incarnation));
     target.transports = TCP | RDMA;
     let engine = Engine::new("near", config()).unwrap();
     let peer = engine.load_peer(&target.metadata()).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| peer.connect(BOUND));
-        let mut link = target.session();
+        attack(target.session());
+    });
+}
+
+/// The peer's ends are lost before this side knows whether its own work: it must neither go up nor wait for ever.
+#[test]
+#[ignore = "needs an RDMA device: tests/run.sh rdma"]
+fn what_the_peer_gives_up_before_it_works_is_confirmed_and_offered_anew_a_few_times() {
+    connected_to(900, |mut link| {
         let first = offers(&mut link);
         for generation in first..first + MAX_FAILURES {
             assert!(link.send(&rdma(DOWN, generation), &[]));
@@ -224,13 +230,7 @@ fn a_peer_that_never_says_its_queue_pairs_are_gone_is_given_up() {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn what_is_up_is_not_given_up_without_a_word() {
-    let mut target = HostileTarget::new(Identity::invented("far", 904));
-    target.transports = TCP | RDMA;
-    let engine = Engine::new("near", config()).unwrap();
-    let peer = engine.load_peer(&target.metadata()).unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(|| peer.connect(BOUND));
-        let mut link = target.session();
+    connected_to(904, |mut link| {
         close_the_circle(&mut link);
         assert!(link.send(&rdma(NONE, 0), &[]));
         while link.receive().is_some() {}

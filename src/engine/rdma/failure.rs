@@ -63,7 +63,7 @@ impl LaneDriver {
         let Some(expects) = self.peers.get(slot).map(|peer| peer.core.expects()) else { return };
         self.rdma_tell(slot, RdmaFrame::Down { generation, expects }.encode());
         // A peer that lives may still never answer.
-        let deadline = now + self.rdma_patience(true);
+        let deadline = now + self.rdma_down_patience();
         self.rdma_set_deadline(slot, deadline, cx);
     }
 

@@ -97,6 +97,12 @@ impl LaneDriver {
         if offers { timeout } else { timeout + timeout }
     }
 
+    /// How long it may take to say that its queue pairs are gone. One that stands still is silent first, which ends all at once:
+    /// no further attempt to connect is waited for.
+    pub(super) fn rdma_down_patience(&self) -> Duration {
+        self.rdma_patience(true) + self.engine.config.liveness
+    }
+
     /// The peer offers what this side has not asked for, since it has a better way or none; `Ok(true)`: it may.
     ///
     /// # Errors
@@ -209,7 +215,7 @@ impl LaneDriver {
                 if !self.rdma_link(slot).is_some_and(waits) {
                     return;
                 }
-                let patience = self.rdma_patience(true);
+                let patience = self.rdma_down_patience();
                 let reason =
                     format!("it has not said within {patience:?} that its queue pairs are gone");
                 self.close_link(session, &reason, cx);

@@ -41,6 +41,10 @@ impl Set {
             .chain(self.churn.iter().map(|buffer| ("churned", buffer)))
     }
 
+    fn bytes(&self) -> usize {
+        self.all().map(|(_, buffer)| buffer.len()).sum()
+    }
+
     fn check(&self) -> Vec<String> {
         let wrong = |(name, buffer): (&str, &Buffer)| {
             buffer.check_poison(0, buffer.len()).err().map(|why| format!("{name} memory: {why}"))
@@ -84,6 +88,11 @@ impl Pool {
     /// Takes a set back whose registrations and transfers have ended, and which was poisoned since.
     pub(crate) fn give_back(&mut self, seed: u64, set: Set) {
         self.resting.push_back(Resting { since: Instant::now(), seed, set });
+    }
+
+    /// Bytes of all sets that were made and rest, each of them written to.
+    pub(crate) fn bytes(&self) -> usize {
+        self.resting.iter().map(|resting| resting.set.bytes()).sum()
     }
 
     /// Waits for the end of every quarantine: what was written late.

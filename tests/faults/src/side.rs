@@ -114,6 +114,11 @@ impl Usage {
             threads: threads(),
         }
     }
+
+    /// As if these bytes, which are resident, were not there.
+    fn without(self, bytes: usize) -> Self {
+        Self { resident: self.resident.saturating_sub(bytes as u64), ..self }
+    }
 }
 
 /// Errors that are kept word by word.
@@ -312,7 +317,7 @@ impl Process {
                 self.late.extend(self.pool.check_all());
                 serde_json::to_string(&std::mem::take(&mut self.late))?
             }
-            Order::Usage => serde_json::to_string(&Usage::now())?,
+            Order::Usage => serde_json::to_string(&Usage::now().without(self.pool.bytes()))?,
         })
     }
 
