@@ -162,6 +162,8 @@ impl Policy {
         self.last_turn_ns = None;
         self.fresh_ns = Some(shared.clock_ns());
         self.seen_calls = shared.drive.calls.load(Ordering::Relaxed);
+        // Who asked for the turns while the thread slept had them; whoever still wants them asks again.
+        shared.drive.wanted.store(false, Ordering::Relaxed);
     }
 
     /// After a turn at `now_ns`. One load of what callers seldom write, where none of them waits.

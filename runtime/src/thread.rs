@@ -289,7 +289,9 @@ impl<D: Driver> LaneThread<D> {
                     Idle::Turn => Next::Turn,
                     Idle::Standby => {
                         pump.intent = Intent::Standby;
-                        self.standby.is_busy = progress;
+                        // What has to be polled makes no progress until it ends.
+                        self.standby.is_busy =
+                            progress || core.driver.as_ref().is_some_and(Driver::must_poll);
                         Next::Standby
                     }
                     Idle::Park
@@ -383,8 +385,9 @@ impl<D: Driver> LaneThread<D> {
             self.standby =
                 Standby { since_ns: begin_ns, for_ns: STANDBY_FIRST_NS, ended_ns: 0, is_busy };
         }
-        let Standby { since_ns, mut for_ns, is_busy, .. } = self.standby;
+        let Standby { since_ns, for_ns, is_busy, .. } = self.standby;
         let most_ns = if is_busy { STANDBY_BUSY_NS } else { STANDBY_MAX_NS };
+        let mut for_ns = for_ns.min(most_ns);
         loop {
             shared.counters.standbys.add(1);
             self.sleep(shared, LaneState::Standby, Some(for_ns));

@@ -1,7 +1,8 @@
 //! Copies of GPUs that callers have begun, as their lane sees them: it ends those that nobody asks about, and waits for what has
 //! to be over before a peer or the engine is left.
 
-use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use corelane_runtime::Cx;
@@ -48,10 +49,13 @@ pub(super) fn settle_for(issuer: &Issuer, engine: &EngineShared, lane: usize, pa
 impl LaneDriver {
     /// A caller has begun a copy.
     pub(super) fn watch_issuer(&mut self, issuer: Arc<Issuer>) {
+        if self.issuers.known.is_empty() {
+            // Else the next look stays where it is: those who post oftener must not put it off.
+            self.issuers.next_look = Instant::now() + LOOK_EVERY;
+        }
         if !self.issuers.known.iter().any(|known| Arc::ptr_eq(known, &issuer)) {
             self.issuers.known.push(issuer);
         }
-        self.issuers.next_look = Instant::now() + LOOK_EVERY;
     }
 
     /// True: something has ended.
@@ -113,7 +117,11 @@ impl LaneDriver {
         let engine = self.engine.clone();
         let patience = Instant::now() + patience;
         let mut late = Vec::new();
-        for issuer in self.issuers.known.clone() {
+        // Also those of which this lane has no message yet. Whoever begins one looks for the way after it has taken the place, and
+        // the way is gone: it finds that, or this finds its copy.
+        fence(Ordering::SeqCst);
+        let issuers = engine.issuers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for issuer in issuers {
             let is_meant = |transfer: &TransferShared| Arc::ptr_eq(&transfer.plan.peer, &peer);
             let settled = issuer.settle(&engine, patience, is_meant, |peer, payload| {
                 self.notify_of_issued(peer, payload, cx);

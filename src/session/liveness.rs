@@ -19,6 +19,9 @@ fn excusable(timeout: Duration) -> Duration {
     (timeout / 5 + Duration::from_millis(25)).min(timeout / 2)
 }
 
+/// Long gaps of one silence after which the peer gets time. A machine that stands still again and again knows nothing of anybody.
+const MOST_GAPS: u8 = 3;
+
 /// Watches one session link.
 ///
 /// A ping goes out when nothing was heard for a quarter of the timeout, so that a healthy peer is
@@ -29,13 +32,22 @@ pub(crate) struct Liveness {
     heard: Instant,
     asked: Instant,
     next: Instant,
-    /// For how long of this silence the lane itself had no core.
+    /// For how long of this silence the lane itself had no core, long gaps apart.
     late: Duration,
+    /// How many long gaps there were in it.
+    gaps: u8,
 }
 
 impl Liveness {
     pub(crate) fn new(timeout: Duration, now: Instant) -> Self {
-        Self { timeout, heard: now, asked: now, next: now + timeout / 4, late: Duration::ZERO }
+        Self {
+            timeout,
+            heard: now,
+            asked: now,
+            next: now + timeout / 4,
+            late: Duration::ZERO,
+            gaps: 0,
+        }
     }
 
     pub(crate) fn timeout(&self) -> Duration {
@@ -47,6 +59,7 @@ impl Liveness {
     pub(crate) fn heard(&mut self, now: Instant) {
         self.heard = now;
         self.late = Duration::ZERO;
+        self.gaps = 0;
     }
 
     /// When to call `check`.
@@ -55,12 +68,13 @@ impl Liveness {
     }
 
     /// Judges the silence. A call that comes late means that this lane was not running (preempted, stopped, VM paused), and a
-    /// peer's bytes may be waiting in our socket. Of a gap of more than a quarter of the timeout only what leaves the peer half a
-    /// timeout is held against it; shorter ones, as where many threads share a core, are not, up to [`excusable`]: a peer that
-    /// is dead is so in time, however busy this side is.
+    /// peer's bytes may be waiting in our socket. After a gap of more than a quarter of the timeout the peer has half a
+    /// timeout left, [`MOST_GAPS`] times in one silence; shorter delays, as where many threads share a core, are not held against it
+    /// up to [`excusable`]. So a peer that is dead is so in the end, however busy this side is.
     pub(crate) fn check(&mut self, now: Instant) -> Verdict {
         let late = now.saturating_duration_since(self.next);
-        if late > self.timeout / 4 {
+        if late > self.timeout / 4 && self.gaps < MOST_GAPS {
+            self.gaps += 1;
             let half = now.checked_sub(self.timeout / 2).unwrap_or(now);
             self.heard = self.heard.max(half);
         } else {
@@ -136,6 +150,21 @@ mod tests {
             );
             assert!(after <= T + excusable(T) + T / 4 + late, "{late:?}: {after:?}");
         }
+    }
+
+    #[test]
+    fn gaps_of_our_own_are_excused_a_few_times_in_one_silence() {
+        let start = Instant::now();
+        let mut liveness = Liveness::new(T, start);
+        let mut looks = 0;
+        loop {
+            looks += 1;
+            assert!(looks < 10, "it is never given up");
+            if liveness.check(liveness.next() + T / 2) == Verdict::Dead {
+                break;
+            }
+        }
+        assert!(looks > usize::from(MOST_GAPS), "{looks}");
     }
 
     #[test]

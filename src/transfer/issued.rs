@@ -4,7 +4,7 @@
 //! its lane, which looks from time to time: for those who do not ask, for the notification, and to wait with what has to wait.
 //! One at a time on each GPU of an engine; further ones are the lane's, as all others are.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -75,13 +75,16 @@ impl Issuer {
     }
 
     /// Begins the copy of a transfer that was posted. False: nothing was begun, and its lane finds out why, if there is a reason.
-    pub(super) fn issue(&self, transfer: &Arc<TransferShared>, path: &LocalPath) -> bool {
+    pub(super) fn issue(&self, transfer: &Arc<TransferShared>) -> bool {
         if transfer.plan.bytes > LONGEST || self.taken.swap(true, Ordering::AcqRel) {
             return false;
         }
+        // A lane that leaves the peer takes the way away, and then looks whether the place is taken.
+        fence(Ordering::SeqCst);
         // Who looks holds it for a moment.
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        place.issued = place.begin(transfer, path);
+        let path = transfer.plan.peer.path();
+        place.issued = path.as_ref().and_then(|path| place.begin(transfer, path));
         let begun = place.issued.is_some();
         if !begun {
             self.taken.store(false, Ordering::Release);
@@ -214,9 +217,8 @@ impl Transfer {
     pub(super) fn issue(&self, issuer: &Arc<Issuer>) -> bool {
         let (shared, engine) = (&self.shared, &*self.engine);
         let home = shared.plan.peer.lane;
-        let path = shared.plan.peer.path();
-        let Some(path) = path.as_ref().filter(|_| !engine.is_lane_thread()) else { return false };
-        if !issuer.issue(shared, path) {
+        let is_reached = shared.plan.peer.path().is_some();
+        if !is_reached || engine.is_lane_thread() || !issuer.issue(shared) {
             return false;
         }
         if engine.hand_over(home, Message::Issued(issuer.clone())).is_err() {

@@ -147,6 +147,10 @@ impl LaneDriver {
             // The first of a new generation. The one before has gone down on both sides, or never came up.
             link.generation = offer.generation;
             link.phase = Phase::Connecting;
+            if was_off {
+                // It is tried anew, after a pause: as on the other side, what was before does not count any more.
+                link.failures = 0;
+            }
             self.rdma_destroy(slot, cx);
             if was_off {
                 // Else one is set: a peer that offers anew and anew does not put it off.

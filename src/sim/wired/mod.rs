@@ -249,6 +249,7 @@ impl Node {
                         let deadline = self.now + self.wire_patience(false);
                         if let Some(wire) = self.wire(slot) {
                             wire.deadline = Some(deadline);
+                            wire.failures = 0;
                         }
                     }
                     self.wire_destroy(slot, out);

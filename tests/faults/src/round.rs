@@ -60,6 +60,8 @@ pub(crate) struct Outcome {
     pub(crate) waited_us: u64,
     /// Transfers that failed, on both sides.
     pub(crate) failed: u64,
+    /// Some did in a short stop, and others had the cores for the rest of the liveness timeout.
+    pub(crate) excused: bool,
     /// To the end of the victim's process, by the watch's own waiting.
     pub(crate) exited_us: Option<u64>,
     pub(crate) stopped_ms: u64,
@@ -182,6 +184,7 @@ impl Contest {
             ends_us: Vec::new(),
             waited_us: 0,
             failed: 0,
+            excused: false,
             exited_us: None,
             stopped_ms: 0,
             resident: 0,
@@ -467,11 +470,14 @@ impl Contest {
     fn judge_short(&self, outcome: &mut Outcome) {
         let silent =
             Duration::from_millis(outcome.stopped_ms) + Duration::from_micros(outcome.waited_us);
-        if outcome.strike == Strike::Short
-            && outcome.phase != Phase::Reconnect
-            && outcome.failed > 0
-            && silent < self.rules.liveness
+        if outcome.strike != Strike::Short
+            || outcome.phase == Phase::Reconnect
+            || outcome.failed == 0
         {
+            return;
+        }
+        outcome.excused = silent >= self.rules.liveness;
+        if !outcome.excused {
             let what = format!("{} failed: {}", outcome.failed, outcome.errors.join(" | "));
             outcome.problems.push((Kind::Failed, what));
         }
