@@ -4,7 +4,7 @@
 
 use corelane::{Access, Engine, Error, MAX_NOTIFICATION_BYTES, Notification, Operation, Status};
 use corelane_tests::{
-    Buffer, Configuration, collect, end_of, eventually, exchange, kind, outcome,
+    BOUND, Buffer, Configuration, collect, end_of, eventually, exchange, kind, outcome,
     over_each_transport, pattern, peer_process, target, to_hex,
 };
 
@@ -296,9 +296,12 @@ fn a_disconnect_flushes_the_notifications_before_it(config: Configuration) {
 
 fn a_shutdown_flushes_the_notifications_before_it(config: Configuration) {
     let mut far = peer_process!();
-    let metadata = far.engine("receiver", "");
+    let metadata = far.engine("receiver", &format!("connect_ms={}", BOUND.as_millis()));
+    let mut config = config();
+    // Who cannot agree on queue pairs in time tries again half a minute later, and a shutdown does not wait for that.
+    config.connect_timeout = BOUND;
     for _ in 0..10 {
-        let engine = Engine::new("sender", config()).unwrap();
+        let engine = Engine::new("sender", config.clone()).unwrap();
         let peer = engine.load_peer(&metadata).unwrap();
         for number in 0..100u64 {
             peer.notify(&number.to_le_bytes()).unwrap();
