@@ -356,7 +356,7 @@ pub struct EngineConfig {
     /// and are over when `post` returns: 70 us for 1 MiB, the default. Larger ones are copied by the lanes,
     /// and by whoever waits for them. With 0 here or in [`inline_bytes`](Self::inline_bytes) only lanes copy.
     pub inline_copy_bytes: usize,
-    /// A peer that is silent for so long is dead. Default 3 s, at least 50 ms.
+    /// A peer that is silent for so long, and 50 ms more in which its lane may wait for a core, is dead. Default 3 s, at least 50 ms.
     pub liveness: Duration,
     /// A transfer that takes longer fails. Default 30 s.
     pub operation_timeout: Duration,
