@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
@@ -34,6 +34,8 @@ pub mod frame {
 
 /// Transports, as a handshake and metadata name them.
 pub const TCP: u32 = 1;
+/// Between engines of one host.
+pub const LOCAL: u32 = 2;
 /// RDMA.
 pub const RDMA: u32 = 4;
 
@@ -301,11 +303,14 @@ pub fn knock(port: u16) -> Stream {
     stream
 }
 
+fn local_address(incarnation: u128) -> SocketAddr {
+    let name = format!("corelane-{incarnation:032x}");
+    SocketAddr::from_abstract_name(name).expect("an address")
+}
+
 /// A connection to the engine's socket for peers on its host.
 pub fn knock_locally(incarnation: u128) -> Stream {
-    let name = format!("corelane-{incarnation:032x}");
-    let address = SocketAddr::from_abstract_name(name).expect("an address");
-    let stream = UnixStream::connect_addr(&address).expect("the listener accepts");
+    let stream = UnixStream::connect_addr(&local_address(incarnation)).expect("the listener accepts");
     let stream = Stream::Unix(stream);
     stream.set_bound();
     stream
@@ -498,6 +503,12 @@ fn receive_with(stream: &Stream, bytes: &mut [u8]) -> Option<(usize, Vec<OwnedFd
     (message.bytes > 0).then_some((message.bytes, descriptors))
 }
 
+#[derive(Debug)]
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
 /// A listener that engines connect to when they are given the metadata of an engine that does not exist.
 #[derive(Debug)]
 pub struct HostileTarget {
@@ -505,26 +516,39 @@ pub struct HostileTarget {
     pub identity: Identity,
     /// What it says it has.
     pub transports: u32,
-    listener: TcpListener,
+    listener: Listener,
 }
 
 impl HostileTarget {
     /// Listens on a free port.
     pub fn new(identity: Identity) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-        Self { identity, transports: TCP, listener }
+        Self { identity, transports: TCP, listener: Listener::Tcp(listener) }
+    }
+
+    /// Listens where peers on its host look for it, and nowhere else.
+    pub fn on_this_host(identity: Identity) -> Self {
+        let listener = UnixListener::bind_addr(&local_address(identity.incarnation));
+        let listener = Listener::Unix(listener.expect("an address that nobody has"));
+        Self { identity, transports: LOCAL, listener }
     }
 
     /// What engines need to connect.
     pub fn metadata(&self) -> Vec<u8> {
-        let port = self.listener.local_addr().expect("its address").port();
+        let port = match &self.listener {
+            Listener::Tcp(listener) => listener.local_addr().expect("its address").port(),
+            // Nobody looks there.
+            Listener::Unix(_) => 9,
+        };
         self.identity.metadata_with(port, self.transports)
     }
 
     /// The next connection and the hello on it.
     pub fn accept(&self) -> (Stream, Vec<u8>) {
-        let (stream, _) = self.listener.accept().expect("a connection");
-        let mut stream = Stream::Tcp(stream);
+        let mut stream = match &self.listener {
+            Listener::Tcp(listener) => Stream::Tcp(listener.accept().expect("a connection").0),
+            Listener::Unix(listener) => Stream::Unix(listener.accept().expect("a connection").0),
+        };
         stream.set_bound();
         let hello = hear(&mut stream).expect("a hello");
         (stream, hello)

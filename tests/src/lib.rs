@@ -21,6 +21,7 @@ mod proxy;
 mod random;
 mod script;
 mod settings;
+pub mod shared_memory;
 mod slots;
 mod sockets;
 mod streams;

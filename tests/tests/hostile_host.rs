@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use corelane::{Access, Operation, Peer};
@@ -13,86 +13,19 @@ use corelane_tests::hostile::{
     Frame, Header, Hello, HostilePeer, Identity, Verdict, frame, knock_locally, send_with,
     shake_with,
 };
+use corelane_tests::shared_memory::word::{ASLEEP, HEAD, RING, USES};
+use corelane_tests::shared_memory::{CHANNEL, LAYOUT, Map, magic_of, memfd, sealed};
 use corelane_tests::{
     Near, Random, Target, end_of, eventually, local_config, mappings_of, open_files,
     resident_bytes_of, target, threads_of,
 };
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::eventfd::EventFd;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 const LEN: usize = 1 << 20;
 const MEMORY: u64 = 48 << 20;
 /// Descriptors for watching a process that says that it still copies: two for each of 16 sessions; and some that come and go.
 const LEFT_BEHIND: usize = 2 * 16 + 8;
-/// docs/protocol.md: a channel's length, and the words in it.
-const CHANNEL: usize = 4096 + 512 * 128;
-const HEAD: usize = 16;
-const ASLEEP: usize = 8;
-const USES: usize = 32;
-const RING: usize = 512;
-const SLOT: usize = 16;
-
-fn sealed() -> SealFlag {
-    SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL
-}
-
-/// A memfd with these bytes at its start.
-fn memfd(bytes: &[u8], len: u64, seals: SealFlag) -> File {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let file = File::from(memfd_create(c"hostile", flags).unwrap());
-    file.set_len(len).unwrap();
-    file.write_all_at(bytes, 0).unwrap();
-    if !seals.is_empty() {
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
-    }
-    file
-}
-
-/// Shared memory, mapped here.
-struct Map(*mut AtomicU64, usize);
-
-// SAFETY: it is only touched as atomic words.
-unsafe impl Sync for Map {}
-// SAFETY: as above.
-unsafe impl Send for Map {}
-
-impl Map {
-    fn of(fd: &impl AsRawFd, len: usize) -> Self {
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice; the result is checked.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd.as_raw_fd(), 0)
-        };
-        assert!(start != libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-        Self(start.cast(), len)
-    }
-
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: a page-aligned mapping that lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.0, self.1 / 8) }
-    }
-
-    fn set(&self, word: usize, value: u64) {
-        self.words()[word].store(value, Ordering::SeqCst);
-    }
-
-    /// Puts a message into a slot of the ring; `length` is what it says.
-    fn put(&self, position: u64, kind: u64, length: u64, seq: u64, ack: u64) {
-        let slot = RING + (position % 512) as usize * SLOT;
-        self.set(slot + 1, kind | length << 32);
-        self.set(slot + 2, seq);
-        self.set(slot + 3, ack);
-        self.set(slot, position + 1);
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the range is this mapping, and nothing borrows from it any more.
-        unsafe { libc::munmap(self.0.cast(), self.1) };
-    }
-}
 
 /// An engine in another process, which a well-behaved peer uses all the time.
 struct Victim {
@@ -129,11 +62,9 @@ impl Victim {
         // The layouts are those that it uses itself.
         let honest = victim.connect();
         let (link, attach, fds) = honest;
-        assert_eq!((attach.kind, attach.status, fds.len()), (frame::ATTACH, 2, 3));
+        assert_eq!((attach.kind, attach.status, fds.len()), (frame::ATTACH, LAYOUT, 3));
         for (index, fd) in fds.into_iter().take(2).enumerate() {
-            let mut word = [0; 8];
-            File::from(fd).read_exact_at(&mut word, 0).unwrap();
-            victim.magics[index] = u64::from_le_bytes(word);
+            victim.magics[index] = magic_of(fd.as_fd());
         }
         link.stream.end();
         drop(link);
@@ -176,7 +107,7 @@ impl Victim {
         let (mut link, theirs, fds) = self.connect();
         let doorbell = EventFd::new().unwrap();
         let (table, channel) = (self.table(), self.channel());
-        let attach = Header { status: 2, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+        let attach = Header { status: LAYOUT, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
         assert!(link.send_with(&attach, &[table.as_fd(), channel.as_fd(), doorbell.as_fd()]));
         assert_eq!(link.receive().unwrap().0.kind, frame::ATTACHED);
         assert!(link.send(&Header::new(frame::ATTACHED), &[]));
@@ -273,7 +204,7 @@ fn descriptors_that_are_no_shared_memory_are_refused() {
     ];
     cases.extend(bad_tables.iter().map(|bad| vec![bad.as_fd(), good[1], good[2]]));
     cases.extend(bad_channels.iter().map(|bad| vec![good[0], bad.as_fd(), good[2]]));
-    let attach = Header { status: 2, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+    let attach = Header { status: LAYOUT, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
     for (number, fds) in cases.iter().enumerate() {
         let (mut link, _, _) = victim.connect();
         link.send_with(&attach, fds);
@@ -315,7 +246,7 @@ fn a_peer_that_does_not_share_memory_is_not_waited_for_without_end() {
         let (table, channel, doorbell) =
             (victim.table(), victim.channel(), EventFd::new().unwrap());
         if shares {
-            let attach = Header { status: 2, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
+            let attach = Header { status: LAYOUT, id: 4096, key: 5, ..Header::new(frame::ATTACH) };
             link.send_with(&attach, &[table.as_fd(), channel.as_fd(), doorbell.as_fd()]);
         }
         if answers {
@@ -459,7 +390,7 @@ fn copies_that_never_end_are_bounded_over_many_sessions() {
         let (table, channel, bell) = (victim.table(), victim.channel(), EventFd::new().unwrap());
         let ours = Map::of(&channel, CHANNEL);
         ours.set(USES, 1);
-        let attach = Header { status: 2, ..Header::new(frame::ATTACH) };
+        let attach = Header { status: LAYOUT, ..Header::new(frame::ATTACH) };
         link.send_with(&attach, &[table.as_fd(), channel.as_fd(), bell.as_fd()]);
         let _ = link.ping(1);
     }

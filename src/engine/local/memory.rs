@@ -77,7 +77,7 @@ pub(super) fn take_share(theirs: &Theirs, header: &Header, fds: &sys::Fds) -> Re
     let most = len.saturating_add(4 << 20);
     match Mapping::received(fd.as_fd(), len.max(1)..=most, writable, theirs.same_user) {
         Ok(map) => {
-            if let Some(memory) = PeerMemory::new(map, header.addr, header.id) {
+            if let Some(memory) = PeerMemory::new(map, header.addr, header.id, writable) {
                 theirs.path.map(RegionKey(header.key), memory);
             }
         }

@@ -99,6 +99,9 @@ pub(crate) struct PeerMemory {
     /// Where the peer has it.
     base: u64,
     len: u64,
+    /// It is mapped for writing. The rights that the table names are the peer's word, which it may change at any time; this is what
+    /// the kernel holds us to.
+    writable: bool,
 }
 
 /// Mappings of memory of peers' engines in this process. The kernel gives a process 65,530 in all (`vm.max_map_count`), and
@@ -114,8 +117,8 @@ impl Drop for PeerMemory {
 
 impl PeerMemory {
     /// Memory that its owner has at `base`; `None`: this process has as many mappings as it may.
-    pub(crate) fn new(map: Mapping, base: u64, len: u64) -> Option<Self> {
-        let memory = Self { map, base, len };
+    pub(crate) fn new(map: Mapping, base: u64, len: u64, writable: bool) -> Option<Self> {
+        let memory = Self { map, base, len, writable };
         // Counted before it is looked at: `drop` takes it back.
         (MAPPED.fetch_add(1, Ordering::Relaxed) < MAX_MAPPED).then_some(memory)
     }
@@ -242,10 +245,12 @@ impl LocalPath {
             if matches!(self.parts.reach, Reach::SameProcess) {
                 copy_within(plan.operation, local, remote, streaming);
                 Ok(())
-            } else if self.copy_mapped(plan, local, remote, streaming) {
-                Ok(())
             } else {
-                self.copy_process(plan, local, remote)
+                match self.copy_mapped(plan, local, remote, streaming) {
+                    Ok(false) => self.copy_process(plan, local, remote),
+                    Ok(true) => Ok(()),
+                    Err(refused) => Err(refused),
+                }
             }
         };
         drop(in_use);
@@ -312,7 +317,10 @@ impl LocalPath {
         Error::RemoteDisconnect { peer: self.parts.peer.clone(), reason: reason.into() }
     }
 
-    /// Copies through mappings of the peer's memory, if they hold all of the chunk.
+    /// Copies through mappings of the peer's memory; false: they do not hold all of the chunk.
+    ///
+    /// # Errors
+    /// The peer has shared for reading only what its table lets us write to: no engine does, and writing would be a SIGSEGV.
     ///
     /// # Safety
     /// As for `copy`.
@@ -322,23 +330,27 @@ impl LocalPath {
         local: &[IoSegment],
         remote: &[IoSegment],
         streaming: bool,
-    ) -> bool {
+    ) -> Result<bool, Error> {
         let mapped = self.mapped.load();
         if !maps_all(plan, &mapped) {
-            return false;
+            return Ok(false);
         }
         let mut here = CallList::new();
         for segment in remote {
             // One range, mostly: the first fits.
             let found = plan.remote_ranges.iter().find_map(|range| {
-                mapped.get(&range.key).and_then(|memory| memory.translate(segment))
+                let memory = mapped.get(&range.key)?;
+                Some((memory.translate(segment)?, memory.writable))
             });
-            let Some(found) = found else { return false };
+            let Some((found, writable)) = found else { return Ok(false) };
+            if plan.operation == Operation::Write && !writable {
+                return Err(self.refused(ServeStatus::Denied));
+            }
             here.push(found);
         }
-        // SAFETY: the mappings are held by `mapped`; their owner lets us write where the table says so.
+        // SAFETY: the mappings are held by `mapped`, and those that are copied to are mapped for writing.
         unsafe { copy_within(plan.operation, local, &here, streaming) };
-        true
+        Ok(true)
     }
 
     /// # Safety

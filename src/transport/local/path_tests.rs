@@ -153,7 +153,7 @@ fn mapped_memory_is_translated_within_its_bounds_only() {
     let fd = shm::create(c"test", 4096, false).unwrap();
     let map = Mapping::new(fd.as_fd(), 4096, true).unwrap();
     let start = map.addr();
-    let memory = PeerMemory::new(map, 1 << 40, 4000).unwrap();
+    let memory = PeerMemory::new(map, 1 << 40, 4000, true).unwrap();
     let at = |addr, len| memory.translate(&IoSegment::new(addr, len)).map(|s| (s.addr(), s.len()));
     assert_eq!(at(1 << 40, 4000), Some((start, 4000)));
     assert_eq!(at((1 << 40) + 100, 5), Some((start + 100, 5)));
