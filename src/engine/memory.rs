@@ -122,10 +122,12 @@ impl Engine {
         Ok(Region { inner: region })
     }
 
-    /// Allocates memory that peers on this host can map, and registers it: transfers with it are plain
-    /// copies, without a system call, in both directions (`transport local`). `len` zero bytes, in huge
-    /// pages where some are reserved, on the NUMA node of the first lane. Takes all the memory now: some
-    /// 0.3 ms a MiB.
+    /// Allocates memory that peers on this host can map, and registers it: a peer that reads or writes it copies
+    /// plainly, without a system call (transport `local`). For transfers that this side begins, that holds where the *peer's*
+    /// memory is of its engine. `len` zero bytes, in huge pages where some are reserved, on the NUMA node of the first lane.
+    /// Takes all the memory now: some 0.3 ms a MiB.
+    ///
+    /// A forked child does not have it: at these addresses nothing is mapped there, and touching it is a SIGSEGV.
     ///
     /// To be given back by [`free`](Self::free), or when the [`Buffer`] is dropped; until then it keeps the engine
     /// alive, as any handle does.

@@ -650,8 +650,9 @@ corelane_status corelane_reg(corelane_engine_t engine,
 corelane_status corelane_mr_destroy(corelane_region_t region);
 
 /**
- * Allocates `len` zero bytes that peers on this host map: transfers with them are plain copies,
- * without a system call, in both directions. Registers them as `corelane_reg` would, for `access`
+ * Allocates `len` zero bytes that peers on this host map: a peer that reads or writes them copies
+ * plainly, without a system call. For transfers that this side begins, that holds where the peer's
+ * memory is of its engine. Registers them as `corelane_reg` would, for `access`
  * (`CORELANE_ACCESS_...` added up). Over other transports they are memory like any other.
  *
  * The address of the first byte, at the start of a page, is stored in `*addr` and the handle of the
@@ -660,7 +661,8 @@ corelane_status corelane_mr_destroy(corelane_region_t region);
  * live long, not for each request.
  *
  * To be given back by `corelane_free`. What was not goes with its engine: not to be touched after
- * `corelane_engine_destroy`. A forked child has none of it at these addresses.
+ * `corelane_engine_destroy`. A forked child has none of it: at these addresses nothing is mapped
+ * there, and touching it is a SIGSEGV.
  *
  * Any thread. Errors: `CORELANE_ERR_INVALID_ARGUMENT` (no bytes), `CORELANE_ERR_IO` (there is not so
  * much memory), `CORELANE_ERR_LIMIT`, `CORELANE_ERR_SHUTDOWN`.

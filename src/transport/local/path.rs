@@ -76,8 +76,8 @@ pub(crate) fn reach(
         Err(error) => {
             let hint = match error.raw_os_error() {
                 Some(libc::EPERM) => {
-                    " (another user, another user namespace, or kernel.yama.ptrace_scope: set it to 0, \
-                     or give the option ptracer=any on both sides)"
+                    " (another user, another user namespace, a container's seccomp filter, or \
+                     kernel.yama.ptrace_scope: set it to 0, or give the option ptracer=any on both sides)"
                 }
                 Some(libc::ENOSYS) => {
                     " (this kernel, or a seccomp filter, has no process_vm_readv)"
