@@ -138,7 +138,7 @@ pub(crate) fn send_segments(fd: BorrowedFd<'_>, segments: &[IoSegment]) -> io::R
 }
 
 /// Descriptors that came, or go, with the first byte of a message.
-pub(crate) type Fds = smallvec::SmallVec<[OwnedFd; 3]>;
+pub(crate) type Fds = smallvec::SmallVec<[OwnedFd; 2]>;
 
 /// Room for the control message of as many descriptors as one message may carry.
 #[repr(align(8))]
@@ -177,7 +177,7 @@ pub(crate) fn recv_with_fds(
     Ok(n)
 }
 
-/// One non-blocking `sendmsg` on a Unix socket, with up to three descriptors.
+/// One non-blocking `sendmsg` on a Unix socket, with up to two descriptors.
 pub(crate) fn send_with_fds(
     fd: BorrowedFd<'_>,
     bytes: &[u8],
@@ -186,7 +186,7 @@ pub(crate) fn send_with_fds(
     let from = [IoSegment::of(bytes)];
     let mut message = message(&from);
     let mut control = ControlBuffer([0; 64]);
-    let raw: smallvec::SmallVec<[libc::c_int; 3]> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let raw: smallvec::SmallVec<[libc::c_int; 2]> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let len = size_of_val(&raw[..]);
     // SAFETY: computes a length.
     let space = unsafe { libc::CMSG_SPACE(len as libc::c_uint) } as usize;
@@ -210,19 +210,6 @@ pub(crate) fn send_with_fds(
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: `message` points to `from` and `control`, which outlive the call.
     result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
-}
-
-/// Adds one to an eventfd. A full counter is as good.
-pub(crate) fn ring(eventfd: BorrowedFd<'_>) {
-    let one = 1u64;
-    // SAFETY: eight readable bytes.
-    unsafe { libc::write(eventfd.as_raw_fd(), (&raw const one).cast(), size_of::<u64>()) };
-}
-
-/// Whether a descriptor is an eventfd: nothing else may be written to on somebody else's word.
-pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
-    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-        .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
 }
 
 /// What [`host_id`] is where the host is not known.

@@ -52,9 +52,9 @@ pub trait Driver: Send + 'static {
         true
     }
 
-    /// The lane is about to sleep until a descriptor, a timer or its doorbell wakes it. Tell whoever has to ring that
-    /// doorbell ([`Lane::doorbell`](crate::Lane::doorbell)) from outside, and look once more for what they did before they
-    /// could know: false if there is something, then the lane does not sleep. Default: true.
+    /// The lane is about to sleep until a descriptor, a timer or a message wakes it. Tell whoever hands it work in another way
+    /// (another process, in shared memory) to make a descriptor readable from now on, and look once more for what they did before
+    /// they could know: false if there is something, then the lane does not sleep. Default: true.
     ///
     /// The next [`on_turn`](Driver::on_turn) on the lane's own thread ([`Cx::on_lane_thread`]) is after the sleep.
     fn before_sleep(&mut self, cx: &mut Cx<'_>) -> bool {

@@ -3,7 +3,6 @@
 use std::{
     cell::Cell,
     fmt,
-    os::fd::BorrowedFd,
     sync::{Arc, atomic::Ordering, mpsc},
     time::{Duration, Instant},
 };
@@ -304,13 +303,6 @@ impl<D: Driver> Lane<D> {
             Some(message) => Err(LaneError::Panicked { name: shared.name.clone(), message }),
             None => Ok(()),
         }
-    }
-
-    /// The eventfd whose counter wakes the lane when it sleeps: for another process that has handed work to the driver by
-    /// way of shared memory, and has seen there that the lane sleeps ([`Driver::before_sleep`]). Ringing a lane that is
-    /// awake costs it a system call.
-    pub fn doorbell(&self) -> BorrowedFd<'_> {
-        self.shared.wakeup.doorbell.as_fd()
     }
 
     /// The core that the lane is pinned to.

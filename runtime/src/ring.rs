@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -20,7 +20,8 @@ const COMPLETION_SLOTS: u32 = 4096;
 const IGNORED: u64 = u64::MAX;
 const DOORBELL: u64 = u64::MAX - 1;
 
-/// An eventfd that ends a lane's sleep. Any thread may ring it; it costs a system call.
+/// An eventfd that ends a lane's sleep. Any thread of this process may ring it; it costs a system call. No other process may have
+/// it: whoever has can take its flag away that nobody blocks on it, for all, and then fill or empty it.
 #[derive(Debug)]
 pub(crate) struct Doorbell {
     fd: OwnedFd,
@@ -35,10 +36,6 @@ impl Doorbell {
         }
         // SAFETY: a fresh descriptor that nobody else owns.
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
-    }
-
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 
     pub(crate) fn ring(&self) {

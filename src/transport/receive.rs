@@ -17,7 +17,7 @@ use crate::wire::frame::{FLAG_COUNTED, FrameKind, HEADER_BYTES, Header};
 
 const MISPLACED: &str = "protocol error: shared memory where there can be none";
 /// Descriptors that one frame carries at most. A peer may send some with every byte of a header.
-const MAX_FDS: usize = 3;
+const MAX_FDS: usize = 2;
 
 enum Rx {
     Header,

@@ -53,13 +53,13 @@ pub(crate) enum FrameKind {
     Ack = 6,
     /// Are you there? Answered by PONG with the same `id`.
     Ping = 7,
-    /// I am.
+    /// I am. Without a PING before it, between engines of one host: wake up and look into the ring.
     Pong = 8,
     /// The session ends here; nothing follows.
     Goodbye = 9,
     /// The transfer `aux` has ended without its notification: forget its count.
     Abandon = 10,
-    /// On a Unix socket: what the sender shares with the receiver, with three descriptors.
+    /// On a Unix socket: what the sender shares with the receiver, with two descriptors.
     Attach = 11,
     /// On a Unix socket: how ATTACH was taken.
     Attached = 12,

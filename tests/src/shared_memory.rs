@@ -9,7 +9,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Layout of all shared memory.
-pub const LAYOUT: u16 = 2;
+pub const LAYOUT: u16 = 3;
 /// A channel's length in bytes.
 pub const CHANNEL: usize = 4096 + 512 * 128;
 /// The words of a channel, and those between two slots of its ring.

@@ -14,7 +14,6 @@ use corelane_tests::shared_memory::{
 use corelane_tests::{
     BOUND, DescriptorField, Near, Target, end_of, forge_descriptor, kind, local_config, target,
 };
-use nix::sys::eventfd::EventFd;
 use sha2::{Digest, Sha256};
 
 const LEN: usize = 1 << 20;
@@ -114,14 +113,13 @@ impl Victim {
             assert_eq!(attach.kind, frame::ATTACH);
             let table = table(magic_of(fds[0].as_fd()), &bytes, base, &claims);
             let own = memfd(&magic_of(fds[1].as_fd()).to_le_bytes(), CHANNEL as u64, sealed());
-            let doorbell = EventFd::new().unwrap();
             let attach = Header {
                 status: LAYOUT,
                 id: at,
                 key: u128::from_le_bytes([0xa7; 16]),
                 ..Header::new(frame::ATTACH)
             };
-            link.send_with(&attach, &[table.as_fd(), own.as_fd(), doorbell.as_fd()]);
+            link.send_with(&attach, &[table.as_fd(), own.as_fd()]);
             let share = Header {
                 status: claims.shared_rights,
                 id: claims.shared_len,

@@ -1,8 +1,8 @@
 //! Peers on this host: shared memory is exchanged over the session's Unix socket, the notification rings
 //! are polled, and transfers are copied.
 //!
-//! Each side sends ATTACH with its region table, its channel and its doorbell, and answers the other's
-//! with ATTACHED: from then on the other has mapped the channel, so that copies announced in it are seen.
+//! Each side sends ATTACH with its region table and its channel, and answers the other's with ATTACHED: from
+//! then on the other has mapped the channel, so that copies announced in it are seen.
 
 mod copies;
 mod life;
@@ -40,13 +40,12 @@ const MAX_MAPPED_OF_PEER: usize = 4096;
 /// A frame about shared memory on its way, with its descriptors.
 struct Outgoing {
     header: Header,
-    fds: SmallVec<[SharedFd; 3]>,
+    fds: SmallVec<[SharedFd; 2]>,
 }
 
 /// What the peer has shared with us.
 struct Theirs {
     ring: Consumer,
-    doorbell: OwnedFd,
     accessor: Arc<Accessor>,
     path: Arc<LocalPath>,
     /// Where it is seen that its process dies, the watch of that, and how often the watch has ended for nothing.
@@ -119,12 +118,10 @@ impl LaneDriver {
         let table = self.engine.table.as_ref().ok_or("it is not allowed on this side")?;
         let (ring, channel) = local::create_channel().map_err(|e| told("a memfd", e))?;
         let nonce = sys::random::<16>().map_err(|e| told("random bytes", e))?;
-        let lane = self.engine.lane(self.index).map_err(|e| e.to_string())?;
-        let doorbell = lane.doorbell().try_clone_to_owned().map_err(|e| told("the doorbell", e))?;
         let mut attach = frame(FrameKind::Attach, LAYOUT);
         attach.header.id = ring.set_nonce(nonce);
         attach.header.key = u128::from_le_bytes(nonce);
-        attach.fds.extend([table.fd(), channel, Arc::new(doorbell)]);
+        attach.fds.extend([table.fd(), channel]);
         Ok(Attachment {
             link,
             ring,
@@ -155,7 +152,7 @@ impl LaneDriver {
         {
             let bytes = next.header.encode();
             let sent = {
-                let fds: SmallVec<[_; 3]> = next.fds.iter().map(|fd| fd.as_fd()).collect();
+                let fds: SmallVec<[_; 2]> = next.fds.iter().map(|fd| fd.as_fd()).collect();
                 sys::send_with_fds(link.fd.as_fd(), &bytes, &fds)
             };
             match sent {
@@ -253,14 +250,11 @@ impl LaneDriver {
         if header.status != LAYOUT {
             return Err(format!("its shared memory has layout {} and not {LAYOUT}", header.status));
         }
-        let Ok([table, channel, doorbell]) = <[OwnedFd; 3]>::try_from(fds.into_vec()) else {
+        let Ok([table, channel]) = <[OwnedFd; 2]>::try_from(fds.into_vec()) else {
             return Err("descriptors are missing (too many are open?)".into());
         };
         let table = TableView::open(&table)?;
         let ring = local::open_channel(&channel)?;
-        if !sys::is_eventfd(doorbell.as_fd()) {
-            return Err("its doorbell is none".into());
-        }
         let local::PeerCredentials { pid, same_user } =
             local::PeerCredentials::of(link.fd.as_fd()).map_err(|e| e.to_string())?;
         // A child that this process has forked knows of the incarnation, too, and has other memory.
@@ -282,7 +276,7 @@ impl LaneDriver {
             strict_writes: self.engine.config.strict_writes,
         }));
         let (watch, idle_wakes) = (None, 0);
-        Ok(Theirs { ring, doorbell, accessor, path, life, watch, idle_wakes, same_user })
+        Ok(Theirs { ring, accessor, path, life, watch, idle_wakes, same_user })
     }
 
     /// Answers ATTACH; true: it was taken.

@@ -1,6 +1,5 @@
 //! The notification rings of peers on this host.
 
-use std::os::fd::AsFd;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
@@ -8,8 +7,8 @@ use corelane_runtime::Cx;
 
 use crate::engine::lane::{LOCAL_TIMER, LaneDriver, env as lane_env};
 use crate::session::RingState;
-use crate::sys;
 use crate::transport::local::{MAX_RING_PAYLOAD, Message as RingMessage, Pushed};
+use crate::wire::frame::FrameKind;
 
 /// Messages of one ring in one turn.
 const RING_BATCH: usize = 64;
@@ -118,8 +117,11 @@ impl LaneDriver {
             }
             moved = true;
         };
-        if asleep && let Some(theirs) = &attachment.theirs {
-            sys::ring(theirs.doorbell.as_fd());
+        // A byte on the session's socket wakes the peer's lane, and its side of that is its own: an eventfd or a pipe that both have
+        // could be made to block whoever rings, or whoever is rung. What waits to be sent already does as well, and so does what the
+        // socket has no room for: then there is something to read at the other end.
+        if asleep && attachment.outgoing.is_empty() {
+            attachment.outgoing.push_back(super::frame(FrameKind::Pong, 0));
         }
         if peer.core.waits_for_ring() {
             let (since, timer) = attachment.waiting.get_or_insert((now, false));

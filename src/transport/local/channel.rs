@@ -121,7 +121,7 @@ pub(crate) struct Producer {
 pub(crate) enum Pushed {
     /// It is there, and the consumer's lane will see it by itself.
     Seen,
-    /// It is there, and the consumer's lane sleeps: ring its doorbell.
+    /// It is there, and the consumer's lane sleeps: wake it.
     Asleep,
     /// There is no room.
     Full,

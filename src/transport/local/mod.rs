@@ -44,4 +44,4 @@ pub(crate) use table::{RemoteRange, Table, TableView};
 pub(crate) use {accessors::InProgress, channel::Uses};
 
 /// Layout of the shared memory; both sides must agree.
-pub(crate) const LAYOUT: u16 = 2;
+pub(crate) const LAYOUT: u16 = 3;
