@@ -246,6 +246,6 @@ impl EngineShared {
             }
             std::thread::yield_now();
         }
-        self.accessors.wait_until_quiet(deadline)
+        self.accessors.wait_until_quiet(Some(region.descriptor.key.place()), deadline)
     }
 }

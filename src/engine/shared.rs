@@ -285,5 +285,5 @@ fn wait_for_copies(shared: &EngineShared) -> bool {
     let regions: Vec<Arc<RegionInner>> = shared.registry().all().cloned().collect();
     // One that is never quiet does not keep the others from being.
     let quiet = close_all(&regions, deadline);
-    shared.accessors.wait_until_quiet(deadline) && quiet
+    shared.accessors.wait_until_quiet(None, deadline) && quiet
 }

@@ -64,9 +64,11 @@ pub fn ring(bytes: &[u8]) {
             6 => assert!(producer.is_empty().is_ok() || forged),
             7 => {
                 let uses = producer.uses();
-                let place = uses.begin();
+                let region = choices.u32();
+                let place = uses.begin(region);
                 assert!(place.is_some() || forged);
-                copies.extend(consumer.uses().in_progress());
+                copies
+                    .extend(consumer.uses().in_progress((choices.u8() & 1 == 0).then_some(region)));
                 drop(place);
                 consumer.uses().still(&mut copies);
                 assert!(copies.is_empty() || forged);

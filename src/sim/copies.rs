@@ -114,7 +114,7 @@ impl Neighbours {
         if let Some(table) = &self.table {
             table.close(region);
         }
-        self.accessors.in_progress()
+        self.accessors.in_progress(Some(region.key.place()))
     }
 
     pub(super) fn shut(&self) {

@@ -5,11 +5,12 @@
 //! nothing touches its memory any more.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU32, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use arc_swap::ArcSwapOption;
 
@@ -18,6 +19,21 @@ use crate::transport::local::LocalPath;
 
 /// No chunk has this number, nor one that claims beyond it could reach.
 const CLOSED: u32 = 1 << 30;
+
+/// How long a transfer waits while all places for copies to its peer are taken: each is free again within 100 us, or, where many threads
+/// share few cores, some time slices.
+const PLACE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What came of an attempt to copy a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chunk {
+    /// None is left.
+    None,
+    /// All places for copies to the peer are taken: later.
+    Busy,
+    /// It has been copied, or has failed; `last`: tell the lane, nothing may be left.
+    Copied { last: bool },
+}
 
 /// The counters of a posting.
 #[derive(Debug)]
@@ -76,18 +92,52 @@ pub(crate) struct CopyJob {
     claims: Claims,
     path: ArcSwapOption<LocalPath>,
     error: Mutex<Option<Error>>,
+    /// Since when no place is free to copy in, and whether there is anything in it.
+    busy_since: Mutex<Option<Instant>>,
+    was_busy: AtomicBool,
 }
 
 impl CopyJob {
     pub(crate) fn new() -> Self {
-        Self { claims: Claims::new(), path: ArcSwapOption::empty(), error: Mutex::new(None) }
+        Self {
+            claims: Claims::new(),
+            path: ArcSwapOption::empty(),
+            error: Mutex::new(None),
+            busy_since: Mutex::new(None),
+            was_busy: AtomicBool::new(false),
+        }
     }
 
     /// The lane begins it.
     pub(crate) fn open(&self, path: Arc<LocalPath>, chunks: usize) {
         *self.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.path.store(Some(path));
+        self.has_place();
         self.claims.open(chunks as u32);
+    }
+
+    /// The way to copy what may be claimed now; `None`: there is nothing. One load then.
+    #[inline]
+    pub(crate) fn path_to_claim(&self, chunks: usize) -> Option<Arc<LocalPath>> {
+        let is_left = self.claims.next.load(Ordering::Relaxed) < chunks as u32;
+        if is_left { self.path.load_full() } else { None }
+    }
+
+    /// A place was free to copy in.
+    #[inline]
+    pub(crate) fn has_place(&self) {
+        if self.was_busy.load(Ordering::Relaxed) {
+            *self.busy_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            self.was_busy.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// No place was free; true: for too long.
+    pub(crate) fn is_out_of_patience(&self) -> bool {
+        let now = Instant::now();
+        let mut since = self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
+        self.was_busy.store(true, Ordering::Relaxed);
+        now.duration_since(*since.get_or_insert(now)) >= PLACE_PATIENCE
     }
 
     /// Takes a chunk, and the way to copy it. It has to be given to `finish`. One load when there is none.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use corelane_runtime::Assist;
 use smallvec::SmallVec;
 
+pub(crate) use self::copy_job::Chunk;
 use self::copy_job::CopyJob;
 pub(crate) use self::issued::{Issuer, Look, gpu_failed};
 
@@ -343,8 +344,8 @@ impl Transfer {
             return false;
         }
         match shared.copy_chunk() {
-            None => false,
-            Some(last) => {
+            Chunk::None | Chunk::Busy => false,
+            Chunk::Copied { last } => {
                 if last && let Ok(lane) = self.engine.lane(shared.plan.peer.lane) {
                     // A lane that is gone has ended the transfer itself.
                     let _ = lane.submit(Message::Copied(shared.clone()));

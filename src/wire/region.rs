@@ -62,6 +62,11 @@ impl RegionKey {
         Self(random << 32 | u128::from(slot))
     }
 
+    /// Its slot, as shared memory names it.
+    pub(crate) fn place(self) -> u32 {
+        self.0 as u32
+    }
+
     pub(crate) fn slot(self) -> usize {
         self.0 as u32 as usize
     }

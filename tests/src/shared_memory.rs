@@ -15,6 +15,7 @@ pub const CHANNEL: usize = 4096 + 512 * 128;
 /// The words of a channel, and those between two slots of its ring.
 #[allow(missing_docs, reason = "named as in docs/protocol.md")]
 pub mod word {
+    pub const CLOSED: usize = 4;
     pub const ASLEEP: usize = 8;
     pub const HEAD: usize = 16;
     pub const USES: usize = 32;

@@ -13,7 +13,7 @@ use corelane_tests::hostile::{
     Frame, Header, Hello, HostilePeer, Identity, Verdict, frame, knock_locally, send_with,
     shake_with,
 };
-use corelane_tests::shared_memory::word::{ASLEEP, HEAD, RING, SLOT, USES};
+use corelane_tests::shared_memory::word::{ASLEEP, CLOSED, HEAD, RING, SLOT, USES};
 use corelane_tests::shared_memory::{CHANNEL, LAYOUT, Map, magic_of, memfd, sealed};
 use corelane_tests::{
     Near, Random, Target, end_of, eventually, local_config, mappings_of, open_files,
@@ -385,9 +385,10 @@ fn lies_about_what_was_taken_end_the_link() {
 #[test]
 fn a_peer_that_is_woken_and_never_wakes_holds_up_nobody() {
     let mut victim = Victim::new("");
-    let attached = victim.attach();
+    let mut attached = victim.attach();
     let files = attached.fds.iter().map(|fd| {
-        std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(fd))).unwrap()
+        std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(fd)))
+            .unwrap()
     });
     for file in files {
         // Both may be written to without a system call, and not waited for.
@@ -398,6 +399,9 @@ fn a_peer_that_is_woken_and_never_wakes_holds_up_nobody() {
     // More than a socket takes.
     for number in 0..700 {
         attached.ours.put(number, 1, 8, number, 0);
+        if attached.ours.get(ASLEEP) != 0 {
+            attached.link.send(&Header::new(frame::PONG), &[]);
+        }
         eventually("it acknowledges", || {
             let slot = RING + (taken % 512) as usize * SLOT;
             attached.their_map.get(slot) == taken + 1
@@ -406,6 +410,37 @@ fn a_peer_that_is_woken_and_never_wakes_holds_up_nobody() {
         attached.their_map.set(HEAD, taken);
     }
     victim.assert_serves();
+    drop(attached);
+    victim.assert_whole();
+}
+
+/// Announcements of copies lie in memory that the initiator writes: whoever says that he copies keeps the region that he names from being
+/// given back, or all of them, but only as long as he lives; and where he has left, he is told to begin nothing more.
+#[test]
+fn copies_that_never_end_hold_up_the_regions_that_they_name() {
+    let mut victim = Victim::new("deregister_ms=50");
+    let slot = |region: &corelane::RegionDescriptor| {
+        u32::from_le_bytes(region.to_bytes()[28..32].try_into().unwrap())
+    };
+    let mut attached = victim.attach();
+    let process = &mut victim.far.process;
+    let regions = ["a", "b", "c"].map(|id| process.region(id, 4096, "read-write"));
+    let busy = |of: u32| u64::from(of) << 1 | 1;
+    attached.ours.set(USES, busy(slot(&regions[0])));
+    process.ask("deregister b");
+    assert!(process.try_ask("deregister a").unwrap_err().contains("Busy"));
+    attached.ours.set(USES, busy(u32::MAX));
+    assert!(process.try_ask("deregister c").unwrap_err().contains("Busy"));
+    assert_eq!(attached.ours.get(CLOSED), 0);
+    attached.link.ping(1).unwrap();
+    attached.link.stream.end();
+    let closed = || attached.ours.get(CLOSED) == 1;
+    eventually("it is told that the session is over", closed);
+    assert!(process.try_ask("deregister c").unwrap_err().contains("Busy"), "it still copies");
+    attached.ours.set(USES, 1 << 33);
+    for id in ["a", "c"] {
+        process.ask(&format!("deregister {id}"));
+    }
     drop(attached);
     victim.assert_whole();
 }

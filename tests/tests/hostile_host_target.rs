@@ -149,9 +149,9 @@ impl Victim {
             (DescriptorField::Len, claims.len),
         ];
         let own = self.near.region.descriptor().clone();
-        fields.into_iter().fold(own, |region, (field, value)| {
-            forge_descriptor(&region, field, |_| value)
-        })
+        fields
+            .into_iter()
+            .fold(own, |region, (field, value)| forge_descriptor(&region, field, |_| value))
     }
 
     fn copy(&self, liar: &Liar, operation: Operation, there: u64, len: usize) -> Result<(), Error> {
@@ -298,4 +298,27 @@ fn a_target_that_takes_all_places_for_copies_holds_up_only_its_own_transfers() {
     victim.copy(&liar, Operation::Read, 0, SHARED).unwrap();
     victim.leave(liar);
     victim.assert_works();
+}
+
+/// Whoever has left a session says so in memory that both have, long before its end of the socket may tell.
+#[test]
+fn nothing_is_copied_from_or_to_who_has_left() {
+    for inline in [true, false] {
+        let mut victim = Victim::new(inline);
+        let liar = victim.connect(&HONEST);
+        victim.copy(&liar, Operation::Read, 0, SHARED).unwrap();
+        liar.channel.set(word::CLOSED, 1);
+        victim.near.memory.fill(7, 0, SHARED, 0);
+        for (operation, len) in
+            [(Operation::Read, 64), (Operation::Write, 64), (Operation::Write, SHARED)]
+        {
+            let error = victim.copy(&liar, operation, 0, len).unwrap_err();
+            assert_eq!(kind(&error), "RemoteDisconnect", "{error}");
+        }
+        assert!((0..SHARED / 8).all(|word| liar.memory.get(word) == 0x5a5a_5a5a_5a5a_5a5a));
+        victim.near.memory.assert_pattern(7, 0, SHARED, 0);
+        victim.assert_works();
+        victim.leave(liar);
+        victim.assert_works();
+    }
 }

@@ -350,12 +350,14 @@ fn a_stopped_initiator_makes_deregistration_busy_until_it_runs_again() {
     // Most of its time it copies: when it is stopped, it mostly is amid a copy.
     for _ in 0..100 {
         let region = near.memory.register(&near.engine, Access::READ_WRITE);
+        let other = near.memory.register(&near.engine, Access::READ_WRITE);
         let descriptor = to_hex(&region.descriptor().to_bytes());
         let before = copier.number("completed");
         copier.ask(&format!("hammer-writes near r {descriptor}"));
         eventually("it copies", || copier.number("completed") > before);
         copier.freeze();
         let first = near.engine.deregister(&region);
+        near.engine.deregister(&other).expect("nobody copies from or to it");
         match &first {
             Ok(()) => free += 1,
             Err(Error::Busy { .. }) => {

@@ -1,4 +1,4 @@
-//! Notifications between engines of one host: through the ring, around it when it is full or they are long, and past the
+//! Notifications between engines of one host: through the ring, in order when it is full, around it when they are long, and past the
 //! end of a session.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.

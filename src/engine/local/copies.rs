@@ -10,8 +10,8 @@ use crate::engine::lane::{LANE_TURN, LaneDriver, Message};
 use crate::error::Error;
 use crate::plan::Class;
 use crate::session::LinkId;
-use crate::transfer::TransferShared;
-use crate::transport::local::{self};
+use crate::transfer::{Chunk, TransferShared};
+use crate::transport::local::CopyError;
 
 /// Transfers of so many bytes are shared among the lanes.
 const SHARED_BYTES: u64 = 2 << 20;
@@ -50,19 +50,31 @@ impl LaneDriver {
             return false;
         }
         let began = Instant::now();
+        // Of those that were looked at last, how many have no place to copy in.
+        let (mut worked, mut waiting) = (false, 0);
         let share = if self.engine.is_lane_thread() { LANE_TURN } else { Duration::ZERO };
         while let Some(transfer) = self.copies.pop_front() {
             match transfer.copy_chunk() {
                 // Others have the rest.
-                None => continue,
-                Some(false) => self.copies.push_back(transfer),
-                Some(true) => self.copied(&transfer, cx),
+                Chunk::None => continue,
+                Chunk::Busy => {
+                    waiting += 1;
+                    self.copies.push_back(transfer);
+                }
+                Chunk::Copied { last } => {
+                    (worked, waiting) = (true, 0);
+                    if last {
+                        self.copied(&transfer, cx);
+                    } else {
+                        self.copies.push_back(transfer);
+                    }
+                }
             }
-            if began.elapsed() >= share {
+            if waiting >= self.copies.len() || began.elapsed() >= share {
                 break;
             }
         }
-        true
+        worked
     }
 
     /// Nothing may be left to copy of a transfer.
@@ -120,24 +132,45 @@ impl LaneDriver {
 }
 
 impl TransferShared {
-    /// Copies one chunk, if one is left to claim: true when it may have been the last. Any thread.
-    pub(crate) fn copy_chunk(&self) -> Option<bool> {
-        let plan = &self.plan;
-        let (chunk, path) = self.copy.claim(plan.chunks.len())?;
+    /// Copies one chunk, if one is left to claim. Any thread. The place for it comes first: no chunk is claimed that would have to wait
+    /// for one, and hold its transfer's end off, for as long as the peer likes.
+    pub(crate) fn copy_chunk(&self) -> Chunk {
+        let (plan, job) = (&*self.plan, &self.copy);
+        let chunks = plan.chunks.len();
+        let Some(path) = job.path_to_claim(chunks) else { return Chunk::None };
+        let Some(place) = path.begin(plan) else {
+            if !job.is_out_of_patience() {
+                return Chunk::Busy;
+            }
+            return match job.claim(chunks) {
+                Some(_) => Chunk::Copied { last: job.finish(Err(CopyError::Busy.into()), chunks) },
+                None => Chunk::None,
+            };
+        };
+        job.has_place();
+        let Some((chunk, current)) = job.claim(chunks) else { return Chunk::None };
         // SAFETY: a claimed chunk holds the transfer's end off, and with it the uses of its regions that
         // its lane counts.
-        let outcome = unsafe { path.copy_patiently(plan, chunk) };
-        Some(self.copy.finish(outcome, plan.chunks.len()))
+        let outcome = unsafe {
+            if Arc::ptr_eq(&path, &current) {
+                path.copy_in(place, plan, chunk)
+            } else {
+                // Posted anew meanwhile, after another session has begun.
+                drop(place);
+                current.copy(plan, chunk).map_err(Error::from)
+            }
+        };
+        Chunk::Copied { last: job.finish(outcome, chunks) }
     }
 }
 
-impl From<local::CopyError> for Error {
-    fn from(error: local::CopyError) -> Self {
+impl From<CopyError> for Error {
+    fn from(error: CopyError) -> Self {
         match error {
-            local::CopyError::Failed(error) => error,
-            local::CopyError::Busy => Error::Busy {
+            CopyError::Failed(error) => error,
+            CopyError::Busy => Error::Busy {
                 what: "every place for a copy to the peer",
-                hint: "; too many threads copy at the same time",
+                hint: "; too many threads copy at the same time, or the peer keeps them taken",
             },
         }
     }

@@ -415,7 +415,7 @@ impl LaneDriver {
         }
         if let Some(theirs) = attachment.as_ref().and_then(|attachment| attachment.theirs.as_ref())
         {
-            theirs.accessor.process.set_disconnected();
+            theirs.accessor.leave();
             crate::gpu::forget_mappings(peer.core.peer.incarnation);
             peer.last_process = Some(theirs.accessor.clone());
         }

@@ -66,7 +66,7 @@ impl LaneDriver {
                     peer.core.peer.set_path(None);
                     if let Some(theirs) = peer.local.take().as_ref().and_then(|a| a.theirs.as_ref())
                     {
-                        theirs.accessor.process.set_disconnected();
+                        theirs.accessor.leave();
                     }
                 }
                 self.close_link(link, &reason, cx);

@@ -23,6 +23,12 @@ impl Accessor {
         Self { pid, uses, process }
     }
 
+    /// The session has ended: its process begins no copy any more.
+    pub(crate) fn leave(&self) {
+        self.uses.close();
+        self.process.set_disconnected();
+    }
+
     /// Whether the process is known to be gone for good, and its engine with it. Threads of it may still be in a copy.
     pub(crate) fn has_ended(&self) -> bool {
         self.process.has_ended()
@@ -42,9 +48,10 @@ impl Accessors {
     /// process ends, with a mapping and descriptors, which must not become more and more.
     pub(crate) fn add(&self, accessor: Arc<Accessor>) -> bool {
         let mut all = self.lock();
-        // Those that are gone for good make room.
+        // Those that are gone for good make room: of a session that was left, when none of its copies is in progress. Its channel was
+        // closed before that is looked at, so that no thread of its process, which may live, begins one later.
         all.retain(|known| {
-            let over = || known.uses.in_progress().is_empty() || known.process.is_gone();
+            let over = || known.uses.in_progress(None).is_empty() || known.process.is_gone();
             !(known.process.is_disconnected() && over())
         });
         let left_behind =
@@ -56,16 +63,18 @@ impl Accessors {
         true
     }
 
-    /// The copies that are in progress now. What it was that they must not touch any more has been taken out of the table before.
-    pub(crate) fn in_progress(&self) -> InProgress {
+    /// The copies that are in progress now, of the region in one place of the table or of all. What it was that they must not touch
+    /// any more has been taken out of the table before.
+    pub(crate) fn in_progress(&self, region: Option<u32>) -> InProgress {
         let all = self.lock();
-        let copies = all.iter().map(|accessor| (accessor.clone(), accessor.uses.in_progress()));
+        let copies =
+            all.iter().map(|accessor| (accessor.clone(), accessor.uses.in_progress(region)));
         InProgress(copies.filter(|(_, copies)| !copies.is_empty()).collect())
     }
 
-    /// Waits until every copy that is in progress now has ended, or its process has; false: not in time.
-    pub(crate) fn wait_until_quiet(&self, deadline: Instant) -> bool {
-        let mut waiting = self.in_progress();
+    /// Waits until every copy that is in progress now, of one region or of all, has ended, or its process has; false: not in time.
+    pub(crate) fn wait_until_quiet(&self, region: Option<u32>, deadline: Instant) -> bool {
+        let mut waiting = self.in_progress(region);
         let began = Instant::now();
         loop {
             let now = Instant::now();
@@ -102,5 +111,54 @@ impl InProgress {
             !(copies.is_empty() || ask && gone())
         });
         self.0.is_empty() || mutated!(CopiesNotWaitedFor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::local::{create_channel, open_channel};
+
+    /// An accessor of this process, as the target has it, and the initiator's side.
+    fn accessor() -> (Arc<Accessor>, Uses) {
+        let (producer, fd) = create_channel().unwrap();
+        let consumer = open_channel(&*fd).unwrap();
+        let process = PeerProcess::new(None, None, None, true);
+        (Arc::new(Accessor::new(Some(Pid::own()), consumer.uses(), process)), producer.uses())
+    }
+
+    fn now() -> Instant {
+        Instant::now()
+    }
+
+    /// A thread of a session that was left may hold the way to our memory and begin a copy long after: it must not, where
+    /// nobody would wait for it.
+    #[test]
+    fn nobody_begins_a_copy_in_a_session_that_is_not_watched_any_more() {
+        let accessors = Accessors::default();
+        let (first, theirs) = accessor();
+        assert!(accessors.add(first.clone()));
+        assert!(!theirs.is_closed());
+        first.leave();
+        assert!(accessors.add(accessor().0));
+        let late = theirs.begin(3);
+        assert!(late.is_some());
+        let seen = !accessors.wait_until_quiet(Some(3), now());
+        assert!(seen || theirs.is_closed(), "it copies, and nobody waits for it");
+    }
+
+    #[test]
+    fn a_copy_that_began_before_its_session_was_left_is_waited_for() {
+        let accessors = Accessors::default();
+        let (first, theirs) = accessor();
+        assert!(accessors.add(first.clone()));
+        let copy = theirs.begin(3).unwrap();
+        first.leave();
+        assert!(accessors.add(accessor().0));
+        assert!(!accessors.wait_until_quiet(Some(3), now()));
+        assert!(!accessors.wait_until_quiet(None, now()));
+        assert!(accessors.wait_until_quiet(Some(4), now()), "it is of another region");
+        drop(copy);
+        assert!(accessors.wait_until_quiet(Some(3), now()));
     }
 }

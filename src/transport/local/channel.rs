@@ -1,10 +1,11 @@
 //! What one engine tells another on its host by shared memory: which copies it makes, and notifications.
 //!
 //! ```text
-//! byte     0  layout; at 16 the nonce that shows the consumer whose memory it reaches
+//! byte     0  layout; at 16 the nonce that shows the consumer whose memory it reaches; at 32, written by the consumer once: closed
 //!         64  written by the consumer, rarely, and read by the producer at every message: asleep
 //!        128  written by the consumer at every message, and read by the producer when the ring looks full: head
-//!        256  written by the producer's threads: uses[32], a line each; odd: a copy is in progress
+//!        256  written by the producer's threads: uses[32], a line each. Bit 0: a copy is in progress; bits 1 to 32: in which
+//!             place of the consumer's table its region is, or all ones: several; above: copies so far
 //!       4096  ring[512] of 128 bytes, written by the producer's lane
 //! ```
 //!
@@ -26,6 +27,8 @@ use super::shm::{self, Mapping, SharedFd};
 
 const MAGIC: u64 = 0x6e61_6863_7261_6300 | LAYOUT as u64;
 const NONCE: usize = 2;
+/// In a line that nothing changes as long as it may be copied: looking at it costs nothing.
+const CLOSED: usize = 4;
 /// In lines of their own, and of the pair that is fetched together: where they shared one, it went to and fro with every
 /// message.
 const ASLEEP: usize = 8;
@@ -33,6 +36,12 @@ const HEAD: usize = 16;
 const USES: usize = 32;
 const USE_COUNT: usize = 32;
 const LINE_WORDS: usize = 8;
+/// The word of a use: in progress, and of which region.
+const IN_PROGRESS: u64 = 1;
+const REGION_SHIFT: u32 = 1;
+const COPY: u64 = 1 << 33;
+/// In place of a region's place in the table: more than one.
+pub(crate) const SEVERAL: u32 = u32::MAX;
 const RING: usize = 4096;
 const SLOTS: u64 = 512;
 /// More messages than a ring holds at a time.
@@ -262,10 +271,11 @@ impl Uses {
         self.map.words().get(USES + index * LINE_WORDS)
     }
 
-    /// Announces a copy; what is looked at afterwards cannot be taken away before the guard is dropped.
+    /// Announces a copy from or to the region in this place of the consumer's table, or [`SEVERAL`]; what is looked at
+    /// afterwards cannot be taken away before the guard is dropped.
     /// One atomic operation, uncontended unless more threads than places copy. `None`: all are taken.
     #[inline]
-    pub(crate) fn begin(&self) -> Option<Use<'_>> {
+    pub(crate) fn begin(&self, region: u32) -> Option<Use<'_>> {
         let first = match PLACE.get() {
             usize::MAX => {
                 static NEXT: std::sync::atomic::AtomicUsize =
@@ -278,40 +288,58 @@ impl Uses {
             let index = (first + step) % USE_COUNT;
             let place = self.place(index)?;
             let seen = place.load(Ordering::Relaxed);
-            if seen & 1 == 0
-                && place
-                    .compare_exchange(seen, seen | 1, Ordering::SeqCst, Ordering::Relaxed)
-                    .is_ok()
+            let so_far = seen & !(COPY - 1);
+            let begun = so_far | u64::from(region) << REGION_SHIFT | IN_PROGRESS;
+            if seen & IN_PROGRESS == 0
+                && place.compare_exchange(seen, begun, Ordering::SeqCst, Ordering::Relaxed).is_ok()
             {
                 PLACE.set(index);
-                return Some(Use { place, number: seen });
+                return Some(Use { place, so_far });
             }
         }
         None
     }
 
     /// As `begin`, for a copy that outlives the call: one that a GPU makes.
-    pub(crate) fn begin_owned(&self) -> Option<OwnedUse> {
-        let in_use = self.begin()?;
+    pub(crate) fn begin_owned(&self, region: u32) -> Option<OwnedUse> {
+        let in_use = self.begin(region)?;
         #[cfg(feature = "sim")]
         if mutated!(CopyNotAnnounced) {
             drop(in_use);
-            return Some(OwnedUse { uses: self.clone(), index: NO_PLACE, number: 0 });
+            return Some(OwnedUse { uses: self.clone(), index: NO_PLACE, so_far: 0 });
         }
-        let (index, number) = (PLACE.get(), in_use.number);
+        let (index, so_far) = (PLACE.get(), in_use.so_far);
         std::mem::forget(in_use);
-        Some(OwnedUse { uses: self.clone(), index, number })
+        Some(OwnedUse { uses: self.clone(), index, so_far })
     }
 
-    /// The copies in progress now. Take the region's key away first.
-    pub(crate) fn in_progress(&self) -> Vec<(usize, u64)> {
+    /// The copies in progress now, of the region in one place of the table or of all. Take the region's key away first.
+    pub(crate) fn in_progress(&self, region: Option<u32>) -> Vec<(usize, u64)> {
         fence(Ordering::SeqCst);
+        let concerns = |seen: u64| {
+            let of = (seen >> REGION_SHIFT) as u32;
+            seen & IN_PROGRESS != 0 && region.is_none_or(|region| of == region || of == SEVERAL)
+        };
         (0..USE_COUNT)
             .filter_map(|index| {
                 let seen = self.place(index)?.load(Ordering::SeqCst);
-                (seen & 1 == 1).then_some((index, seen))
+                concerns(seen).then_some((index, seen))
             })
             .collect()
+    }
+
+    /// The consumer lets nothing begin any more: who announces a copy from now on finds that it must not. What is in progress now may
+    /// be. For good.
+    pub(crate) fn close(&self) {
+        self.map.words()[CLOSED].store(1, Ordering::SeqCst);
+        // With the announcement in `begin`: either this side sees that, or the other side sees this.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether the consumer has closed it. To be asked after `begin`.
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.map.words()[CLOSED].load(Ordering::SeqCst) != 0
     }
 
     /// Of these copies, those that have not ended.
@@ -327,12 +355,13 @@ impl Uses {
 #[must_use]
 pub(crate) struct Use<'a> {
     place: &'a AtomicU64,
-    number: u64,
+    /// What the word says of the copies before.
+    so_far: u64,
 }
 
 impl Drop for Use<'_> {
     fn drop(&mut self) {
-        self.place.store(self.number.wrapping_add(2), Ordering::Release);
+        self.place.store(self.so_far.wrapping_add(COPY), Ordering::Release);
     }
 }
 
@@ -346,7 +375,7 @@ const NO_PLACE: usize = LEN;
 pub(crate) struct OwnedUse {
     uses: Uses,
     index: usize,
-    number: u64,
+    so_far: u64,
 }
 
 #[cfg(feature = "sim")]
@@ -360,7 +389,7 @@ impl OwnedUse {
 impl Drop for OwnedUse {
     fn drop(&mut self) {
         if let Some(place) = self.uses.place(self.index) {
-            drop(Use { place, number: self.number });
+            drop(Use { place, so_far: self.so_far });
         }
     }
 }

@@ -93,21 +93,57 @@ fn a_payload_never_looks_like_a_message() {
 fn copies_are_seen_until_they_end_whoever_begins_others() {
     let (producer, consumer) = pair();
     let (mine, theirs) = (producer.uses(), consumer.uses());
-    let first = mine.begin().unwrap();
-    let mut seen = theirs.in_progress();
+    let first = mine.begin(3).unwrap();
+    let mut seen = theirs.in_progress(None);
     assert_eq!(seen.len(), 1);
-    let second = mine.begin().unwrap();
+    let second = mine.begin(3).unwrap();
     theirs.still(&mut seen);
     assert_eq!(seen.len(), 1);
     drop(first);
-    let third = mine.begin().unwrap();
+    let third = mine.begin(3).unwrap();
     theirs.still(&mut seen);
     assert!(seen.is_empty(), "what began later is not waited for");
     drop((second, third));
-    let all: Vec<Use<'_>> = (0..USE_COUNT).map(|_| mine.begin().unwrap()).collect();
-    assert!(mine.begin().is_none());
+    let all: Vec<Use<'_>> = (0..USE_COUNT).map(|_| mine.begin(3).unwrap()).collect();
+    assert!(mine.begin(3).is_none());
     drop(all);
-    assert!(theirs.in_progress().is_empty());
+    assert!(theirs.in_progress(None).is_empty());
+}
+
+#[test]
+fn copies_are_told_apart_by_their_regions() {
+    let (producer, consumer) = pair();
+    let (mine, theirs) = (producer.uses(), consumer.uses());
+    let count = |region| theirs.in_progress(region).len();
+    let regions = [0, 1, 7, (1 << 24) - 1, SEVERAL];
+    for round in 0..3 {
+        let copies: Vec<_> = regions.iter().map(|region| mine.begin(*region).unwrap()).collect();
+        assert_eq!(count(None), regions.len(), "round {round}");
+        for region in &regions[..4] {
+            assert_eq!(count(Some(*region)), 2, "its own, and the one of several: {region}");
+        }
+        assert_eq!(count(Some(2)), 1, "the one of several");
+        let mut seen = theirs.in_progress(Some(7));
+        drop(copies);
+        let again: Vec<_> = regions.iter().map(|region| mine.begin(*region).unwrap()).collect();
+        theirs.still(&mut seen);
+        assert!(seen.is_empty(), "others began");
+        drop(again);
+        assert_eq!(count(None), 0);
+    }
+}
+
+#[test]
+fn a_channel_that_its_consumer_has_closed_says_so_to_who_begins() {
+    let (producer, consumer) = pair();
+    let (mine, theirs) = (producer.uses(), consumer.uses());
+    let before = mine.begin(3).unwrap();
+    assert!(!mine.is_closed());
+    theirs.close();
+    assert_eq!(theirs.in_progress(None).len(), 1, "what had begun goes on");
+    drop(before);
+    let after = mine.begin(3);
+    assert!(after.is_some() && mine.is_closed());
 }
 
 #[test]

@@ -14,8 +14,8 @@
 //!   └───────────────┘
 //! ```
 //!
-//! The session's own socket (a Unix socket) carries the descriptors of that shared memory, and whatever
-//! does not fit into the ring. `engine::local` drives all this on a lane.
+//! The session's own socket (a Unix socket) carries the descriptors of that shared memory, and notifications that
+//! are too long for the ring. `engine::local` drives all this on a lane.
 
 mod accessors;
 mod channel;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use arc_swap::ArcSwap;
 use smallvec::SmallVec;
 
-use super::channel::{OwnedUse, Uses};
+use super::channel::{OwnedUse, SEVERAL, Use, Uses};
 use super::cma::{self, Pid, ProcessMemory};
 use super::copy::{STREAMING_BYTES, copy_lists};
 use super::life::Life;
@@ -25,9 +25,6 @@ use crate::wire::{Access, RegionKey};
 /// copy that it makes is dearer from about 12 KiB on; a WRITE by the other way needs a call more.
 const SMALL_READ: usize = 12 << 10;
 const SMALL_WRITE: usize = 20 << 10;
-
-/// How often a chunk is tried while all places for copies are taken: each is free again within 100 us.
-const COPY_TRIES: usize = 100_000;
 
 /// A list of ranges for one call, on the stack: 16 KiB, of which only what is used is touched.
 type CallList = SmallVec<[IoSegment; MAX_IO_SEGMENTS]>;
@@ -224,18 +221,38 @@ impl LocalPath {
         !plan.chunks.is_empty() && (self.reaches_all() || maps_all(plan, &self.mapped.load()))
     }
 
+    /// Takes a place for a copy of this plan. `None`: all are taken, by threads of this process that copy, each for some 100 us,
+    /// or because the peer says so: they are in memory that it can write.
+    pub(crate) fn begin(&self, plan: &PlanInner) -> Option<Use<'_>> {
+        self.parts.uses.begin(region_of(plan))
+    }
+
     /// Copies one chunk of a plan, on this thread. Costs what the copy costs, one atomic operation and
     /// some loads; allocates nothing.
     ///
     /// # Safety
     /// The plan's own memory is registered, and stays so until this returns.
     pub(crate) unsafe fn copy(&self, plan: &PlanInner, chunk: usize) -> Result<(), CopyError> {
+        let in_use = self.begin(plan).ok_or(CopyError::Busy)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_in(in_use, plan, chunk) }.map_err(CopyError::Failed)
+    }
+
+    /// As `copy`, in a place that `begin` has given.
+    ///
+    /// # Safety
+    /// As for `copy`.
+    pub(crate) unsafe fn copy_in(
+        &self,
+        in_use: Use<'_>,
+        plan: &PlanInner,
+        chunk: usize,
+    ) -> Result<(), Error> {
         let (local, remote) = (plan.chunk_local(chunk), plan.chunk_remote(chunk));
-        // From here to its drop the peer keeps what the table says is there.
-        let in_use = self.parts.uses.begin().ok_or(CopyError::Busy)?;
+        // From the beginning of `in_use` to its drop the peer keeps what the table says is there.
         if self.parts.life.as_ref().is_some_and(Life::has_ended) {
             // Not only in vain: who is the last to use its address space has to take all of its memory away.
-            return Err(self.gone("its process has ended").into());
+            return Err(self.gone("its process has ended"));
         }
         self.check(plan)?;
         let streaming = plan.bytes >= STREAMING_BYTES;
@@ -254,27 +271,7 @@ impl LocalPath {
             }
         };
         drop(in_use);
-        outcome.map_err(CopyError::Failed)
-    }
-
-    /// As `copy`, and waits while too many threads copy at once.
-    ///
-    /// # Safety
-    /// As for `copy`.
-    pub(crate) unsafe fn copy_patiently(
-        &self,
-        plan: &PlanInner,
-        chunk: usize,
-    ) -> Result<(), Error> {
-        for _ in 0..COPY_TRIES {
-            // SAFETY: the caller's promise.
-            match unsafe { self.copy(plan, chunk) } {
-                Err(CopyError::Busy) => std::thread::yield_now(),
-                Err(CopyError::Failed(error)) => return Err(error),
-                Ok(()) => return Ok(()),
-            }
-        }
-        Err(CopyError::Busy.into())
+        outcome
     }
 
     /// Why a plan with GPU memory cannot go this way; `None`: it can.
@@ -288,7 +285,7 @@ impl LocalPath {
     /// Begins a copy of GPU memory, which ends when the answer is dropped: until then the peer keeps what its table
     /// says is there.
     pub(crate) fn begin_on_device(&self, plan: &PlanInner) -> Result<OwnedUse, CopyError> {
-        let in_use = self.parts.uses.begin_owned().ok_or(CopyError::Busy)?;
+        let in_use = self.parts.uses.begin_owned(region_of(plan)).ok_or(CopyError::Busy)?;
         let needs = needs(plan.operation);
         let on_gpu = plan.on_device().is_some_and(|device| device.remote_on_gpu);
         self.check_rights(plan, if on_gpu { needs.of_device() } else { needs })?;
@@ -300,6 +297,10 @@ impl LocalPath {
     }
 
     fn check_rights(&self, plan: &PlanInner, needs: Access) -> Result<(), Error> {
+        if self.parts.uses.is_closed() {
+            // Nobody there waits for what begins now.
+            return Err(self.gone("it has left this connection"));
+        }
         for range in &plan.remote_ranges {
             self.parts.table.check(range, needs).map_err(|refused| match refused {
                 Refused::Shut => self.gone("its engine is shut down"),
@@ -383,6 +384,14 @@ impl LocalPath {
                 (Operation::Write, memory) => call.write(memory.as_deref(), bytes),
             }
         }
+    }
+}
+
+/// Whose copy it is, by its place in the peer's table.
+fn region_of(plan: &PlanInner) -> u32 {
+    match &plan.remote_ranges[..] {
+        [range] => range.key.place(),
+        _ => SEVERAL,
     }
 }
 
