@@ -38,10 +38,32 @@ pub(super) struct Connector {
     /// How many of the errors say that nobody listens there.
     refusals: usize,
     handshake_error: Option<HandshakeError>,
-    /// No engine of this host answers to the peer's incarnation.
-    not_local: bool,
+    /// The engine of this host that has the peer's incarnation lives, and too many want to connect to it at the moment.
+    is_crowded: bool,
     deadline: Instant,
     timer: Option<TimerId>,
+}
+
+/// Whether a Unix socket that cannot be connected to is nobody's.
+fn is_nobody(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::ENOENT))
+}
+
+/// Whether it is somebody's who has not accepted yet as many as may wait for that.
+fn is_crowd(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EAGAIN)
+}
+
+/// Why a peer that both sides' transports would let be reached on this host is reached otherwise.
+fn why_not_local(error: &std::io::Error) -> String {
+    let meaning = if is_nobody(error) {
+        ": no engine of this host and network namespace has its incarnation"
+    } else if is_crowd(error) {
+        ": too many are connecting to it"
+    } else {
+        ""
+    };
+    format!("transport `local`: its unix socket: {error}{meaning}")
 }
 
 fn ended() -> ConnectFailure {
@@ -123,6 +145,7 @@ impl LaneDriver {
             return self.cannot_try(slot, "its metadata lists no address", cx);
         }
         self.abort_connect(slot, cx);
+        self.peers[slot].not_local = None;
         let second = cx.now() + STAGGER;
         let timer = cx.set_timer(second, CONNECT_TIMER | slot as u64);
         self.peers[slot].connector = Some(Connector {
@@ -133,7 +156,7 @@ impl LaneDriver {
             errors: Vec::new(),
             refusals: 0,
             handshake_error: None,
-            not_local: false,
+            is_crowded: false,
             deadline,
             timer: Some(timer),
         });
@@ -151,9 +174,12 @@ impl LaneDriver {
                 return;
             };
             match addresses::connect(address) {
-                Err(_) if address.is_unix() && !connector.untried.is_empty() => {
-                    // Nearly always it is on another host.
-                    connector.not_local = true;
+                Err(error) if address.is_unix() && !connector.untried.is_empty() => {
+                    if !is_nobody(&error) {
+                        // That nobody listens elsewhere does not say then that nobody is there.
+                        connector.errors.push(format!("{address}: {error}"));
+                    }
+                    self.peers[slot].not_local = Some(why_not_local(&error));
                 }
                 Ok(fd) => {
                     let phase = Phase::Connecting { peer: slot, kind: LinkKind::Session };
@@ -164,8 +190,9 @@ impl LaneDriver {
                     return;
                 }
                 Err(error) => {
-                    // Nobody listens there, and nobody ever will under this incarnation.
-                    connector.refusals += usize::from(address.is_unix());
+                    // Where nobody listens there, nobody ever will under this incarnation. Anything else says nothing about it.
+                    connector.refusals += usize::from(address.is_unix() && is_nobody(&error));
+                    connector.is_crowded |= address.is_unix() && is_crowd(&error);
                     connector.errors.push(format!("{address}: {error}"));
                 }
             }
@@ -363,8 +390,8 @@ impl LaneDriver {
         let Some(connector) = self.connector(slot) else { return };
         let simultaneous =
             connector.handshake_error == Some(HandshakeError::Refused(Refusal::Simultaneous));
-        if simultaneous && now < connector.deadline {
-            // The peer's own attempt is about to arrive; look again in case it does not.
+        if (simultaneous || connector.is_crowded) && now < connector.deadline {
+            // The peer's own attempt is about to arrive; look again in case it does not. Or it is about to accept.
             connector.handshake_error = None;
             if let Some(timer) = connector.timer.take() {
                 cx.cancel_timer(timer);

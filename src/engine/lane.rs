@@ -89,6 +89,8 @@ pub(super) struct LanePeer {
     pub(super) core: Core,
     pub(super) links: SmallVec<[LinkId; 4]>,
     pub(super) connector: Option<Connector>,
+    /// Why the last attempt to connect has not reached it on this host.
+    pub(super) not_local: Option<String>,
     /// The address that worked last: bulk links go there.
     pub(super) address: Option<Remote>,
     timer: Option<(Instant, TimerId)>,
@@ -247,6 +249,7 @@ impl LaneDriver {
             core,
             links: SmallVec::new(),
             connector: None,
+            not_local: None,
             address: None,
             timer: None,
             dirty: false,

@@ -482,6 +482,7 @@ impl LaneDriver {
             core = core.map_or("unpinned".to_owned(), |core| core.to_string()),
             address = %link.remote,
             direction = if ours { "to" } else { "from" },
+            reason = peer.not_local.as_deref().filter(|_| ours).unwrap_or(""),
             "connected"
         );
     }

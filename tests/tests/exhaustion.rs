@@ -142,3 +142,19 @@ fn memory_is_registered_and_peers_are_met_where_nothing_more_may_be_locked() {
         near.assert_reaches("far", &another);
     });
 }
+
+/// That no connection can be made now does not say that nobody is there: what waits for the peer is kept.
+#[test]
+fn notifications_wait_until_there_are_descriptors_to_connect_with() {
+    each_transport(|transport| {
+        let mut far = Party::new("far", transport);
+        let mut near = Party::new("near", transport);
+        near.process.load(&far.metadata);
+        near.process.ask("use-up-descriptors 0");
+        near.process.ask(&format!("notify far {}", to_hex(b"kept")));
+        let error = near.process.try_ask("connect far").unwrap_err();
+        assert!(error.contains("Connect") && error.contains("os error 24"), "{error}");
+        near.process.ask("give-descriptors-back");
+        assert_eq!(far.process.ask("take 1"), format!("near:{}", to_hex(b"kept")));
+    });
+}
