@@ -310,7 +310,8 @@ fn local_address(incarnation: u128) -> SocketAddr {
 
 /// A connection to the engine's socket for peers on its host.
 pub fn knock_locally(incarnation: u128) -> Stream {
-    let stream = UnixStream::connect_addr(&local_address(incarnation)).expect("the listener accepts");
+    let stream =
+        UnixStream::connect_addr(&local_address(incarnation)).expect("the listener accepts");
     let stream = Stream::Unix(stream);
     stream.set_bound();
     stream

@@ -31,7 +31,7 @@ pub use allocations::{
     Beside, CountingAllocator, assert_allocation_free, exempt_harness, exempt_this_thread,
 };
 pub use buffer::{Buffer, POISON, pattern};
-pub use children::{Killed, in_forked_child, skipped, start_with_id, wait_for_process};
+pub use children::{Killed, in_forked_child, not_run, skipped, start_with_id, wait_for_process};
 pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
 pub use gpu::{Cuda, FakeCuda, GpuBuffer, PinnedBuffer, gpus};
 pub use gpu_kernels::{GpuKernels, WordRange};

@@ -5,7 +5,7 @@
 
 use corelane::{Operation, RegionDescriptor, TransportKind};
 use corelane_tests::{
-    Near, PeerProcess, end_of, eventually, from_hex, local_config, peer_process, to_hex,
+    Near, PeerProcess, end_of, eventually, from_hex, local_config, not_run, peer_process, to_hex,
 };
 
 const LEN: usize = 3 << 20;
@@ -23,7 +23,7 @@ fn of_user(id: u32, dumpable: bool) -> Option<PeerProcess> {
     let mut process = peer_process!();
     if let Err(error) = process.try_ask(&format!("become-user {id}")) {
         assert!(error.contains("permitted"), "{error}");
-        eprintln!("SKIPPED: becoming another user: {error}");
+        not_run(&format!("becoming another user: {error}"));
         return None;
     }
     process.ask(&format!("dumpable {}", u32::from(dumpable)));
@@ -186,7 +186,7 @@ fn isolated(options: &[&str]) -> Option<PeerProcess> {
     match PeerProcess::start_by(&words) {
         Ok(process) => Some(process),
         Err(reason) => {
-            eprintln!("SKIPPED: unshare {}: {reason}", options.join(" "));
+            not_run(&format!("unshare {}: {reason}", options.join(" ")));
             None
         }
     }

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use corelane::{EngineConfig, Error, Operation, Peer, RegionDescriptor, Transfer};
 use corelane_tests::{
-    BOUND, Killed, Near, PeerProcess, Target, end_of, kind, local_config, outcome, pattern,
-    skipped, start_with_id, target, wait_for_process, writable_ranges,
+    BOUND, Killed, Near, PeerProcess, Target, end_of, kind, local_config, not_run, outcome,
+    pattern, skipped, start_with_id, target, wait_for_process, writable_ranges,
 };
 
 const LEN: usize = 4 << 20;
@@ -231,7 +231,7 @@ fn a_descendant_of_the_dead_peer_with_its_id_is_not_the_peer() {
         let region = far.region.clone();
         drop(far);
         if !wait_for_process(id, heir.0) {
-            eprintln!("SKIPPED: choosing a process ID: the peer's child may not, or it was taken");
+            not_run("choosing a process ID: the peer's child may not, or it was taken");
             return;
         }
         let _impostor = Killed(id);

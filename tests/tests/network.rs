@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use corelane_tests::{
-    BOUND, PeerProcess, eventually, peer_process, reset, skipped, sockets_of, to_hex,
+    BOUND, PeerProcess, eventually, not_run, peer_process, reset, sockets_of, to_hex,
 };
 
 const LEN: usize = 8 << 20;
@@ -34,8 +34,7 @@ fn run_in(process: &PeerProcess, command: &str) -> io::Result<()> {
 
 /// Says why a test cannot run here.
 fn not_here(what: &str, reason: &str) {
-    println!("{what}: {reason}");
-    skipped("a network namespace with a cable", &io::Error::from_raw_os_error(libc::EPERM));
+    not_run(&format!("a network namespace with a cable: {what}: {reason}"));
 }
 
 impl Hosts {
