@@ -6,10 +6,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use corelane::{Access, EngineConfig, LaneSpec, Operation, Peer, RegionDescriptor, TransportKind};
+use corelane::{
+    Access, AssistMode, EngineConfig, LaneSpec, LocalEngine, Operation, Peer, RegionDescriptor,
+    TransportKind,
+};
 use corelane_tests::{
-    Buffer, DescriptorField, Near, POISON, Random, Target, collect, end_of, forge_descriptor, kind,
-    local_config, outcome, pattern, target, to_hex, transport,
+    Buffer, DescriptorField, Near, POISON, Random, Target, collect, end_of, eventually,
+    forge_descriptor, kind, local_config, outcome, pattern, target, to_hex, transport,
 };
 
 /// Around the borders of pages, of what goes through `/proc`, of what the caller copies, of what lanes share and of what
@@ -98,6 +101,34 @@ fn every_length_arrives_whole_when_only_lanes_copy() {
 #[test]
 fn every_length_arrives_whole_when_two_lanes_share_the_work() {
     every_length_with(with_two_lanes(), true);
+}
+
+/// The lane of the peer stands still, and no caller waits: all the bytes come nevertheless.
+#[test]
+fn another_lane_copies_what_the_lane_of_the_peer_does_not() {
+    const BYTES: usize = 40 << 20;
+    let mut config = with_two_lanes();
+    config.inline_bytes = 0;
+    config.assist = AssistMode::Never;
+    let far = target!("far", LARGEST);
+    let near = Near::new(config, LARGEST);
+    let peer = near.connect_locally(&far.metadata);
+    let read = Arc::new(near.transfer(&peer, Operation::Read, (0, 0), &far.region, BYTES));
+    let (go_on, goes_on) = std::sync::mpsc::channel::<()>();
+    let posted = read.clone();
+    let task = near.engine.spawn_on(&peer, move |local: LocalEngine| async move {
+        posted.post().unwrap();
+        // It takes the transfer up, and copies for its share of some turns.
+        for _ in 0..3 {
+            local.yield_now().await;
+        }
+        let _ = goes_on.recv();
+    });
+    let task = task.unwrap();
+    eventually("all bytes have come", || near.memory.check(1, 0, BYTES, 0).is_ok());
+    go_on.send(()).unwrap();
+    task.wait().unwrap();
+    outcome(&read).unwrap();
 }
 
 #[test]

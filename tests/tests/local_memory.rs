@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use corelane::{Access, EngineConfig, Operation, Peer, Region, RegionDescriptor};
 use corelane_tests::{
-    BOUND, Buffer, DescriptorField, Near, PeerProcess, end_of, eventually, forge_descriptor,
-    from_hex, kind, local_config, peer_process, target, to_hex,
+    BOUND, Buffer, DescriptorField, Near, PeerProcess, collect, end_of, eventually,
+    forge_descriptor, from_hex, kind, local_config, peer_process, target, to_hex,
 };
 
 const LEN: usize = 20 << 20;
@@ -93,6 +93,45 @@ fn memory_of_either_engine_and_of_both_is_copied_from_and_to() {
             }
         }
         assert_eq!(near.engine.stats().totals.requests_sent, 0);
+    }
+}
+
+/// With the owner's own pages gone, a process finds nothing at its addresses by any call: what arrives has come by the mapping.
+#[test]
+fn memory_of_the_peers_engine_is_reached_without_its_process() {
+    for config in [local_config(), by_lanes()] {
+        let mut far = peer_process!();
+        let metadata = far.engine("far", "");
+        let early = alloc(&mut far, "early", LEN, "read-write");
+        let near = Near::new(config, LEN);
+        let peer = near.connect_locally(&metadata);
+        let late = alloc(&mut far, "late", LEN, "read-write");
+        let plain = far.region("plain", LEN, "read-write");
+        for id in ["early", "late", "plain"] {
+            far.ask(&format!("fill {id} 1 0 {LEN} 0"));
+        }
+        let own = (&near.region, 0);
+        far.load(&near.engine.metadata());
+        // Too long for the ring, it comes by the socket behind all that is shared there.
+        far.ask(&format!("notify near {}", to_hex(&[7; 5000])));
+        collect(&near.engine, 1);
+        for id in ["early", "late", "plain"] {
+            far.ask(&format!("unmap {id}"));
+        }
+        let error = copy(&near, &peer, Operation::Read, own, (&plain, 0), 64).unwrap_err();
+        assert_eq!(kind(&error), "Permission", "{error}");
+        for remote in [&early, &late] {
+            for &len in &SIZES {
+                near.memory.poison(0, LEN);
+                copy(&near, &peer, Operation::Read, own, (remote, LEN - len), len).unwrap();
+                near.memory.assert_pattern(1, 0, len, (LEN - len) as u64);
+            }
+            near.memory.fill(2, 0, LEN, 0);
+            copy(&near, &peer, Operation::Write, own, (remote, 0), LEN).unwrap();
+            near.memory.poison(0, LEN);
+            copy(&near, &peer, Operation::Read, own, (remote, 0), LEN).unwrap();
+            near.memory.assert_pattern(2, 0, LEN, 0);
+        }
     }
 }
 
