@@ -5,8 +5,9 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use corelane::{Access, Error, Operation, Peer, RegionDescriptor};
+use corelane::{Access, Error, Operation, Peer, RegionDescriptor, Status};
 use corelane_tests::hostile::{Header, HostilePeer, HostileTarget, Identity, frame};
 use corelane_tests::shared_memory::{
     CHANNEL, LAYOUT, Map, USE_COUNT, USE_WORDS, magic_of, memfd, sealed, word,
@@ -21,6 +22,8 @@ const LEN: usize = 1 << 20;
 const SHARED: usize = 64 << 10;
 const READ: u16 = 1;
 const READ_WRITE: u16 = 3;
+/// How long a transfer waits for a place to copy in.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// A place for a region in the table.
 const SLOT: u64 = 3;
 
@@ -287,8 +290,13 @@ fn a_target_that_takes_all_places_for_copies_holds_up_only_its_own_transfers() {
     let remote = liar.region.segment(0, SHARED as u64);
     let plan = victim.near.engine.prepare(Operation::Read, &liar.peer, &[local], &[remote]);
     let held = plan.unwrap().transfer();
+    let begun = Instant::now();
     held.post().unwrap();
     victim.assert_works();
+    if begun.elapsed() < PATIENCE / 2 {
+        // The lane has not waited for it before it served the others.
+        assert!(matches!(held.peek(), Status::InProgress), "{:?}", held.peek());
+    }
     let error = held.wait(BOUND).unwrap_err();
     assert_eq!(kind(&error), "Busy", "{error}");
     // Given back, they are as good as ever.
