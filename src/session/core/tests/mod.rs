@@ -9,6 +9,7 @@ mod hostile;
 mod memory;
 mod net;
 mod notifications;
+mod passive;
 mod random;
 mod sessions;
 mod transfers;
