@@ -12,5 +12,6 @@ mod notifications;
 mod passive;
 mod random;
 mod sessions;
+mod timing;
 mod transfers;
 mod world;
