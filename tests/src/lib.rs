@@ -49,7 +49,7 @@ pub use settings::{
     Configuration, apply, engine_on_a_known_port, local_config, needs_the_peer, rdma_config,
     tcp_config,
 };
-pub use slots::{Slots, block_holds, fill_block, watch};
+pub use slots::{Slots, block_holds, check_either_block, fill_block, watch};
 pub use sockets::{free_port, reset, sockets_of};
 pub use streams::{exchange, exchange_sizes, sized_payload};
 pub use wait::{BOUND, collect, cut_short, end_of, eventually, kind, outcome, rounds};
