@@ -174,7 +174,7 @@ impl PeerShared {
     /// Why a peer that its lane has forgotten takes nothing.
     pub(crate) fn unloaded(&self) -> Error {
         if self.replaced.load(Ordering::Relaxed) {
-            return self.gone("other metadata was loaded under its name");
+            return self.over();
         }
         let unreachable = lock(&self.unreachable);
         let last = unreachable.as_ref().filter(|known| known.until == Until::Never);
@@ -209,14 +209,12 @@ impl PeerShared {
             return;
         }
         self.is_unreachable.store(true, Ordering::Release);
-        *unreachable = Some(Unreachable { error: self.away(), until: Until::Back });
+        *unreachable = Some(Unreachable { error: self.over(), until: Until::Back });
     }
 
     /// Its lane has forgotten the peer: who still has a handle to it sends nothing by it any more.
     pub(crate) fn set_forgotten(&self) {
-        let replaced = self.replaced.load(Ordering::Relaxed);
-        let error = if replaced { self.unloaded() } else { self.away() };
-        self.refuse_for_good(error);
+        self.refuse_for_good(self.over());
     }
 
     /// The peer is unloaded: it takes nothing any more.
@@ -259,6 +257,15 @@ impl PeerShared {
         let unreachable = lock(&self.unreachable);
         let known = unreachable.as_ref()?;
         (!matches!(known.until, Until::Tried(_))).then(|| known.error.clone())
+    }
+
+    /// Why there is no session any more, and none to come from this side.
+    fn over(&self) -> Error {
+        if self.replaced.load(Ordering::Relaxed) {
+            self.gone("other metadata was loaded under its name")
+        } else {
+            self.away()
+        }
     }
 
     /// What is said of a peer that connected to us, and whose session is over.
