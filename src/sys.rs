@@ -338,7 +338,7 @@ mod tests {
                 result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPIPE))
             };
             // SAFETY: as above; nothing of the parent's is flushed or dropped.
-            unsafe { libc::_exit(if sent.iter().all(broken) { 0 } else { 1 }) };
+            unsafe { libc::_exit(i32::from(!sent.iter().all(broken))) };
         }
         let mut status = 0;
         // SAFETY: `status` is ours to write to.

@@ -335,7 +335,7 @@ impl PeerShared {
 mod tests {
     use super::*;
 
-    fn is_gone(error: Option<Error>) -> bool {
+    fn is_gone(error: Option<&Error>) -> bool {
         matches!(error, Some(Error::RemoteDisconnect { .. }))
     }
 
@@ -345,7 +345,7 @@ mod tests {
         assert!(peer.unreachable().is_none());
         peer.set_away();
         for _ in 0..3 {
-            assert!(is_gone(peer.unreachable()));
+            assert!(is_gone(peer.unreachable().as_ref()));
         }
         peer.set_unreachable(None);
         assert!(peer.unreachable().is_none(), "it is back");
@@ -368,7 +368,7 @@ mod tests {
         let peer = new();
         peer.set_forgotten();
         peer.set_unreachable(None);
-        assert!(is_gone(peer.unreachable()) && is_gone(Some(peer.unloaded())));
+        assert!(is_gone(peer.unreachable().as_ref()) && is_gone(Some(&peer.unloaded())));
         let peer = new();
         peer.set_unloaded();
         peer.set_forgotten();
