@@ -83,6 +83,16 @@ macro_rules! over_each_transport {
     };
 }
 
+/// As `over_each_transport`, without RDMA: for tests that bound how long a lane may be silent, which where soft-RoCE is emulated is seconds,
+/// or that are about sockets.
+#[macro_export]
+macro_rules! over_local_and_tcp {
+    ($($test:ident),+ $(,)?) => {
+        $crate::over_each_transport!(@over local, local_config, $($test)+);
+        $crate::over_each_transport!(@over tcp, tcp_config, $($test)+);
+    };
+}
+
 /// Starts the second process of a test.
 #[macro_export]
 macro_rules! peer_process {

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use corelane::{Access, Operation, Status};
 use corelane_tests::{
-    Configuration, Near, Target, end_of, local_config, over_each_transport, target,
+    Configuration, Near, Target, end_of, local_config, over_local_and_tcp, target,
 };
 
-over_each_transport!(an_application_that_calls_nothing_for_long_is_no_silent_peer,);
+over_local_and_tcp!(an_application_that_calls_nothing_for_long_is_no_silent_peer,);
 
 /// Far longer than a lane waits for a core on a busy machine, far shorter than what is watched.
 const LIVENESS: Duration = Duration::from_millis(1500);

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use corelane::{Access, AssistMode, Engine, EngineConfig, Operation};
 use corelane_tests::hostile::{HostilePeer, Identity, knock_locally};
 use corelane_tests::{
-    BOUND, Buffer, Configuration, collect, end_of, eventually, local_config, over_each_transport,
+    BOUND, Buffer, Configuration, collect, end_of, eventually, local_config, over_local_and_tcp,
     peer_process, target,
 };
 
-over_each_transport!(
+over_local_and_tcp!(
     peers_that_are_killed_amid_transfers_leave_a_process_alive_that_ignores_no_signal,
     no_descriptor_of_an_engine_is_left_to_a_program_that_its_process_starts,
 );
