@@ -69,13 +69,18 @@ fn peers_that_are_killed_amid_transfers_leave_a_process_alive_that_ignores_no_si
 #[test]
 fn a_peer_that_stops_taking_bytes_is_left_and_its_socket_sends_no_signal() {
     let_broken_pipes_kill();
-    let engine = Engine::new("near", driven_by_callers(local_config())).unwrap();
+    let mut config = driven_by_callers(local_config());
+    // Asked whether it is there a quarter of that later: that is what is sent to it.
+    config.liveness = std::time::Duration::from_millis(400);
+    let engine = Engine::new("near", config).unwrap();
     let own = Identity::of(&engine.metadata());
     for round in 0..4 {
         let name = format!("deaf-{round}");
         let other = Identity::invented(&name, 100 + round);
-        let deaf = HostilePeer::connect(knock_locally(own.incarnation), &other, &own);
+        let mut deaf = HostilePeer::connect(knock_locally(own.incarnation), &other, &own);
         let peer = engine.accept(BOUND).unwrap();
+        // Before, nothing is said to it.
+        deaf.ping(1).unwrap();
         deaf.stream.stop_hearing();
         eventually("it is left", || {
             let _ = peer.notify(b"to nobody");
