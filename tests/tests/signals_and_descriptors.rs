@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use corelane::{Access, AssistMode, Engine, EngineConfig, Operation};
 use corelane_tests::hostile::{HostilePeer, Identity, knock_locally};
@@ -51,7 +52,7 @@ fn peers_that_are_killed_amid_transfers_leave_a_process_alive_that_ignores_no_si
             [Operation::Write, Operation::Read, Operation::Write].map(transfer).into();
         end_of(&all[0]).unwrap();
         all.iter().for_each(|transfer| transfer.post().unwrap());
-        std::thread::sleep(std::time::Duration::from_micros(round * 400));
+        std::thread::sleep(Duration::from_micros(round * 400));
         far.process.kill();
         // Something to send is always there.
         eventually("its end is noticed", || {
@@ -71,7 +72,7 @@ fn a_peer_that_stops_taking_bytes_is_left_and_its_socket_sends_no_signal() {
     let_broken_pipes_kill();
     let mut config = driven_by_callers(local_config());
     // Asked whether it is there a quarter of that later: that is what is sent to it.
-    config.liveness = std::time::Duration::from_millis(400);
+    config.liveness = Duration::from_millis(400);
     let engine = Engine::new("near", config).unwrap();
     let own = Identity::of(&engine.metadata());
     for round in 0..4 {
@@ -81,11 +82,17 @@ fn a_peer_that_stops_taking_bytes_is_left_and_its_socket_sends_no_signal() {
         let peer = engine.accept(BOUND).unwrap();
         // Before, nothing is said to it.
         deaf.ping(1).unwrap();
+        // Callers drive the lane from now on, which stands by.
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(5) {
+            engine.notifications().unwrap();
+        }
         deaf.stream.stop_hearing();
-        eventually("it is left", || {
+        while peer.is_connected() {
+            assert!(start.elapsed() < BOUND, "it is not left");
             let _ = peer.notify(b"to nobody");
-            !peer.is_connected()
-        });
+            engine.notifications().unwrap();
+        }
     }
 }
 
