@@ -307,6 +307,33 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_that_nobody_reads_is_an_error_and_not_a_signal() {
+        let (a, b) = UnixStream::pair().unwrap();
+        drop(b);
+        // In a child, whose signals are those of a program in C: the standard library ignores this one.
+        // SAFETY: the child makes system calls only, with memory that was there before.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0, "{}", io::Error::last_os_error());
+        if child == 0 {
+            // SAFETY: as above.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+            let sent = [
+                send_segments(a.as_fd(), &[IoSegment::of(b"x")]),
+                send_with_fds(a.as_fd(), b"x", &[]),
+            ];
+            let broken = |result: &io::Result<usize>| {
+                result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPIPE))
+            };
+            // SAFETY: as above; nothing of the parent's is flushed or dropped.
+            unsafe { libc::_exit(i32::from(!sent.iter().all(broken))) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` is ours to write to.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "a signal, or the wrong error");
+    }
+
+    #[test]
     fn bytes_are_scattered_and_gathered() {
         let (a, b) = UnixStream::pair().unwrap();
         let gather =

@@ -17,6 +17,7 @@ use super::gpu::GpuCopies;
 use super::issued::{self, Issuers};
 use super::links::Link;
 use super::local::Attachment;
+use super::strays::Strays;
 use crate::error::Error;
 use crate::memory::{LaneRegions, RegionInner};
 use crate::peer::{NO_SLOT, PeerShared};
@@ -153,6 +154,7 @@ pub(crate) struct LaneDriver {
     pub(super) gpu: GpuCopies,
     pub(super) issuers: Issuers,
     leaving: bool,
+    strays: Strays,
     /// Shows peers on this host that this process lives, of the first lane.
     _life: Option<Held>,
 }
@@ -205,6 +207,7 @@ impl LaneDriver {
             gpu: GpuCopies::new(&engine_config),
             issuers: Issuers::new(),
             leaving: false,
+            strays: Strays::default(),
             _life: life,
         };
         driver.rdma_start(cx);
@@ -293,6 +296,7 @@ impl LaneDriver {
         peer.core.abort(&Error::Cancelled, &mut env);
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
         self.engine.arrivals.forget(&peer.core.peer);
+        peer.core.peer.set_forgotten();
         peer.core.peer.connected.store(false, Ordering::Release);
         self.connect_next(peer.core.peer.incarnation, cx);
     }
@@ -487,7 +491,8 @@ impl Driver for LaneDriver {
                     Some(slot) => {
                         self.with_core(slot, cx, |core, env| core.notify(payload, env));
                     }
-                    None => peer.release(1, payload.len()),
+                    // It was taken just before the peer was forgotten.
+                    None => self.strays.drop_one(&peer, payload.len(), &self.counters),
                 }
             }
             Message::Connect(peer, ticket) => match self.slot_of(&peer) {
@@ -596,6 +601,7 @@ impl Driver for LaneDriver {
         worked |= !self.gpu.is_idle() && self.poll_gpu(cx);
         worked |= !self.issuers.is_idle() && self.look_at_issuers(cx);
         worked |= !self.dirty.is_empty() && self.service(cx);
+        self.strays.say();
         if self.run_copies(cx) {
             worked = true;
             // What has been copied is told now.
@@ -629,7 +635,9 @@ impl Driver for LaneDriver {
         let gone = self.engine.dead();
         match message {
             Message::Post(transfer) => refuse(&transfer, &gone),
-            Message::Notify(message) => message.0.release(1, message.1.len()),
+            Message::Notify(message) => {
+                self.strays.drop_one(&message.0, message.1.len(), &self.counters);
+            }
             Message::Connect(_, ticket) => ticket.complete(Err(gone)),
             Message::Disconnect(_, ticket) | Message::Unload(_, ticket) => ticket.complete(0),
             Message::CloseRegion(_, ticket) => ticket.complete(()),

@@ -19,6 +19,7 @@ mod rdma;
 mod shared;
 mod staging;
 mod start;
+mod strays;
 
 pub(crate) use lane::{LaneDriver, Message};
 pub(crate) use shared::EngineShared;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use corelane_runtime::{Assist, Lane, SubmitError};
 
 use super::{LaneDriver, Message};
@@ -34,26 +35,31 @@ pub(super) fn watch_forks() {
     });
 }
 
-/// Incarnations whose memory is that of this process.
-static OWN_INCARNATIONS: Mutex<BTreeSet<u128>> = Mutex::new(BTreeSet::new());
-
-fn own_incarnations() -> MutexGuard<'static, BTreeSet<u128>> {
-    OWN_INCARNATIONS.lock().unwrap_or_else(PoisonError::into_inner)
-}
+/// Incarnations whose memory is that of this process. Without a lock: a process that is forked while a thread holds one, which is not
+/// there in the child, could make no engine any more.
+static OWN_INCARNATIONS: ArcSwapOption<BTreeSet<u128>> = ArcSwapOption::const_empty();
 
 /// Whether this engine was made here: by this process, or by the parent that it was forked from.
 pub(super) fn is_of_this_process(incarnation: u128) -> bool {
-    own_incarnations().contains(&incarnation)
+    OWN_INCARNATIONS.load().as_ref().is_some_and(|known| known.contains(&incarnation))
 }
 
 pub(super) fn set_of_this_process(incarnation: u128) {
-    own_incarnations().insert(incarnation);
+    change_own(|known| known.insert(incarnation));
+}
+
+fn change_own(change: impl Fn(&mut BTreeSet<u128>) -> bool) {
+    OWN_INCARNATIONS.rcu(|known| {
+        let mut known = known.as_deref().cloned().unwrap_or_default();
+        change(&mut known);
+        Some(Arc::new(known))
+    });
 }
 
 impl Drop for EngineShared {
     fn drop(&mut self) {
         if self.check_process().is_ok() {
-            own_incarnations().remove(&self.identity.incarnation);
+            change_own(|known| known.remove(&self.identity.incarnation));
         }
     }
 }
@@ -286,4 +292,49 @@ fn wait_for_copies(shared: &EngineShared) -> bool {
     // One that is never quiet does not keep the others from being.
     let quiet = close_all(&regions, deadline);
     shared.accessors.wait_until_quiet(None, deadline) && quiet
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_was_forked_while_engines_came_and_went_may_have_its_own() {
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for thread in 0..2u128 {
+                let over = &over;
+                scope.spawn(move || {
+                    // Numbers that no engine of another test has.
+                    for number in (0..64).cycle().take_while(|_| !over.load(Ordering::Relaxed)) {
+                        set_of_this_process(thread << 64 | number);
+                        change_own(|known| known.remove(&(thread << 64 | number)));
+                    }
+                });
+            }
+            let mut ended = Vec::new();
+            for round in 0..100 {
+                // SAFETY: the child allocates, which the C library allows, looks at one static, and ends at once.
+                let child = unsafe { libc::fork() };
+                if child == 0 {
+                    // SAFETY: no pointers. One that hangs is ended by the signal.
+                    unsafe { libc::alarm(60) };
+                    let own = 7 << 64 | round;
+                    set_of_this_process(own);
+                    // SAFETY: nothing of the parent's is flushed or dropped.
+                    unsafe { libc::_exit(i32::from(!is_of_this_process(own))) };
+                }
+                let mut status = 0;
+                // SAFETY: `status` is ours to write to.
+                let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+                // The child's own are not the parent's.
+                ended.push(waited == child && status == 0 && !is_of_this_process(7 << 64 | round));
+                if ended.last() == Some(&false) {
+                    break;
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(ended, [true; 100], "a child hung, or lost its own");
+        });
+    }
 }

@@ -73,8 +73,9 @@ impl Peer {
     /// # Errors
     /// [`Error::Backpressure`] when too many are not acknowledged, [`Error::Limit`] above 16 MiB;
     /// [`Error::Connect`] within a second after an attempt to connect has failed; afterwards one
-    /// notification is taken, with which the next attempt is made. [`Error::Cancelled`] once the
-    /// peer was unloaded.
+    /// notification is taken, with which the next attempt is made. [`Error::RemoteDisconnect`] for a
+    /// peer that connected by itself, whose metadata was never loaded, and which has left or did not
+    /// come back within 30 s. [`Error::Cancelled`] once the peer was unloaded.
     pub fn notify(&self, payload: &[u8]) -> Result<()> {
         check_notification(payload)?;
         self.engine.check()?;

@@ -21,8 +21,18 @@ const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 struct Unreachable {
     error: Error,
-    /// When an attempt last failed, or was last made; `None`: there will be none.
-    tried: Option<Instant>,
+    until: Until,
+}
+
+/// How long a peer takes no notification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// A while after an attempt to connect has failed, or was last made.
+    Tried(Instant),
+    /// It connects by itself, or is loaded: only then is there anything to connect to.
+    Back,
+    /// For good.
+    Never,
 }
 
 /// One incarnation of a remote engine.
@@ -164,10 +174,11 @@ impl PeerShared {
     /// Why a peer that its lane has forgotten takes nothing.
     pub(crate) fn unloaded(&self) -> Error {
         if self.replaced.load(Ordering::Relaxed) {
-            self.gone("other metadata was loaded under its name")
-        } else {
-            Error::Cancelled
+            return self.over();
         }
+        let unreachable = lock(&self.unreachable);
+        let last = unreachable.as_ref().filter(|known| known.until == Until::Never);
+        last.map_or(Error::Cancelled, |known| known.error.clone())
     }
 
     pub(crate) fn set_last_error(&self, error: Option<String>) {
@@ -181,34 +192,85 @@ impl PeerShared {
     /// An attempt to connect has failed, or a link is up.
     pub(crate) fn set_unreachable(&self, failure: Option<Error>) {
         let mut unreachable = lock(&self.unreachable);
-        if unreachable.as_ref().is_some_and(|known| known.tried.is_none()) {
+        if unreachable.as_ref().is_some_and(|known| known.until == Until::Never) {
             return;
         }
         self.is_unreachable.store(failure.is_some(), Ordering::Release);
-        *unreachable = failure.map(|error| Unreachable { error, tried: Some(Instant::now()) });
+        *unreachable =
+            failure.map(|error| Unreachable { error, until: Until::Tried(Instant::now()) });
+    }
+
+    /// The session is over, and nothing is known by which to begin another: it takes nothing until it comes back.
+    pub(crate) fn set_away(&self) {
+        let mut unreachable = lock(&self.unreachable);
+        // Whoever loads it meanwhile sets the metadata before this is taken back.
+        let known = unreachable.as_ref().is_some_and(|known| known.until == Until::Never);
+        if known || self.is_loaded() {
+            return;
+        }
+        self.is_unreachable.store(true, Ordering::Release);
+        *unreachable = Some(Unreachable { error: self.over(), until: Until::Back });
+    }
+
+    /// Its lane has forgotten the peer: who still has a handle to it sends nothing by it any more.
+    pub(crate) fn set_forgotten(&self) {
+        self.refuse_for_good(self.over());
     }
 
     /// The peer is unloaded: it takes nothing any more.
     pub(crate) fn set_unloaded(&self) {
-        let mut unreachable = lock(&self.unreachable);
-        self.is_unreachable.store(true, Ordering::Release);
-        *unreachable = Some(Unreachable { error: Error::Cancelled, tried: None });
+        self.refuse_for_good(Error::Cancelled);
         self.close();
     }
 
-    /// Why the peer takes no notification now: for a while after an attempt to connect has failed.
-    /// Then one is taken again, and with it an attempt is made. One load while it can be reached.
+    /// The first reason counts.
+    fn refuse_for_good(&self, error: Error) {
+        let mut unreachable = lock(&self.unreachable);
+        if unreachable.as_ref().is_some_and(|known| known.until == Until::Never) {
+            return;
+        }
+        self.is_unreachable.store(true, Ordering::Release);
+        *unreachable = Some(Unreachable { error, until: Until::Never });
+    }
+
+    /// Why the peer takes no notification now: for a while after an attempt to connect has failed, then one is taken again, and with it
+    /// an attempt is made; until it comes back, where only it can connect; for good, once it is unloaded or forgotten. One load
+    /// while it can be reached.
     pub(crate) fn unreachable(&self) -> Option<Error> {
         if !self.is_unreachable.load(Ordering::Acquire) {
             return None;
         }
         let mut unreachable = lock(&self.unreachable);
         let known = unreachable.as_mut()?;
-        if known.tried.is_none_or(|tried| tried.elapsed() < ATTEMPT_PAUSE) {
-            return Some(known.error.clone());
+        match &mut known.until {
+            Until::Tried(at) if at.elapsed() >= ATTEMPT_PAUSE => {
+                *at = Instant::now();
+                None
+            }
+            Until::Tried(_) | Until::Back | Until::Never => Some(known.error.clone()),
         }
-        known.tried = Some(Instant::now());
-        None
+    }
+
+    /// As `unreachable`, without what takes a clock.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn refuses(&self) -> Option<Error> {
+        let unreachable = lock(&self.unreachable);
+        let known = unreachable.as_ref()?;
+        (!matches!(known.until, Until::Tried(_))).then(|| known.error.clone())
+    }
+
+    /// Why there is no session any more, and none to come from this side.
+    fn over(&self) -> Error {
+        if self.replaced.load(Ordering::Relaxed) {
+            self.gone("other metadata was loaded under its name")
+        } else {
+            self.away()
+        }
+    }
+
+    /// What is said of a peer that connected to us, and whose session is over.
+    pub(crate) fn away(&self) -> Error {
+        self.gone("it connected to us and is gone; load its metadata to be able to connect to it")
     }
 
     /// Takes a place for a transfer; false: the limit is reached, yield and try again.
@@ -272,6 +334,47 @@ impl PeerShared {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn is_gone(error: Option<&Error>) -> bool {
+        matches!(error, Some(Error::RemoteDisconnect { .. }))
+    }
+
+    #[test]
+    fn who_can_only_come_back_by_itself_refuses_until_then() {
+        let peer = PeerShared::new("p".into(), 1, 0, None, &Limits::default());
+        assert!(peer.unreachable().is_none());
+        peer.set_away();
+        for _ in 0..3 {
+            assert!(is_gone(peer.unreachable().as_ref()));
+        }
+        peer.set_unreachable(None);
+        assert!(peer.unreachable().is_none(), "it is back");
+        // Loaded by another thread while its lane says that it is away.
+        let metadata = Metadata {
+            name: "p".into(),
+            incarnation: 1,
+            secret: [1; 32],
+            transports: 1,
+            addresses: vec![],
+        };
+        peer.set_metadata(Arc::new(metadata));
+        peer.set_away();
+        assert!(peer.unreachable().is_none(), "it can be connected to");
+    }
+
+    #[test]
+    fn who_is_forgotten_refuses_for_good_and_says_why() {
+        let new = || PeerShared::new("p".into(), 1, 0, None, &Limits::default());
+        let peer = new();
+        peer.set_forgotten();
+        peer.set_unreachable(None);
+        assert!(is_gone(peer.unreachable().as_ref()) && is_gone(Some(&peer.unloaded())));
+        let peer = new();
+        peer.set_unloaded();
+        peer.set_forgotten();
+        assert!(matches!(peer.unreachable(), Some(Error::Cancelled)), "the first reason");
+        assert!(matches!(peer.unloaded(), Error::Cancelled));
+    }
 
     #[test]
     fn the_resend_budget_is_bounded_in_count_and_bytes() {

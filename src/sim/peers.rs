@@ -130,6 +130,7 @@ impl Node {
         self.with_core(slot, Input::Abort, |core, env| core.abort(&Error::Cancelled, env));
         let peer = self.peers.remove(slot);
         peer.core.peer.slot.store(NO_SLOT, Ordering::Relaxed);
+        peer.core.peer.set_forgotten();
         peer.core.peer.connected.store(false, Ordering::Release);
         self.connect_next(peer.core.peer.incarnation, out);
     }
@@ -274,12 +275,17 @@ impl Node {
     /// Sends a free-standing notification.
     ///
     /// # Errors
-    /// [`Error::Backpressure`].
+    /// [`Error::Backpressure`]; why a peer that is unloaded, or that only it could connect to, is gone.
     pub fn notify(&mut self, peer: &Peer, payload: &[u8]) -> Result<()> {
+        if let Some(error) = peer.0.refuses() {
+            return Err(error);
+        }
         peer.0.reserve(payload.len())?;
         let Some(slot) = self.slot_of(&peer.0) else {
+            // As in the engine's lane. Here no message is under way while a peer is forgotten.
             peer.0.release(1, payload.len());
-            return Err(peer.0.unloaded());
+            self.counters.notifications_dropped.add(1);
+            return Ok(());
         };
         self.with_core(slot, Input::Notify, |core, env| core.notify(payload.into(), env));
         Ok(())

@@ -252,6 +252,14 @@ impl Stream {
         };
     }
 
+    /// Takes nothing any more: on a Unix socket whoever sends gets an error, and no sign of it before.
+    pub fn stop_hearing(&self) {
+        let _ = match self {
+            Self::Tcp(stream) => stream.shutdown(Shutdown::Read),
+            Self::Unix(stream) => stream.shutdown(Shutdown::Read),
+        };
+    }
+
     /// How long sending may wait for a reader.
     pub fn set_patience(&self, patience: std::time::Duration) {
         match self {

@@ -50,7 +50,7 @@ pub use settings::{
     Configuration, apply, engine_on_a_known_port, local_config, needs_the_peer, rdma_config,
     tcp_config,
 };
-pub use slots::{Slots, block_holds, fill_block, watch};
+pub use slots::{Slots, block_holds, check_either_block, fill_block, watch};
 pub use sockets::{free_port, reset, sockets_of};
 pub use streams::{exchange, exchange_sizes, sized_payload};
 pub use wait::{BOUND, collect, cut_short, end_of, eventually, kind, outcome, rounds};
@@ -81,6 +81,16 @@ macro_rules! over_each_transport {
                 }
             )+
         }
+    };
+}
+
+/// As `over_each_transport`, without RDMA: for tests that bound how long a lane may be silent, which where soft-RoCE is emulated is seconds,
+/// or that are about sockets.
+#[macro_export]
+macro_rules! over_local_and_tcp {
+    ($($test:ident),+ $(,)?) => {
+        $crate::over_each_transport!(@over local, local_config, $($test)+);
+        $crate::over_each_transport!(@over tcp, tcp_config, $($test)+);
     };
 }
 

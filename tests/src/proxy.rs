@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What becomes of bytes on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub enum Passing {
     Whole,
     /// Passed on in writes of so few bytes.
     Crumbs(usize),
+    /// Passed on unchanged, each byte so long after it came; those behind it do not wait for that.
+    Delayed(Duration),
     /// One bit is turned in the byte of this number, in each direction of each connection.
     Flipped(u64),
     /// Passed on up to this many bytes in each direction of each connection, then cut.
@@ -145,6 +147,9 @@ fn pass(
     mut to: &TcpStream,
     record: Option<&Mutex<Vec<u8>>>,
 ) {
+    if let Passing::Delayed(delay) = passing {
+        return pass_later(shared, delay, from, to);
+    }
     let mut buffer = vec![0; 64 << 10];
     let mut position = 0u64;
     loop {
@@ -163,7 +168,7 @@ fn pass(
             Passing::Flipped(at) if (position..position + len as u64).contains(&at) => {
                 bytes[(at - position) as usize] ^= 0x10;
             }
-            Passing::Flipped(_) => {}
+            Passing::Flipped(_) | Passing::Delayed(_) => {}
             Passing::CutAfter(limit) | Passing::HeldAfter(limit) => {
                 send = len.min(limit.saturating_sub(position) as usize);
             }
@@ -182,4 +187,30 @@ fn pass(
             return;
         }
     }
+}
+
+/// Pieces that are on their way at most.
+const UNDER_WAY: usize = 4096;
+
+fn pass_later(shared: &Shared, delay: Duration, mut from: &TcpStream, mut to: &TcpStream) {
+    std::thread::scope(|scope| {
+        let (pieces, due) = std::sync::mpsc::sync_channel::<(Instant, Vec<u8>)>(UNDER_WAY);
+        scope.spawn(move || {
+            for (at, piece) in due {
+                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                if to.write_all(&piece).is_err() {
+                    // Whoever reads is told, too.
+                    let _ = from.shutdown(Shutdown::Both);
+                    return;
+                }
+                shared.passed.fetch_add(piece.len() as u64, Ordering::SeqCst);
+            }
+        });
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(len @ 1..) = from.read(&mut buffer) {
+            if pieces.send((Instant::now() + delay, buffer[..len].to_vec())).is_err() {
+                return;
+            }
+        }
+    });
 }

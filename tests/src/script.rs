@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
 
@@ -283,6 +283,14 @@ impl Script {
             // CORE
             "pin" => {
                 pin_process(words.number(0)?);
+                Ok(String::new())
+            }
+            // MS; an application that is busy with something else, and calls no engine
+            "spin" => {
+                let until = Instant::now() + Duration::from_millis(words.number(0)? as u64);
+                while Instant::now() < until {
+                    std::hint::spin_loop();
+                }
                 Ok(String::new())
             }
             // ID; without privileges, and not dumpable afterwards, as the kernel wants it

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use corelane::Engine;
 
-use crate::{BOUND, Buffer};
+use crate::{BOUND, Buffer, POISON};
 
 /// Writes `number` into every word of a block (`len` is a multiple of 8).
 pub fn fill_block(memory: &Buffer, offset: usize, len: usize, number: u64) {
@@ -16,6 +16,28 @@ pub fn fill_block(memory: &Buffer, offset: usize, len: usize, number: u64) {
 pub fn block_holds(memory: &Buffer, offset: usize, len: usize, number: u64) -> bool {
     let bytes = memory.snapshot(offset, len);
     bytes[..8] == number.to_le_bytes() && bytes[8..] == bytes[..len - 8]
+}
+
+/// Whether every byte is one of the block `old` (0: or poison, as before any), or of the block `new`, which may have arrived there in
+/// part; if not, where it is neither.
+pub fn check_either_block(
+    memory: &Buffer,
+    offset: usize,
+    len: usize,
+    old: u64,
+    new: u64,
+) -> Result<(), String> {
+    let bytes = memory.snapshot(offset, len);
+    let before = if old == 0 { [POISON; 8] } else { old.to_le_bytes() };
+    let after = new.to_le_bytes();
+    let is_neither =
+        |(at, byte): &(usize, &u8)| **byte != before[at % 8] && **byte != after[at % 8];
+    match bytes.iter().enumerate().find(is_neither) {
+        None => Ok(()),
+        Some((at, byte)) => {
+            Err(format!("byte {at} is {byte:#04x}, neither of block {old} nor of block {new}"))
+        }
+    }
 }
 
 /// A notification's payload: which block, in which slot.
@@ -107,4 +129,22 @@ fn examine(
         None => return Err(format!("notification {number} was never sent")),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_of_two_blocks_in_any_parts_and_of_no_third() {
+        let memory = Buffer::new(64);
+        check_either_block(&memory, 0, 64, 0, 5).unwrap();
+        fill_block(&memory, 8, 16, 5);
+        check_either_block(&memory, 0, 64, 0, 5).unwrap();
+        check_either_block(&memory, 0, 64, 4, 5).unwrap_err();
+        fill_block(&memory, 0, 64, 0x0101);
+        memory.write(11, &0x0202_u64.to_le_bytes()[..1]);
+        let third = check_either_block(&memory, 0, 64, 0x0101, 5).unwrap_err();
+        assert!(third.contains("byte 11"), "{third}");
+    }
 }

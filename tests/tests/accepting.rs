@@ -14,6 +14,7 @@ over_each_transport!(
     a_process_that_connects_is_returned_once_and_can_be_read_from,
     processes_are_returned_in_the_order_in_which_they_came,
     who_leaves_before_being_accepted_is_not_waited_for,
+    who_came_and_is_gone_refuses_notifications_and_those_taken_before_are_counted,
     waiting_ends_with_a_peer_with_stop_and_with_the_engine,
     a_closed_door_keeps_strangers_out_and_friends_in,
     a_closed_door_does_not_close_the_way_out,
@@ -127,6 +128,38 @@ fn who_leaves_before_being_accepted_is_not_waited_for(config: Configuration) {
     let peer = target.accept(BOUND).unwrap();
     assert_eq!(peer.name(), "long");
     read(&target, &peer, &region).unwrap();
+}
+
+fn who_came_and_is_gone_refuses_notifications_and_those_taken_before_are_counted(
+    config: Configuration,
+) {
+    let target = engine("target", config);
+    for _ in 0..3 {
+        let (mut process, region) = process_that_knows(&target, "stranger");
+        process.ask("connect target");
+        let peer = target.accept(BOUND).unwrap();
+        let before = target.stats().totals.notifications_dropped;
+        let mut taken = 0;
+        // Amid this one it says goodbye.
+        let leaves = std::thread::spawn(move || process.ask("shutdown"));
+        eventually("it refuses", || match peer.notify(b"too late, perhaps") {
+            Ok(()) => {
+                taken += 1;
+                false
+            }
+            Err(error) => kind(&error) == "RemoteDisconnect",
+        });
+        leaves.join().unwrap();
+        eventually("it is forgotten", || target.stats().peers.is_empty());
+        settle(&target);
+        // The handle of one that is forgotten.
+        for _ in 0..3 {
+            assert_kind(peer.notify(b"too late"), "RemoteDisconnect");
+        }
+        assert_kind(read(&target, &peer, &region), "RemoteDisconnect");
+        let dropped = target.stats().totals.notifications_dropped - before;
+        assert!(dropped <= taken, "{dropped} of {taken}");
+    }
 }
 
 fn waiting_ends_with_a_peer_with_stop_and_with_the_engine(config: Configuration) {

@@ -732,7 +732,8 @@ corelane_status corelane_descriptor_destroy(corelane_desc_t desc);
  *
  * Any thread. Errors: `CORELANE_ERR_BACKPRESSURE` when too many are not acknowledged,
  * `CORELANE_ERR_LIMIT` above 16 MiB, `CORELANE_ERR_CONNECT` within a second after the peer could not
- * be reached, `CORELANE_ERR_CANCELLED` once it was unloaded, `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND` after a lane has failed.
+ * be reached, `CORELANE_ERR_REMOTE_DISCONNECT` for a peer that connected by itself, was never loaded, and has left or did not come
+ * back within 30 s, `CORELANE_ERR_CANCELLED` once it was unloaded, `CORELANE_ERR_SHUTDOWN`, `CORELANE_ERR_BACKEND` after a lane has failed.
  */
 corelane_status corelane_send_notif(corelane_conn_t conn,
                                     const void *payload,

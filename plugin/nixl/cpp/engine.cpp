@@ -91,6 +91,8 @@ nixl_status_t corelane::toNixl(corelane_status status) {
     case CORELANE_ERR_CANCELLED:
         return NIXL_ERR_CANCELED;
     case CORELANE_ERR_BUSY:
+    case CORELANE_ERR_BACKPRESSURE:
+        // NIXL has no word for a full queue. This one says as well: not now, and nothing is broken.
         return NIXL_ERR_REPOST_ACTIVE;
     case CORELANE_ERR_CONFIG:
         return NIXL_ERR_MISMATCH;

@@ -53,10 +53,7 @@ impl Core {
         if self.can_connect() {
             self.connect(false);
         } else {
-            let error = self.peer.gone(
-                "it connected to us and is gone; load its metadata to be able to connect to it",
-            );
-            self.fail_all(&error, env);
+            self.fail_all(&self.peer.away(), env);
         }
     }
 
@@ -103,6 +100,8 @@ impl Core {
             if self.can_connect() {
                 self.connect(false);
             } else if self.session == 0 {
+                // It was taken just before the session was over.
+                self.peer.set_away();
                 self.drop_notifications(env);
             }
             // Else only the peer can connect, and it may yet resume the session.
@@ -392,6 +391,7 @@ impl Core {
         let reason = "it has disconnected";
         let error = self.peer.gone(reason);
         self.fail_all(&error, env);
+        self.peer.set_away();
         self.drop_notifications(env);
         self.session = 0;
         if let Some(link) = self.session_link() {
@@ -405,6 +405,7 @@ impl Core {
         let error = self.peer.gone(reason);
         self.fail_all(&error, env);
         self.answer_connects(&Err(error));
+        self.peer.set_away();
         self.drop_notifications(env);
         self.session = 0;
         self.retry = None;
@@ -478,6 +479,7 @@ impl Core {
         if !matches!(self.phase, Phase::Leaving { .. }) {
             return;
         }
+        self.peer.set_away();
         let dropped = self.drop_notifications(env);
         self.session = 0;
         self.retry = None;

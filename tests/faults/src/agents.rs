@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use corelane::{Access, Engine, Operation, Peer, Region, RegionDescriptor};
+use corelane::{Access, Engine, Error, Operation, Peer, Region, RegionDescriptor};
 use corelane_tests::{BOUND, Buffer, PeerProcess, Random, apply, from_hex, local_config, to_hex};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -72,6 +72,11 @@ fn seed_of(name: &str) -> u64 {
     name.bytes().fold(7, |seed: u64, byte| seed.wrapping_mul(31) + u64::from(byte))
 }
 
+/// Whether a transfer may end so when its peer dies: not in a timeout, which would be a hang, and in nothing that blames this side.
+fn is_of_a_death(error: &Error) -> bool {
+    matches!(error, Error::RemoteDisconnect { .. } | Error::Connect { .. })
+}
+
 impl Agent {
     fn new(name: &str, settings: &str) -> Result<Self> {
         let mut config = local_config();
@@ -133,6 +138,9 @@ impl Agent {
                 Ok(()) => report.completed += 1,
                 Err(error) => {
                     report.failed += 1;
+                    if !is_of_a_death(&error) {
+                        report.wrong.push(format!("{} with {name}: {error}", self.name));
+                    }
                     report.last_error = Some(error.to_string());
                     break;
                 }
@@ -379,4 +387,18 @@ pub(crate) fn liveness(options: &Options) -> Result<bool> {
         4 * cores
     );
     Ok(good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_death_ends_transfers_and_a_timeout_is_a_hang() {
+        let peer: std::sync::Arc<str> = "p".into();
+        let gone = Error::RemoteDisconnect { peer: peer.clone(), reason: String::new() };
+        assert!(is_of_a_death(&gone));
+        let hang = Error::Timeout { what: "a transfer", peer, after: BOUND };
+        assert!(!is_of_a_death(&hang) && !is_of_a_death(&Error::Backend("a lane".into())));
+    }
 }

@@ -54,6 +54,9 @@ pub(crate) struct SlotBoard {
     pub(crate) number: AtomicU64,
     pub(crate) block: AtomicU64,
     pub(crate) completed: AtomicU64,
+    /// For each place: the number of the last block that was posted there, and of the last that is known to be there.
+    pub(crate) placed: [AtomicU64; BLOCKS],
+    pub(crate) held: [AtomicU64; BLOCKS],
     /// For each place: the number of the last block whose notification the *receiver* has seen.
     pub(crate) seen: [AtomicU64; BLOCKS],
 }

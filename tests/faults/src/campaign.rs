@@ -329,7 +329,7 @@ fn report(options: &Options, stall: bool, mut results: Results) -> Result<bool> 
         results.completed, results.notifications, results.busy
     );
     let mut good = results.problems.is_empty();
-    if results.excused > 0 {
+    if stall {
         let rounds = results.seeds.len();
         println!(
             "{} of {rounds} rounds: transfers failed in a short stop amid waits for a core",

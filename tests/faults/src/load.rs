@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use corelane::{Error, LocalSegment, Operation, Region, RegionDescriptor, Status, Transfer};
-use corelane_tests::{BOUND, Buffer, block_holds, fill_block};
+use corelane_tests::{BOUND, Buffer, POISON, block_holds, check_either_block, fill_block};
 
 use crate::board::{BLOCKS, Control, SlotBoard, now_ns, outcome};
 use crate::notes::bound_payload;
@@ -115,6 +115,52 @@ pub(crate) fn check_unbound(shared: &Shared) {
         if done && !arrived(shared, slot, block, number) {
             shared.problem(Kind::Wrong, format!("WRITE {number} of slot {slot} is not there"));
         }
+    }
+}
+
+/// Looks at every place that the other side writes to, those of failed WRITEs included: what is there must be the last block that arrived,
+/// or what of the one after it may have come.
+pub(crate) fn check_places(shared: &Shared) {
+    let from = shared.other();
+    for (slot, spec) in SPECS.iter().enumerate().filter(|(_, spec)| spec.way != Way::Read) {
+        for block in 0..BLOCKS {
+            let board = &from.slots[slot];
+            let (placed, held) = (board.placed[block].load(SeqCst), board.held[block].load(SeqCst));
+            let new = if placed == 0 { u64::from_le_bytes([POISON; 8]) } else { placed };
+            let (at, served) = (block_at(slot, block), &shared.set.served);
+            if let Err(why) = check_either_block(served, at, spec.len, held, new) {
+                shared.problem(Kind::Wrong, format!("place {block} of slot {slot}: {why}"));
+            }
+        }
+    }
+}
+
+/// Looks at all that READs have written to: nothing may have come there since their ends.
+pub(crate) fn check_rest(shared: &Shared) {
+    let mut at = 0;
+    let mut places = Vec::new();
+    for (slot, spec) in SPECS.iter().enumerate() {
+        if spec.way == Way::Read {
+            places.push((slot, at, spec.len));
+        }
+        at += spec.len;
+    }
+    places.push((CHURN_READ, at, CHURN_BYTES));
+    places.push((RETURN_READ, local_bytes() - SPARE_BYTES, SPARE_BYTES / 2));
+    for (slot, at, len) in places {
+        // One that never ends has been told already.
+        if !shared.own().slots[slot].in_flight() {
+            must_be_poison(shared, slot, at, len);
+        }
+    }
+}
+
+/// What has come to the own memory of a READ that has ended was written late.
+pub(crate) fn must_be_poison(shared: &Shared, slot: usize, at: usize, len: usize) {
+    let memory = &shared.set.local;
+    if let Err(why) = memory.check_poison(at, len) {
+        shared.problem(Kind::Late, format!("after the end of a READ of slot {slot}: {why}"));
+        memory.poison(at, len);
     }
 }
 
@@ -257,13 +303,17 @@ impl Slot {
         let (board, len) = (self.board(shared), self.spec.len);
         let transfer = &self.transfers[self.block];
         let result = match self.spec.way {
-            Way::Read => post(board, || transfer.post()),
+            Way::Read => {
+                must_be_poison(shared, self.index, self.local_at, len);
+                post(board, || transfer.post())
+            }
             Way::Write | Way::Bound => {
                 let number = self.number + 1;
                 fill_block(self.local(shared), self.local_at, len, number);
                 let (old_number, old_block) = (board.number.load(SeqCst), board.block.load(SeqCst));
                 board.number.store(number, SeqCst);
                 board.block.store(self.block as u64, SeqCst);
+                let placed = board.placed[self.block].swap(number, SeqCst);
                 let payload = bound_payload(self.index, self.block, number);
                 let result = post(board, || match self.spec.way {
                     Way::Bound => transfer.post_with_notification(&payload),
@@ -274,6 +324,7 @@ impl Slot {
                     Err(_) => {
                         board.number.store(old_number, SeqCst);
                         board.block.store(old_block, SeqCst);
+                        board.placed[self.block].store(placed, SeqCst);
                     }
                 }
                 result
@@ -289,6 +340,9 @@ impl Slot {
     }
 
     fn done(&mut self, shared: &Shared) {
+        if self.spec.way != Way::Read {
+            self.board(shared).held[self.block].store(self.number, SeqCst);
+        }
         ended(self.board(shared), outcome::DONE);
         if self.spec.way == Way::Read {
             self.check(shared);

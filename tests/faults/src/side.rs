@@ -395,27 +395,33 @@ impl Process {
                 shared.problem(Kind::Failed, "a thread panicked".into());
             }
         }
+        let Set { local: own, served: lent, spare: more, .. } = &shared.set;
+        let mut lent_is_back = true;
         if !shared.is_withdrawn() {
             if shared.strike != Strike::Kill {
                 load::check_unbound(&shared);
             }
-            churn::take_back(&shared, &served, "the served memory");
+            load::check_places(&shared);
+            lent_is_back = churn::take_back(&shared, &served, "the served memory");
+            lent.poison(0, lent.len());
         }
-        churn::take_back(&shared, &spare, "the spare memory");
+        let more_is_back = churn::take_back(&shared, &spare, "the spare memory");
+        more.poison(0, more.len());
         churn::take_back(&shared, &local, "the own memory");
         if self.side == SURVIVOR {
             shared.engine.unload_peer_within(&shared.peer, Duration::from_millis(100))?;
         }
+        // Last, so that what comes late has had the time to.
+        load::check_rest(&shared);
+        for (memory, is_back) in [(lent, lent_is_back), (more, more_is_back)] {
+            if is_back && let Err(why) = memory.check_poison(0, memory.len()) {
+                let what = format!("memory that was taken back: {why}");
+                shared.problem(Kind::Late, what);
+            }
+        }
+        [own, lent, more].iter().for_each(|memory| memory.poison(0, memory.len()));
         let shared = Arc::into_inner(shared).context("a thread still runs")?;
         let set = shared.set;
-        if shared.withdrawn.into_inner()
-            && let Err(why) = set.served.check_poison(0, set.served.len())
-        {
-            lock(&shared.problems).push((Kind::Late, format!("memory that was taken back: {why}")));
-        }
-        for buffer in [&set.local, &set.served, &set.spare] {
-            buffer.poison(0, buffer.len());
-        }
         self.pool.give_back(shared.seed, set);
         Ok(Verdict {
             problems: shared.problems.into_inner().unwrap_or_else(PoisonError::into_inner),
@@ -525,6 +531,8 @@ fn try_to_come_back(
         .transfer();
     let start = Instant::now();
     while let Err(error) = load::follow(shared, RETURN_READ, &read, None) {
+        // What had come by then is no business of the next attempt.
+        memory.poison(mine, half);
         if start.elapsed() > RETURN_WITHIN {
             return Err(error);
         }

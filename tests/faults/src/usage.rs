@@ -32,6 +32,8 @@ pub(crate) struct Samples {
 }
 
 /// Fewer say nothing.
+const LEAST: usize = 12;
+/// Fewer are judged with twice the room: each of them weighs more.
 const ENOUGH: usize = 100;
 
 impl Samples {
@@ -50,9 +52,11 @@ impl Samples {
     /// Prints the second quarter (in the first, pools fill) beside the last; false: it has grown.
     pub(crate) fn report(&self) -> bool {
         let quarter = self.samples.len() / 4;
-        if self.samples.len() < ENOUGH {
+        if self.samples.len() < LEAST {
+            println!("{:<14}  {} samples are too few to judge", self.name, self.samples.len());
             return true;
         }
+        let (coarser, share) = if self.samples.len() < ENOUGH { (2.0, 0.1) } else { (1.0, 0.05) };
         let (early, late) =
             (&self.samples[quarter..2 * quarter], &self.samples[self.samples.len() - quarter..]);
         let mut good = true;
@@ -75,7 +79,7 @@ impl Samples {
             ),
         ];
         for (what, early, late, room) in columns {
-            let grown = late > early + room + early * 0.05;
+            let grown = late > early + room * coarser + early * share;
             good &= !grown;
             let mark = if grown { " GROWN" } else { "" };
             line += &format!("  {early:>8.1} -> {late:>8.1} {what}{mark}");
@@ -114,14 +118,19 @@ mod tests {
 
     #[test]
     fn what_leaks_is_found_and_what_is_flat_is_not() {
-        let report = |files: &dyn Fn(usize) -> usize| {
+        let report = |count: usize, usage: &dyn Fn(usize) -> Usage| {
             let mut samples = Samples::new("x".into());
-            for i in 0..100 {
-                samples.add(Usage { resident: 100 << 20, files: files(i), threads: 5 });
-            }
+            (0..count).for_each(|i| samples.add(usage(i)));
             samples.report()
         };
-        assert!(report(&|i| 20 + i % 3));
-        assert!(!report(&|i| 20 + i / 5));
+        let files = |files: usize| Usage { resident: 100 << 20, files, threads: 5 };
+        assert!(report(100, &|i| files(20 + i % 3)));
+        assert!(!report(100, &|i| files(20 + i / 5)));
+        // As many as a job of a short campaign has: a file, a thread or 4 MiB in each round is found.
+        assert!(report(30, &|i| files(25 + i * 7 % 10)));
+        assert!(!report(30, &|i| files(25 + i)));
+        assert!(!report(30, &|i| Usage { threads: 12 + i, ..files(25) }));
+        assert!(!report(30, &|i| Usage { resident: (100 + 4 * i as u64) << 20, ..files(25) }));
+        assert!(report(8, &|i| files(25 + i)), "too few to tell");
     }
 }

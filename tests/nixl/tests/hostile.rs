@@ -26,7 +26,7 @@ fn a_receiver_that_takes_nothing_stops_its_sender_and_nothing_is_lost() {
         }
         assert!(accepted < 10_000_000, "there is no limit");
     };
-    assert_eq!(refusal, Status::BACKEND, "after {accepted}");
+    assert_eq!(refusal, Status::REPOST_ACTIVE, "after {accepted}");
     // A posting whose notification has no room is refused before any byte moves; without one it works.
     let lists = ([range(&near, 0, 4096)], [range(&far, 0, 4096)]);
     let request = a.prepare(Operation::Write, &lists.0, "b", &lists.1).unwrap();
@@ -35,7 +35,7 @@ fn a_receiver_that_takes_nothing_stops_its_sender_and_nothing_is_lost() {
         match request.run_with(Notify::With(b"bound")) {
             Ok(()) => break,
             Err(status) => {
-                assert_eq!(status, Status::BACKEND);
+                assert_eq!(status, Status::REPOST_ACTIVE);
                 far.assert_poison(0, 4096);
                 refused += 1;
             }

@@ -347,6 +347,38 @@ fn a_stale_key() {
     assert!(b.notifications().is_empty());
 }
 
+// --- REPOST_ACTIVE
+
+#[test]
+fn a_peer_that_takes_no_notifications() {
+    const PAYLOAD: usize = 16 << 20;
+    let setup = Setup::new(&[TCP, ("liveness_ms", "60000")], "");
+    setup.assert_works();
+    let (handle, payload) = (setup.prepare().unwrap(), vec![7; PAYLOAD]);
+    setup.process.freeze();
+    let mut taken = 0;
+    let full = loop {
+        match setup.a.notify("b", &payload) {
+            Status::SUCCESS => taken += 1,
+            status => break status,
+        }
+    };
+    assert_eq!((full, taken), (Status::REPOST_ACTIVE, (64 << 20) / PAYLOAD));
+    // Nor a transfer that carries one, of which nothing moves.
+    setup.near.poison(0, LEN);
+    let (local, remote) = setup.lists();
+    let posted = setup.a.post(Operation::Read, &local, &remote, "b", handle, Some(b"no room"));
+    assert_eq!(posted, Status::REPOST_ACTIVE);
+    setup.process.thaw();
+    corelane_tests::eventually("there is room again", || {
+        setup.a.notify("b", b"again") == Status::SUCCESS
+    });
+    setup.near.assert_poison(0, LEN);
+    assert_eq!(setup.end(handle), Status::SUCCESS);
+    setup.near.assert_pattern(1, 0, LEN, 0);
+    setup.a.release_for_good(handle);
+}
+
 // --- CANCELED
 
 #[test]

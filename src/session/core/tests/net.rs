@@ -136,7 +136,7 @@ impl World {
             session: intent.session,
             attempt: intent.attempt,
             expects: intent.expects,
-            liveness_ms: self.liveness.as_millis() as u32,
+            liveness_ms: self.liveness_ms(node),
             name: from.name.into(),
         };
         let at = now + self.delay() * 2;
@@ -159,7 +159,7 @@ impl World {
         };
         let target = self.wires[wire].ends[1].node;
         let node = &self.nodes[target];
-        let (liveness, random) = (self.liveness.as_millis() as u32, self.rng.next());
+        let (liveness, random) = (self.liveness_ms(target), self.rng.next());
         let refused = self.wires[wire].ends[0].closed && self.rng.chance(50);
         let answer = if !node.alive || self.refusing[target] {
             Err(Refusal::ShuttingDown)

@@ -75,6 +75,8 @@ pub(super) struct World {
     pub(super) posted: Vec<Posted>,
     pub(super) config: CoreConfig,
     pub(super) liveness: Duration,
+    /// Where engine 1 has another than engine 0.
+    pub(super) liveness_of_b: Option<Duration>,
     pub(super) partitioned: bool,
     pub(super) refusing: [bool; 2],
     /// Links that a node has closed because of what it received, with the reason.
@@ -143,12 +145,19 @@ impl World {
             posted: Vec::new(),
             config,
             liveness: Duration::from_secs(3),
+            liveness_of_b: None,
             partitioned: false,
             refusing: [false; 2],
             broken: Vec::new(),
             asked: Vec::new(),
             faults: Vec::new(),
         }
+    }
+
+    /// What a node is configured to.
+    pub(super) fn liveness_ms(&self, node: usize) -> u32 {
+        let own = self.liveness_of_b.filter(|_| node == 1).unwrap_or(self.liveness);
+        own.as_millis() as u32
     }
 
     pub(super) fn elapsed(&self) -> Duration {
