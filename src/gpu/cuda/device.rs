@@ -336,6 +336,16 @@ impl Device {
     }
 }
 
+/// How many GPUs this process sees; `None`: nobody has initialised the driver.
+pub(super) fn count_if_initialised() -> Option<u32> {
+    count(api::loaded().ok()?).ok()
+}
+
+/// The same, and initialises it.
+pub(super) fn count_all() -> Result<u32, GpuError> {
+    count(api::ready()?)
+}
+
 fn count(api: &Api) -> Result<u32, GpuError> {
     let mut count = 0;
     // SAFETY: room for one number.
