@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use corelane_runtime::{Assist, Lane, SubmitError};
 
+use super::equipment::Given;
 use super::{LaneDriver, Message};
 use crate::config::{EngineConfig, TransportKind};
 use crate::error::{Error, Result};
@@ -79,6 +80,8 @@ pub(crate) struct EngineShared {
     pub(crate) inline: InlineCounters,
     /// By what callers begin copies of GPUs, for each GPU that it was asked for.
     pub(super) issuers: Mutex<Vec<Arc<Issuer>>>,
+    /// What lanes have of GPUs.
+    pub(super) given: Mutex<Vec<Given>>,
     /// The regions, for peers on this host; `None`: transport `local` is not allowed.
     pub(super) table: Option<Table>,
     pub(super) accessors: Accessors,

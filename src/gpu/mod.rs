@@ -9,10 +9,10 @@ mod bounce;
 mod cuda;
 mod plan;
 
-pub(crate) use bounce::{BLOCK_BYTES, Block, Bounce};
+pub(crate) use bounce::{BLOCK_BYTES, Block, Bounce, Slab};
 pub(crate) use cuda::{
-    Allocation, CallerStream, Device, Flight, LaneGpu, Launch, allocation_of, forget_mappings,
-    gpu_is_present, holds_device_memory,
+    Allocation, CallerStream, Device, Flight, LaneGpu, LanePart, Launch, allocation_of,
+    forget_mappings, gpu_is_present, holds_device_memory,
 };
 #[cfg(feature = "rdma")]
 pub(crate) use cuda::{DmaBuf, Look, Visibility};

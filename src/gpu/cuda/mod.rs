@@ -19,7 +19,7 @@ pub(crate) use caller::CallerStream;
 pub(crate) use device::Device;
 #[cfg(feature = "rdma")]
 pub(crate) use direct::{DmaBuf, Visibility};
-pub(crate) use lane::{Flight, LaneGpu, Launch};
+pub(crate) use lane::{Flight, LaneGpu, LanePart, Launch};
 pub(crate) use mapping::{Mapping, forget_mappings, open_mapping};
 #[cfg(feature = "rdma")]
 pub(crate) use memory::Look;

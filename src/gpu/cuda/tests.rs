@@ -71,7 +71,7 @@ fn costs_of(device: &'static Device, other: &'static Device) {
     }
     eprintln!("looking whether an allocation is live: {:?}", began.elapsed() / 10_000);
     let mut lane = LaneGpu::default();
-    lane.prepare(device).unwrap();
+    assert!(lane.take_part(Device::lane_part(device).unwrap()).is_none());
     let mut run = |tiles: &[Tile], large: &[(u64, u64, u64)], blocks: u32| {
         let table = Table::new(device, tiles.to_vec()).unwrap();
         let (mut posts, mut ends) = (Vec::new(), Vec::new());
@@ -175,8 +175,8 @@ fn ways_to_see_the_end(device: &'static Device, tile: Tile) {
     let mut counter = 0;
     // SAFETY: room for one address.
     assert_eq!(unsafe { (device.api.memory_alloc)(&raw mut counter, 64) }, 0);
-    // SAFETY: it was just allocated, and the stream is new.
-    unsafe { (device.api.memory_set_async)(counter, 0, 64, stream) };
+    // SAFETY: both were just allocated, the flags as zeros, and the stream is new.
+    unsafe { (device.api.copy_async)(counter, flags.address(), 64, stream) };
     for by_flag in [true, false] {
         asked.clear();
         for value in 1..=500u32 {
