@@ -9,7 +9,7 @@ use corelane_runtime::{Assist, Lane, SubmitError};
 
 use super::equipment::Given;
 use super::{LaneDriver, Message};
-use crate::config::{EngineConfig, TransportKind};
+use crate::config::{AssistMode, EngineConfig, TransportKind};
 use crate::error::{Error, Result};
 use crate::gpu::Device;
 use crate::memory::{RegionInner, Registry, close_all};
@@ -128,7 +128,7 @@ impl EngineShared {
 
     /// By what callers begin copies of this GPU; `None`: they do not.
     pub(super) fn issuer(&self, device: &'static Device) -> Option<Arc<Issuer>> {
-        if self.config.inline_bytes == 0 {
+        if self.config.copied_by_callers().is_none() || self.config.assist == AssistMode::Never {
             // What is the lane's stays on the lane.
             return None;
         }
