@@ -42,8 +42,9 @@ if log.strip():
 if status != 0:
     sys.exit("the kernel does not compile")
 ptx = text_of(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
-digest = hashlib.sha256(text).hexdigest()
-target.write_text(f"// Made by scripts/build-gpu-kernel.sh of kernel.cu, sha256 {digest}\n{ptx}")
+digests = [hashlib.sha256(one).hexdigest() for one in (text, ptx.encode())]
+head = f"// Made by scripts/build-gpu-kernel.sh of kernel.cu, sha256 {digests[0]}, of which came {digests[1]}"
+target.write_text(f"{head}\n{ptx}")
 PYTHON
 
 if [ "${1:-}" = --check ]; then

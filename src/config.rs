@@ -350,7 +350,8 @@ pub struct EngineConfig {
     pub latency_bytes: usize,
     /// Transfers of at most this many bytes are started by the thread that posts them, where
     /// [`assist`](Self::assist) lets it drive the lane. So are, up to 128 MiB, transfers of one contiguous range that a GPU copies
-    /// within a host, for 2 to 5 us of that thread. 0: always by the lane. Default 64 KiB.
+    /// within a host, unless `assist` is `Never` or [`inline_copy_bytes`](Self::inline_copy_bytes) 0: for 2 to 7 us of that thread.
+    /// 0: always by the lane. Default 64 KiB.
     pub inline_bytes: usize,
     /// Transport `local`: transfers of at most this many bytes are copied by the thread that posts them,
     /// and are over when `post` returns: 70 us for 1 MiB, the default. Larger ones are copied by the lanes,

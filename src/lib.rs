@@ -104,10 +104,11 @@ mod transport;
 mod verbs;
 mod wire;
 
-/// Whether the driver of a GPU is there, so that memory of [`MemoryKind::Vram`] can be registered. Until it is
-/// found it is looked for again, at most once a second; it is not initialised.
+/// Whether there is a GPU and its driver, so that memory of [`MemoryKind::Vram`] can be registered. Until they are
+/// found they are looked for again, at most once a second. Where the system has files of GPUs in `/dev`, the driver is not
+/// initialised for that.
 pub fn supports_gpu_memory() -> bool {
-    gpu::driver_is_present()
+    gpu::gpu_is_present()
 }
 
 pub use config::{

@@ -12,10 +12,10 @@ use smallvec::SmallVec;
 
 use super::lane::LaneDriver;
 use super::staging::Staging;
-use crate::config::{GpuConfig, TransportKind};
+use crate::config::GpuConfig;
 use crate::error::Error;
 use crate::gpu::{Flight, GpuError, LaneGpu};
-use crate::memory::{LaneRegions, RegionInner};
+use crate::memory::LaneRegions;
 use crate::plan::Class;
 use crate::transfer::{TransferShared, gpu_failed as failed};
 use crate::transport::local::{CopyError, OwnedUse};
@@ -69,21 +69,6 @@ enum Started {
 }
 
 impl LaneDriver {
-    /// A region has been registered: what this lane needs on its GPU is made now, and not by the first transfer.
-    pub(super) fn prepare_gpu(&mut self, region: &RegionInner) {
-        if let Some(allocation) = region.gpu()
-            && let Err(error) = self.gpu.lane.prepare(allocation.device())
-        {
-            // The first transfer says so, too.
-            tracing::warn!(%error, lane = self.index, "no streams on the GPU");
-        }
-        if let Some(allocation) = region.gpu()
-            && self.engine.identity.transports & TransportKind::Tcp.bit() != 0
-        {
-            self.prepare_staging(allocation.device());
-        }
-    }
-
     /// Takes a transfer up, whose job is open.
     pub(super) fn copy_on_gpu(&mut self, transfer: Arc<TransferShared>, cx: &mut Cx<'_>) {
         if transfer.copy.claim(1).is_none() {

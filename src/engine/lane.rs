@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::EngineShared;
 use super::accept::Adopted;
 use super::connect::Connector;
+use super::equipment::Equipment;
 use super::gpu::GpuCopies;
 use super::issued::{self, Issuers};
 use super::links::Link;
@@ -45,6 +46,8 @@ pub(crate) enum Message {
     /// Other metadata was loaded under the peer's name: it is over.
     Retire(Arc<PeerShared>),
     AddRegion(Arc<RegionInner>),
+    /// What this lane needs of a GPU.
+    Equip(Box<Equipment>),
     CloseRegion(Arc<RegionInner>, Arc<Ticket<()>>),
     /// Another lane's transfer, to be copied by whoever has time.
     Help(Arc<TransferShared>),
@@ -533,10 +536,13 @@ impl Driver for LaneDriver {
                 }
             }
             Message::AddRegion(region) => {
-                self.prepare_gpu(&region);
+                if let Some(allocation) = region.gpu() {
+                    self.know_for_staging(allocation.device());
+                }
                 self.share_with_all(&region);
                 self.regions.add(region);
             }
+            Message::Equip(equipment) => self.equip(*equipment),
             Message::CloseRegion(region, ticket) => {
                 self.unshare_with_all(&region);
                 self.regions.close(&region, ticket);

@@ -35,7 +35,8 @@ impl Engine {
         unsafe { self.register_kind(ptr as u64, len as u64, MemoryKind::Dram, access) }
     }
 
-    /// As [`register`](Self::register), for memory of any kind, by address.
+    /// As [`register`](Self::register), for memory of any kind, by address. The first memory of a GPU costs some milliseconds for each
+    /// lane, and up to 5 s for each where the GPU does not answer: this thread makes what the lanes need there.
     ///
     /// # Safety
     /// As for [`register`](Self::register).
@@ -109,6 +110,9 @@ impl Engine {
             rail_keys,
             device,
         };
+        if let Backing::Gpu(allocation) = &backing {
+            shared.equip_lanes(allocation.device());
+        }
         let region = shared.registry_mut().insert(describe, backing, registrations)?;
         for lane in shared.lanes() {
             if lane.submit(Message::AddRegion(region.clone())).is_err() {

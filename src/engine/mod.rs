@@ -2,6 +2,7 @@
 
 mod accept;
 mod connect;
+mod equipment;
 mod gpu;
 mod issued;
 mod lane;

@@ -109,6 +109,8 @@ impl Engine {
             };
             inner.device = Some(match ready {
                 Ok(ready) => {
+                    // Mostly it has that since memory of this GPU was registered.
+                    shared.equip_lane(peer.shared.lane, ready.device());
                     let issuer = ready.only_range().and_then(|_| shared.issuer(ready.device()));
                     Device::Ready(Box::new(ready), issuer)
                 }

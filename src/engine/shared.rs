@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use corelane_runtime::{Assist, Lane, SubmitError};
 
+use super::equipment::Given;
 use super::{LaneDriver, Message};
-use crate::config::{EngineConfig, TransportKind};
+use crate::config::{AssistMode, EngineConfig, TransportKind};
 use crate::error::{Error, Result};
 use crate::gpu::Device;
 use crate::memory::{RegionInner, Registry, close_all};
@@ -85,6 +86,8 @@ pub(crate) struct EngineShared {
     pub(crate) inline: InlineCounters,
     /// By what callers begin copies of GPUs, for each GPU that it was asked for.
     pub(super) issuers: Mutex<Vec<Arc<Issuer>>>,
+    /// What lanes have of GPUs.
+    pub(super) given: Mutex<Vec<Given>>,
     /// The regions, for peers on this host; `None`: transport `local` is not allowed.
     pub(super) table: Option<Table>,
     pub(super) accessors: Accessors,
@@ -131,7 +134,7 @@ impl EngineShared {
 
     /// By what callers begin copies of this GPU; `None`: they do not.
     pub(super) fn issuer(&self, device: &'static Device) -> Option<Arc<Issuer>> {
-        if self.config.inline_bytes == 0 {
+        if self.config.copied_by_callers().is_none() || self.config.assist == AssistMode::Never {
             // What is the lane's stays on the lane.
             return None;
         }

@@ -122,6 +122,10 @@ impl Staging {
         }
     }
 
+    pub(super) fn bounces_mut(&mut self) -> &mut [Bounce] {
+        &mut self.bounces
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         self.moving.is_empty()
             && self.waiting.is_empty()
@@ -182,14 +186,11 @@ fn failed(error: GpuError) -> Error {
 }
 
 impl LaneDriver {
-    /// GPU memory was registered: the first blocks are pinned now, and not by the first transfer.
-    pub(super) fn prepare_staging(&mut self, device: &'static Device) {
+    /// Blocks may be pinned in the context of this GPU.
+    pub(super) fn know_for_staging(&mut self, device: &'static Device) {
         let staging = &mut self.gpu.staging;
         for bounce in staging.bounces.iter_mut().chain([&mut self.scratch.arrivals.bounce]) {
-            if let Err(error) = bounce.prepare(device) {
-                // Transfers over sockets say so, too.
-                tracing::warn!(%error, lane = self.index, "no pinned host memory");
-            }
+            bounce.know(device);
         }
     }
 

@@ -139,6 +139,7 @@ pub(super) fn start(agent_name: &str, config: EngineConfig) -> Result<Arc<Engine
         counters: (0..lanes).map(|_| Arc::new(Counters::default())).collect(),
         inline: InlineCounters::default(),
         issuers: Mutex::default(),
+        given: Mutex::default(),
         table,
         accessors: Accessors::default(),
         rails: Arc::new(rails),

@@ -3,6 +3,7 @@
 //! A block holds the payload of one frame, and behind it the list of ranges by which a GPU fills or empties it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
@@ -28,6 +29,9 @@ const TILE: u64 = 4 << 10;
 const ENGINE_BYTES: u64 = 64 << 10;
 const ENGINE_RANGES: usize = 2;
 
+/// Where the driver has refused more while there are blocks, it is asked again after so long: who asks is in the middle of transfers.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
 #[derive(Default)]
 struct Store {
     free: Vec<u64>,
@@ -44,11 +48,15 @@ fn lock(home: &Home) -> MutexGuard<'_, Store> {
 /// The blocks of one lane for one direction, so that neither waits for the other.
 pub(crate) struct Bounce {
     home: Arc<Home>,
-    /// Whose driver pins them; every GPU addresses them.
-    device: Option<&'static Device>,
+    /// In whose contexts they are pinned: in the first that is not lost. Every GPU addresses them.
+    devices: SmallVec<[&'static Device; 8]>,
     made: usize,
     limit: usize,
+    refused: Option<Instant>,
 }
+
+/// The first blocks of a lane for one direction.
+pub(crate) struct Slab(HostMemory);
 
 /// A block in use; dropped, it is free again. To be dropped when no GPU touches it any more.
 pub(crate) struct Block {
@@ -57,28 +65,59 @@ pub(crate) struct Block {
 }
 
 impl Bounce {
-    /// At most `bytes` of payload at a time; nothing is pinned before `prepare`.
+    /// At most `bytes` of payload at a time; nothing is pinned yet.
     pub(crate) fn new(bytes: usize) -> Self {
         let limit = (bytes / BLOCK_BYTES).max(SLAB_BLOCKS);
-        Self { home: Arc::default(), device: None, made: 0, limit }
+        Self { home: Arc::default(), devices: SmallVec::new(), made: 0, limit, refused: None }
     }
 
-    /// Pins the first blocks, unless they are there: some milliseconds.
-    pub(crate) fn prepare(&mut self, device: &'static Device) -> Result<(), GpuError> {
-        self.device.get_or_insert(device);
-        if self.made == 0 { self.pin_more().map(drop) } else { Ok(()) }
+    /// Pins the first blocks of one, for a lane that is not to wait for that: some milliseconds.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn slab(device: &'static Device) -> Result<Slab, GpuError> {
+        HostMemory::pinned(device, SLAB_BLOCKS * STRIDE).map(Slab)
     }
 
-    /// Whether there are more now.
-    fn pin_more(&mut self) -> Result<bool, GpuError> {
-        let count = SLAB_BLOCKS.min(self.limit - self.made);
-        let Some(device) = self.device.filter(|_| count > 0) else { return Ok(false) };
-        let slab = HostMemory::pinned(device, count * STRIDE)?;
+    /// Adds what was pinned elsewhere.
+    pub(crate) fn add(&mut self, Slab(memory): Slab) {
+        self.add_blocks(memory, SLAB_BLOCKS);
+    }
+
+    /// Blocks may be pinned in the context of this GPU.
+    pub(crate) fn know(&mut self, device: &'static Device) {
+        if !self.devices.iter().any(|known| known.ordinal() == device.ordinal()) {
+            self.devices.push(device);
+        }
+    }
+
+    /// Pins more blocks, as far as there may be more.
+    fn pin_more(&mut self) -> Result<(), GpuError> {
+        let count = SLAB_BLOCKS.min(self.limit.saturating_sub(self.made));
+        if count == 0 {
+            return Ok(());
+        }
+        let is_working = |device: &&&'static Device| device.lost().is_none();
+        let slab = loop {
+            let Some(device) = self.devices.iter().find(is_working).or(self.devices.last()) else {
+                return Ok(());
+            };
+            let slab = HostMemory::pinned(device, count * STRIDE);
+            // That a GPU is lost may be news.
+            let others = device.lost().is_some() && self.devices.iter().any(|it| is_working(&it));
+            if slab.is_ok() || !others {
+                break slab?;
+            }
+        };
+        self.add_blocks(slab, count);
+        Ok(())
+    }
+
+    fn add_blocks(&mut self, slab: HostMemory, count: usize) {
         let mut store = lock(&self.home);
         store.free.extend((0..count).rev().map(|at| slab.address() + (at * STRIDE) as u64));
         store.slabs.push(slab);
         self.made += count;
-        Ok(true)
     }
 
     /// A block for a payload of `len` bytes; `None`: all are in use.
@@ -87,11 +126,16 @@ impl Bounce {
     /// The driver's, where there is no pinned memory at all.
     pub(crate) fn take(&mut self, len: usize) -> Result<Option<Block>, GpuError> {
         let kept = if len <= SMALL_BYTES { 0 } else { KEPT_FOR_SMALL };
-        if lock(&self.home).free.len() <= kept {
+        let may_ask = self.refused.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
+        if lock(&self.home).free.len() <= kept && may_ask {
+            self.refused = None;
             match self.pin_more() {
-                Ok(_) => {}
-                // What there is has to do, from now on.
-                Err(_) if self.made > 0 => self.limit = self.made,
+                Ok(()) => {}
+                // What there is has to do, for now.
+                Err(error) if self.made > 0 => {
+                    tracing::debug!(%error, blocks = self.made, "no more pinned host memory");
+                    self.refused = Some(Instant::now());
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::cuda::{
-    Device, Mapping, Table, Tile, Watched, is_device_memory, is_pinned_host, open_mapping,
+    Device, Mapping, Table, Tile, Watched, first_unpinned, is_device_memory, is_open_to_peers,
+    open_mapping,
 };
 use super::{GpuError, Launch};
 use crate::error::{Error, Result};
@@ -210,7 +211,7 @@ impl DeviceBuilder {
         let mut watched = Watched::default();
         let device = self.device(same_process)?;
         if self.local_kind == MemoryKind::Dram {
-            self.require_pinned("this side's", &mut watched, |pair| pair.local)?;
+            self.require_pinned(device, "this side's", &mut watched, |pair| pair.local)?;
         }
         if !self.remote_on_gpu {
             if !same_process {
@@ -220,7 +221,7 @@ impl DeviceBuilder {
                         .into(),
                 ));
             }
-            self.require_pinned("the peer's", &mut watched, |pair| pair.remote)?;
+            self.require_pinned(device, "the peer's", &mut watched, |pair| pair.remote)?;
         } else if same_process {
             self.watch_theirs(device, &mut watched)?;
         }
@@ -274,22 +275,22 @@ impl DeviceBuilder {
 
     fn require_pinned(
         &self,
+        device: &Device,
         whose: &str,
         watched: &mut Watched,
         address: impl Fn(&Pair) -> u64,
     ) -> std::result::Result<(), Unfit> {
-        let unpinned = self.pairs.iter().find(|pair| !is_pinned_host(address(pair), pair.len));
-        match unpinned {
+        let ranges = self.pairs.iter().map(|pair| (address(pair), pair.len));
+        match first_unpinned(device, ranges)? {
             None => {
                 self.pairs.iter().for_each(|pair| {
                     watched.add(address(pair));
                 });
                 Ok(())
             }
-            Some(pair) => Err(Unfit::Never(format!(
-                "{whose} host memory at {:#x} is not pinned, so that no GPU addresses it: allocate it with \
-                 cudaHostAlloc or pin_memory=True",
-                address(pair)
+            Some(unpinned) => Err(Unfit::Never(format!(
+                "{whose} host memory at {unpinned:#x} is not pinned, so that no GPU addresses it, or not so that GPUs have it at \
+                 the host's addresses: allocate it with cudaHostAlloc, not write-combined, or pin_memory=True"
             ))),
         }
     }
@@ -309,7 +310,14 @@ impl DeviceBuilder {
             let ordinal = is_device_memory(theirs.start).ok_or_else(|| {
                 Unfit::Never("the peer's GPU memory is not there any more".into())
             })?;
-            device.reach(Device::get(ordinal)?).map_err(|error| Unfit::Never(error.0))?;
+            let owner = Device::get(ordinal)?;
+            device.reach(owner).map_err(|error| Unfit::Never(error.0))?;
+            if ordinal != device.ordinal() && !is_open_to_peers(owner, theirs.start, theirs.end)? {
+                return Err(Unfit::Never(format!(
+                    "the peer's memory of GPU {ordinal} is virtual memory or of a pool (PyTorch's expandable_segments and \
+                     cudaMallocAsync), which is open to other GPUs only where its owner has said so"
+                )));
+            }
             return Ok(0);
         }
         let memory = theirs.memory.as_ref();

@@ -148,7 +148,7 @@ impl Transfer {
 
     /// Starts the transfer. Costs one message to the lane; a small transfer is handed to the kernel
     /// before this returns when the caller may drive the lane, and one range that a GPU copies to its copy engine, which takes
-    /// 2 to 5 us. Allocates nothing.
+    /// 2 to 7 us. Allocates nothing.
     ///
     /// # Errors
     /// [`Error::Busy`] while it is in flight, [`Error::Shutdown`]. All that has to do with the peer

@@ -200,6 +200,16 @@ impl GpuBuffer {
         buffer
     }
 
+    /// As `new`, out of the GPU's pool: memory that no other GPU reaches, nor another process.
+    pub fn of_pool(gpu: u32, len: usize) -> Self {
+        let mut base = 0u64;
+        Self::cuda().call(gpu, "cuMemAllocAsync", (&raw mut base, len, 0usize));
+        Self::cuda().wait();
+        let buffer = Self { gpu, base, len, freed: false };
+        buffer.poison();
+        buffer
+    }
+
     fn cuda() -> &'static Cuda {
         Cuda::get().expect("a GPU")
     }
@@ -302,8 +312,19 @@ pub struct PinnedBuffer {
 impl PinnedBuffer {
     /// Allocates it, for all GPUs; poison at first.
     pub fn new(len: usize) -> Self {
+        const PORTABLE: c_uint = 1;
+        Self::with_flags(len, PORTABLE)
+    }
+
+    /// As `new`, write-combined: GPUs do not have it where the host has it.
+    pub fn write_combined(len: usize) -> Self {
+        const PORTABLE_MAPPED_WRITE_COMBINED: c_uint = 1 | 2 | 4;
+        Self::with_flags(len, PORTABLE_MAPPED_WRITE_COMBINED)
+    }
+
+    fn with_flags(len: usize, flags: c_uint) -> Self {
         let mut base = std::ptr::null_mut::<u8>();
-        GpuBuffer::cuda().call(0, "cuMemHostAlloc", (&raw mut base, len, 1 as c_uint));
+        GpuBuffer::cuda().call(0, "cuMemHostAlloc", (&raw mut base, len, flags));
         // SAFETY: so many bytes were just allocated.
         unsafe { std::ptr::write_bytes(base, POISON, len) };
         Self { base, len, freed: false }

@@ -80,6 +80,57 @@ impl GpuSide {
             self.memory.poison();
         }
     }
+
+    /// As [`exchange_lengths`](Self::exchange_lengths), in lists of two blocks, which a kernel copies where they are not long.
+    pub fn exchange_lists(
+        &self,
+        peer: &Peer,
+        far: &mut FarGpu,
+        lengths: impl IntoIterator<Item = usize>,
+        shifts: &[usize],
+    ) {
+        for (round, len) in lengths.into_iter().enumerate() {
+            assert!(2 * len + 2000 <= GPU_LEN);
+            let places = |first: usize, gap: usize| [first, first + len + gap];
+            for shift in shifts {
+                let (here, there) =
+                    (places(round * 16 + 64, 33), places(round * 16 + 32 + shift, 70));
+                self.copy_blocks(peer, Operation::Read, (here, there), &far.region, len);
+                let end = here[1] + len;
+                let mut expected = vec![POISON; end + 64];
+                for (here, there) in here.into_iter().zip(there) {
+                    expected[here..here + len].copy_from_slice(&pattern(1, there as u64, len));
+                }
+                assert_bytes(&self.memory.read(0, end + 64), &expected, "read and around");
+                self.memory.poison();
+            }
+            let (here, there) = (places(round * 16 + 3, 50), places(round * 16 + 32, 64));
+            self.memory.write(0, &pattern(2, 0, here[1] + len));
+            far.process.ask(&format!("gpu-poison r 0 {}", there[1] + len + 64));
+            self.copy_blocks(peer, Operation::Write, (here, there), &far.region, len);
+            for (here, there) in here.into_iter().zip(there) {
+                far.process.ask(&format!("gpu-check r 2 {there} {len} {here}"));
+                far.process.ask(&format!("gpu-check-poison r {} 64", there + len));
+            }
+            far.process.ask(&format!("gpu-check-poison r 0 {}", there[0]));
+            far.process.ask(&format!("gpu-fill r 1 0 {} 0", there[1] + len + 64));
+            self.memory.poison();
+        }
+    }
+
+    fn copy_blocks(
+        &self,
+        peer: &Peer,
+        operation: Operation,
+        (here, there): ([usize; 2], [usize; 2]),
+        remote: &RegionDescriptor,
+        len: usize,
+    ) {
+        let local = here.map(|at| self.memory.segment(at, len));
+        let remote = there.map(|at| remote.segment(at as u64, len as u64));
+        let plan = self.engine.prepare(operation, peer, &local, &remote).expect("a plan");
+        end_of(&plan.transfer()).expect("copied");
+    }
 }
 
 /// A second process with an engine and one region of a GPU, `r`, which holds pattern 1.

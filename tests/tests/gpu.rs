@@ -16,6 +16,8 @@ use corelane_tests::{
 
 #[path = "gpu/kernels.rs"]
 mod kernels;
+#[path = "gpu/reach.rs"]
+mod reach;
 #[path = "gpu/registration.rs"]
 mod registration;
 #[path = "gpu/staged.rs"]
@@ -54,6 +56,10 @@ fn every_length_between_processes(near_gpu: u32, far_gpu: u32) {
     let near = side("near", local_config(), near_gpu);
     let peer = near.connect(&far.metadata);
     near.exchange_lengths(&peer, &mut far, LENGTHS, &[0, 1, 4, 8]);
+    let (small, large): (Vec<_>, Vec<_>) = LENGTHS.into_iter().partition(|len| *len <= 1 << 20);
+    near.exchange_lists(&peer, &mut far, small, &[0, 1, 8]);
+    let fit = large.into_iter().filter(|len| 2 * len + 2000 <= LEN);
+    near.exchange_lists(&peer, &mut far, fit, &[1]);
     assert_eq!(near.engine.stats().totals.requests_sent, 0, "the peer was asked to serve");
 }
 
@@ -197,29 +203,60 @@ fn pinned_host_memory_and_a_gpu_exchange_both_ways() {
     engine.deregister(&region).unwrap();
 }
 
+/// Blocks one after the other, as a plan of one range is not: what a kernel copies.
+fn spread(count: usize, len: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..count).map(move |at| (at * (len + 40), 64 + at * (len + 24), len))
+}
+
+fn notifications_after(blocks: usize, rounds: u64) {
+    let gpu = u32::from(gpus(1).unwrap() > 1);
+    let (near, far) = (side("near", local_config(), 0), side("far", local_config(), gpu));
+    let peer = near.connect(&far.engine.metadata());
+    let list: Vec<_> = spread(blocks, 30_000 / blocks).collect();
+    let local: Vec<_> = list.iter().map(|&(here, _, len)| near.memory.segment(here, len)).collect();
+    let remote: Vec<_> = list
+        .iter()
+        .map(|&(_, there, len)| far.region.descriptor().segment(there as u64, len as u64))
+        .collect();
+    let [write, read] = [Operation::Write, Operation::Read]
+        .map(|way| near.engine.prepare(way, &peer, &local, &remote).unwrap().transfer());
+    let told = |payload: &[u8]| {
+        let all = collect(&far.engine, 1);
+        assert_eq!((all.len(), all[0].payload.as_slice()), (1, payload));
+    };
+    const ALL: usize = 32_000;
+    for round in 0..rounds {
+        near.memory.write(0, &pattern(2 * round, 0, ALL));
+        write.post_with_notification(b"written").unwrap();
+        told(b"written");
+        // Whatever the GPU does from here on sees the data: this copy, for one.
+        let found = far.memory.read(0, ALL);
+        for &(here, there, len) in &list {
+            let expected = pattern(2 * round, here as u64, len);
+            assert_bytes(&found[there..][..len], &expected, "at the notification");
+        }
+        outcome(&write).unwrap();
+        far.memory.write(0, &pattern(2 * round + 1, 0, ALL));
+        read.post_with_notification(b"read").unwrap();
+        told(b"read");
+        let found = near.memory.read(0, ALL);
+        for &(here, there, len) in &list {
+            let expected = pattern(2 * round + 1, there as u64, len);
+            assert_bytes(&found[here..][..len], &expected, "when the peer was told");
+        }
+        outcome(&read).unwrap();
+    }
+}
+
 #[test]
 fn notifications_come_after_the_data() {
     if gpus(1).is_none() {
         return;
     }
-    let gpu = u32::from(gpus(1).unwrap() > 1);
-    let (near, far) = (side("near", local_config(), 0), side("far", local_config(), gpu));
-    let peer = near.connect(&far.engine.metadata());
-    let len = 30_000;
-    let local = near.memory.segment(0, len);
-    let remote = far.region.descriptor().segment(64, len as u64);
-    let write =
-        near.engine.prepare(Operation::Write, &peer, &[local], &[remote]).unwrap().transfer();
     // Less to prove, and each round a hundred times as long, where the GPUs are threads.
-    let rounds = if Cuda::get().is_some_and(Cuda::is_fake) { 500 } else { 10_000 };
-    for round in 0..rounds {
-        near.memory.write(0, &pattern(round, 0, len));
-        write.post_with_notification(b"written").unwrap();
-        let all = collect(&far.engine, 1);
-        assert_eq!((all.len(), all[0].payload.as_slice()), (1, &b"written"[..]));
-        // Whatever the GPU does from here on sees the data: this copy, for one.
-        assert_bytes(&far.memory.read(64, len), &pattern(round, 0, len), "at the notification");
-        outcome(&write).unwrap();
+    let rounds = if Cuda::get().is_some_and(Cuda::is_fake) { 120 } else { 5_000 };
+    for blocks in [1, 3, 40] {
+        notifications_after(blocks, rounds);
     }
 }
 
@@ -276,13 +313,25 @@ fn a_cancelled_transfer_is_quiet_at_its_end() {
     let near = side("near", local_config(), 0);
     let peer = near.connect(&far.metadata);
     let (mut cancelled, mut done) = (0, 0);
+    let blocks: Vec<_> = spread(300, 50_000).collect();
     for round in 0..100 {
-        let local = near.memory.segment(0, 16 << 20);
-        let remote = far.region.segment(8, 16 << 20);
+        // One range, which the caller begins, and a list, which is a kernel of the lane.
+        let list = if round % 4 < 2 { vec![(0, 8, 16 << 20)] } else { blocks.clone() };
+        let local: Vec<_> =
+            list.iter().map(|&(here, _, len)| near.memory.segment(here, len)).collect();
+        let remote: Vec<_> = list
+            .iter()
+            .map(|&(_, there, len)| far.region.segment(there as u64, len as u64))
+            .collect();
         let transfer =
-            near.engine.prepare(Operation::Read, &peer, &[local], &[remote]).unwrap().transfer();
+            near.engine.prepare(Operation::Read, &peer, &local, &remote).unwrap().transfer();
         transfer.post().unwrap();
         if round % 2 == 0 {
+            // Before, while and after the lane starts it.
+            let until = Instant::now() + Duration::from_micros(round % 25 * 4);
+            while Instant::now() < until {
+                let _ = transfer.status();
+            }
             transfer.cancel();
         }
         if cut_short(&transfer) {
@@ -293,7 +342,7 @@ fn a_cancelled_transfer_is_quiet_at_its_end() {
         // From here on nothing is written.
         near.memory.poison();
         assert!(near.memory.read(0, 1 << 20).iter().all(|byte| *byte == POISON));
-        assert!(near.memory.read(15 << 20, 1 << 20).iter().all(|byte| *byte == POISON));
+        assert!(near.memory.read(14 << 20, 2 << 20).iter().all(|byte| *byte == POISON));
     }
     eprintln!("{cancelled} cancelled, {done} done");
     assert!(done >= 50);

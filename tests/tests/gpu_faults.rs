@@ -15,8 +15,14 @@ use corelane_tests::{
     tcp_config,
 };
 
+#[path = "gpu/busy.rs"]
+mod busy;
 #[path = "gpu/issued.rs"]
 mod issued;
+#[path = "gpu/pinning.rs"]
+mod pinning;
+#[path = "gpu/unreachable.rs"]
+mod unreachable;
 
 const ALONE: &str = "CORELANE_TEST_ALONE";
 const LAUNCH_FAILED: i32 = 719;
@@ -65,6 +71,23 @@ fn transfer(
     near.engine.prepare(operation, peer, &[local], &[remote]).unwrap().transfer()
 }
 
+/// As `transfer`, in blocks: what a kernel copies, which the lane starts.
+fn in_blocks(
+    near: &GpuSide,
+    peer: &Peer,
+    operation: Operation,
+    far: &FarGpu,
+    len: usize,
+) -> Transfer {
+    let (count, gap) = (5, 100);
+    let local: Vec<_> =
+        (0..count).map(|at| near.memory.segment(3 + at * (len + gap), len)).collect();
+    let remote: Vec<_> = (0..count)
+        .map(|at| far.region.segment((5 + at * (len + 2 * gap)) as u64, len as u64))
+        .collect();
+    near.engine.prepare(operation, peer, &local, &remote).unwrap().transfer()
+}
+
 /// Host memory goes to and from the peer, whatever has become of GPUs.
 fn host_memory_goes_on(near: &GpuSide, peer: &Peer, far: &mut FarGpu) {
     let theirs = far.process.region("h", 1 << 20, "read-write");
@@ -92,7 +115,12 @@ fn a_gpu_is_lost_amid_transfers(fake: FakeCuda, config: fn() -> EngineConfig, se
     let all: Vec<Transfer> = (0..24)
         .map(|at| {
             let operation = if at % 2 == 0 { Operation::Read } else { Operation::Write };
-            transfer(&near, &peer, operation, &far, if at % 3 == 0 { 3 << 20 } else { 5000 })
+            match at % 4 {
+                0 => in_blocks(&near, &peer, operation, &far, 7000),
+                1 => in_blocks(&near, &peer, operation, &far, 300_000),
+                2 => transfer(&near, &peer, operation, &far, 5000),
+                _ => transfer(&near, &peer, operation, &far, 3 << 20),
+            }
         })
         .collect();
     fake.lose(0, LAUNCH_FAILED, 30);
@@ -169,14 +197,21 @@ fn a_peer_whose_gpu_is_lost_refuses_and_serves_host_memory() {
 }
 
 /// A GPU that does not end what it has begun: the engine lets go of the peer and of itself, and of nothing that the GPU may touch.
-fn a_gpu_is_stuck(fake: FakeCuda, config: fn() -> EngineConfig, settings: &str, unload: bool) {
+fn a_gpu_is_stuck(
+    fake: FakeCuda,
+    config: fn() -> EngineConfig,
+    settings: &str,
+    unload: bool,
+    blocks: bool,
+) {
     let mut config = config();
     config.linger = Duration::from_millis(100);
     config.deregister_timeout = Duration::from_millis(100);
     let far = far(1, settings);
     let near = side(config, 0);
     let peer = near.connect(&far.metadata);
-    let transfer = transfer(&near, &peer, Operation::Read, &far, 1 << 20);
+    let make = if blocks { in_blocks } else { transfer };
+    let transfer = make(&near, &peer, Operation::Read, &far, 1 << 20);
     end_of(&transfer).unwrap();
     near.memory.poison();
     fake.hold(0, true);
@@ -207,7 +242,7 @@ fn a_gpu_is_stuck(fake: FakeCuda, config: fn() -> EngineConfig, settings: &str, 
 #[test]
 fn what_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine() {
     if let Some(fake) = fake("what_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine") {
-        a_gpu_is_stuck(fake, local_config, "", false);
+        a_gpu_is_stuck(fake, local_config, "", false, false);
     }
 }
 
@@ -215,14 +250,14 @@ fn what_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine() {
 fn what_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine_over_tcp() {
     let name = "what_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine_over_tcp";
     if let Some(fake) = fake(name) {
-        a_gpu_is_stuck(fake, tcp_config, "transports=tcp", false);
+        a_gpu_is_stuck(fake, tcp_config, "transports=tcp", false, false);
     }
 }
 
 #[test]
 fn what_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer() {
     if let Some(fake) = fake("what_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer") {
-        a_gpu_is_stuck(fake, local_config, "", true);
+        a_gpu_is_stuck(fake, local_config, "", true, false);
     }
 }
 
@@ -230,7 +265,55 @@ fn what_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer() {
 fn what_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer_over_tcp() {
     let name = "what_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer_over_tcp";
     if let Some(fake) = fake(name) {
-        a_gpu_is_stuck(fake, tcp_config, "transports=tcp", true);
+        a_gpu_is_stuck(fake, tcp_config, "transports=tcp", true, false);
+    }
+}
+
+#[test]
+fn what_a_kernel_of_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine() {
+    let name = "what_a_kernel_of_a_stuck_gpu_may_touch_is_not_given_back_with_its_engine";
+    if let Some(fake) = fake(name) {
+        a_gpu_is_stuck(fake, local_config, "", false, true);
+    }
+}
+
+#[test]
+fn what_a_kernel_of_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer() {
+    let name = "what_a_kernel_of_a_stuck_gpu_may_touch_is_not_given_back_with_its_peer";
+    if let Some(fake) = fake(name) {
+        a_gpu_is_stuck(fake, local_config, "", true, true);
+    }
+}
+
+#[test]
+fn a_cancelled_kernel_is_waited_for() {
+    let Some(fake) = fake("a_cancelled_kernel_is_waited_for") else { return };
+    let far = far(1, "");
+    let near = side(local_config(), 0);
+    let peer = near.connect(&far.metadata);
+    let transfer = in_blocks(&near, &peer, Operation::Read, &far, 9000);
+    let kernels = || fake.calls(c"cuLaunchKernel");
+    end_of(&transfer).unwrap();
+    for _ in 0..10 {
+        near.memory.poison();
+        fake.hold(0, true);
+        let before = kernels();
+        transfer.post().unwrap();
+        eventually("the kernel is launched", || {
+            let _ = transfer.status();
+            kernels() > before
+        });
+        transfer.cancel();
+        let waited = Instant::now() + Duration::from_millis(20);
+        while Instant::now() < waited {
+            assert!(matches!(transfer.status(), Status::InProgress), "the GPU is held");
+        }
+        fake.hold(0, false);
+        let _ = outcome(&transfer);
+        // From here on nothing is written.
+        near.memory.poison();
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(near.memory.read(0, 60_000).iter().all(|byte| *byte == POISON), "written later");
     }
 }
 
@@ -334,7 +417,7 @@ fn a_lane_that_gets_no_streams_keeps_nothing_and_tries_again() {
         ]
     };
     eventually("the first engine has ended", || held() == [1, 0, 0]);
-    for refused in [c"cuStreamCreateWithPriority", c"cuMemAlloc_v2", c"cuMemsetD8Async"] {
+    for refused in [c"cuStreamCreateWithPriority", c"cuMemAlloc_v2", c"cuMemcpyAsync"] {
         let engine = corelane::Engine::new("near", local_config()).unwrap();
         let memory = GpuBuffer::new(0, 1 << 20);
         fake.refuse(refused, OUT_OF_MEMORY, 1);
@@ -423,8 +506,9 @@ fn memory_that_a_peer_frees_and_allocates_again_is_mapped_anew() {
         let again = far.region.segment(0, 1).addr == before;
         if again {
             near.copy(&peer, Operation::Read, (0, 0), &far.region, 1000);
-            let mapped = fake.calls(c"cuIpcOpenMemHandle_v2") - fake.calls(c"cuIpcCloseMemHandle");
-            assert_eq!(mapped, 1, "what the peer has freed is still mapped");
+            let mapped =
+                || fake.calls(c"cuIpcOpenMemHandle_v2") - fake.calls(c"cuIpcCloseMemHandle");
+            eventually("what the peer has freed is not mapped any more", || mapped() == 1);
         }
     }
 }

@@ -612,8 +612,8 @@ corelane_status corelane_stop_accept(corelane_engine_t engine);
 corelane_status corelane_start_listener(corelane_engine_t engine);
 
 /**
- * Whether memory of a kind (`CORELANE_MEMORY_...`) can be registered here: GPU memory where the CUDA driver is
- * installed. The driver is looked for once, and not initialised.
+ * Whether memory of a kind (`CORELANE_MEMORY_...`) can be registered here: GPU memory where there is the CUDA driver and
+ * a GPU that it lets this process use. Where the system has files of GPUs in /dev, the driver is not initialised for that.
  *
  * Any thread. Errors: `CORELANE_ERR_NOT_SUPPORTED`, `CORELANE_ERR_INVALID_ARGUMENT` (no such kind).
  */

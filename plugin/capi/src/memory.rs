@@ -77,8 +77,8 @@ fn access_of(access: u32) -> Result<Access, Failure> {
     }
 }
 
-/// Whether memory of a kind (`CORELANE_MEMORY_...`) can be registered here: GPU memory where the CUDA driver is
-/// installed. The driver is looked for once, and not initialised.
+/// Whether memory of a kind (`CORELANE_MEMORY_...`) can be registered here: GPU memory where there is the CUDA driver and
+/// a GPU that it lets this process use. Where the system has files of GPUs in /dev, the driver is not initialised for that.
 ///
 /// Any thread. Errors: `CORELANE_ERR_NOT_SUPPORTED`, `CORELANE_ERR_INVALID_ARGUMENT` (no such kind).
 #[unsafe(no_mangle)]
@@ -88,7 +88,9 @@ pub extern "C" fn corelane_memory_supported(kind: u32) -> corelane_status {
         _ if corelane::supports_gpu_memory() => Ok(corelane_status::CORELANE_OK),
         _ => {
             // An answer and no failure: on most hosts it is nothing to log.
-            remember("libcuda.so.1, the CUDA driver, is not installed");
+            remember(
+                "there is no CUDA driver (libcuda.so.1), or no GPU that it lets this process use",
+            );
             Ok(corelane_status::CORELANE_ERR_NOT_SUPPORTED)
         }
     })

@@ -33,7 +33,7 @@ constexpr int64_t kGraceMs = 1000;
 // docs/nixl.md has this table.
 nixl_status_t toNixl(corelane_status status);
 
-// Host memory; GPU memory where the CUDA driver is installed.
+// Host memory; GPU memory where there are a GPU and the CUDA driver.
 nixl_mem_list_t supportedMems();
 
 // The peer behind a name, as long as anybody uses it.

@@ -84,7 +84,6 @@ entry_points! {
     fn memory_alloc = "cuMemAlloc_v2"(address: *mut u64, bytes: usize);
     fn memory_free = "cuMemFree_v2"(address: u64);
     fn memory_range = "cuMemGetAddressRange_v2"(base: *mut u64, bytes: *mut usize, address: u64);
-    fn memory_set_async = "cuMemsetD8Async"(address: u64, value: u8, bytes: usize, stream: Stream);
     fn host_alloc = "cuMemHostAlloc"(address: *mut *mut c_void, bytes: usize, flags: c_uint);
     fn host_free = "cuMemFreeHost"(address: *mut c_void);
     fn copy_async = "cuMemcpyAsync"(to: u64, from: u64, bytes: usize, stream: Stream);

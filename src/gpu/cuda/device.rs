@@ -19,7 +19,7 @@ const STREAM_NON_BLOCKING: u32 = 1;
 /// Calls of this thread neither fail because of a capture that goes on elsewhere in the process, nor spoil it.
 const CAPTURE_RELAXED: c_int = 2;
 /// How long the control plane waits for a GPU: what it enqueues takes 10 us.
-const SET_UP_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const SET_UP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Ends in a zero, as the driver wants it.
 const KERNEL: &str = concat!(include_str!("kernel.ptx"), "\0");
@@ -41,6 +41,8 @@ pub(crate) struct Device {
     lost: OnceLock<GpuError>,
     /// Something was left to it that it has not ended. Calls that wait for it might never return.
     stuck: AtomicBool,
+    /// The same, of what the control plane has enqueued; until that has ended.
+    late: AtomicBool,
 }
 
 // SAFETY: the driver's handles may be used by any thread.
@@ -119,6 +121,7 @@ impl Device {
             peers: Mutex::new(0),
             lost: OnceLock::new(),
             stuck: AtomicBool::new(false),
+            late: AtomicBool::new(false),
         };
         match device.load_kernel() {
             Ok((kernel, setup)) => {
@@ -210,7 +213,7 @@ impl Device {
 
     /// Whether memory and streams are better kept than given back, which waits for the GPU.
     pub(super) fn is_stuck(&self) -> bool {
-        self.stuck.load(Ordering::Acquire)
+        self.stuck.load(Ordering::Acquire) || self.late.load(Ordering::Acquire)
     }
 
     /// Makes this thread's calls go to the device.
@@ -249,19 +252,25 @@ impl Device {
     /// The driver's. Where [`is_stuck`](Self::is_stuck) says so then, the work may be done at any time.
     pub(super) fn set_up(
         &self,
+        patience: Duration,
         work: impl FnOnce(Stream) -> Result<(), GpuError>,
     ) -> Result<(), GpuError> {
         let stream = self.setup.lock().unwrap_or_else(PoisonError::into_inner);
         let _entered = self.enter()?;
-        if self.is_stuck() && self.query(*stream)?.is_none() {
-            return Err(self.does_not_answer());
+        if self.is_stuck() {
+            if self.query(*stream)?.is_none() {
+                return Err(self.does_not_answer());
+            }
+            // It was late, and what it was late with is over. What that touched was left alone for good.
+            self.late.store(false, Ordering::Release);
         }
         let done = work(*stream);
-        let patience = Instant::now() + SET_UP_PATIENCE;
+        let patience = Instant::now() + patience;
         // Also after an error: what was enqueued before may name the caller's memory.
         while self.query(*stream)?.is_none() {
             if Instant::now() >= patience {
-                self.set_stuck();
+                tracing::warn!(gpu = self.ordinal, "a GPU does not answer");
+                self.late.store(true, Ordering::Release);
                 return Err(self.does_not_answer());
             }
             std::thread::yield_now();
@@ -334,6 +343,16 @@ impl Device {
         *peers |= 1 << other.ordinal;
         Ok(())
     }
+}
+
+/// How many GPUs this process sees; `None`: nobody has initialised the driver.
+pub(super) fn count_if_initialised() -> Option<u32> {
+    count(api::loaded().ok()?).ok()
+}
+
+/// The same, and initialises it.
+pub(super) fn count_all() -> Result<u32, GpuError> {
+    count(api::ready()?)
 }
 
 fn count(api: &Api) -> Result<u32, GpuError> {

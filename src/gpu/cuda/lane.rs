@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::super::GpuError;
 use super::api::{SUCCESS, Stream};
-use super::device::Device;
+use super::device::{self, Device};
 use super::memory::HostMemory;
 use super::table::{Tile, Tiles};
 
@@ -21,6 +21,8 @@ const MAX_WARPS: u32 = 32;
 const ASK_EVERY: Duration = Duration::from_millis(1);
 /// Ranges that the copy engine is given at a time, some 2 us each: then the lane has others to look after.
 const RANGES_AT_ONCE: usize = 32;
+/// How long a lane waits for a GPU that it sets up by itself: others wait for it meanwhile.
+const SET_UP_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a lane that ends waits for its streams. By then it has waited for its copies.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -138,9 +140,13 @@ impl LaneGpu {
         }
     }
 
-    /// Makes streams and what else is needed on a GPU, unless they are there.
-    pub(crate) fn prepare(&mut self, device: &'static Device) -> Result<(), GpuError> {
-        self.device(device).map(drop)
+    /// Takes into use what another thread has made. It comes back if there is such a part already.
+    pub(crate) fn take_part(&mut self, LanePart(part): LanePart) -> Option<LanePart> {
+        if self.devices.iter().any(|known| known.device.ordinal() == part.device.ordinal()) {
+            return Some(LanePart(part));
+        }
+        self.devices.push(part);
+        None
     }
 
     fn device(&mut self, device: &'static Device) -> Result<usize, GpuError> {
@@ -148,7 +154,7 @@ impl LaneGpu {
         if let Some(known) = self.devices.iter().position(known) {
             return Ok(known);
         }
-        self.devices.push(LaneDevice::new(device)?);
+        self.devices.push(LaneDevice::new(device, SET_UP_PATIENCE)?);
         Ok(self.devices.len() - 1)
     }
 
@@ -180,8 +186,21 @@ impl LaneGpu {
     }
 }
 
+/// What one lane needs on one GPU: streams, and places where copies say that they have ended.
+pub(crate) struct LanePart(LaneDevice);
+
+impl Device {
+    /// Makes such a part, for a lane that is not to wait for that: some milliseconds, and 5 s where the GPU does not answer.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn lane_part(device: &'static Self) -> Result<LanePart, GpuError> {
+        LaneDevice::new(device, device::SET_UP_PATIENCE).map(LanePart)
+    }
+}
+
 impl LaneDevice {
-    fn new(device: &'static Device) -> Result<Self, GpuError> {
+    fn new(device: &'static Device, patience: Duration) -> Result<Self, GpuError> {
         let _entered = device.enter()?;
         let flags = HostMemory::new(device, SLOTS * LINE)?;
         let streams = [ptr::null_mut(); 1 + BULK_STREAMS];
@@ -197,12 +216,12 @@ impl LaneDevice {
         for stream in &mut part.streams {
             *stream = device.new_stream()?;
         }
-        let counters = part.counters;
-        device.set_up(|stream| {
-            // SAFETY: it was just allocated.
-            let status =
-                unsafe { (device.api.memory_set_async)(counters, 0, SLOTS * LINE, stream) };
-            device.check("cuMemsetD8Async", status)
+        let (counters, zeros) = (part.counters, part.flags.address());
+        device.set_up(patience, |stream| {
+            // Not by a memset, which is a kernel and waits for a model's that has every multiprocessor.
+            // SAFETY: both were just allocated, with so many bytes.
+            let status = unsafe { (device.api.copy_async)(counters, zeros, SLOTS * LINE, stream) };
+            device.check("cuMemcpyAsync of zeros", status)
         })?;
         Ok(part)
     }
@@ -365,7 +384,10 @@ impl LaneDevice {
 impl Drop for LaneDevice {
     fn drop(&mut self) {
         // What a GPU does not let go of stays as it is, and so does all of one that is lost.
-        if self.device.is_stuck() || !self.is_quiet() {
+        if self.device.is_stuck() {
+            return;
+        }
+        if !self.is_quiet() {
             if self.device.lost().is_none() {
                 self.device.set_stuck();
             }

@@ -1,9 +1,8 @@
-//! Whose memory an address is, and memory of other processes.
+//! Whose memory an address is, and pinned memory.
 
 use std::ffi::{c_int, c_void};
 #[cfg(feature = "rdma")]
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
 
@@ -16,19 +15,18 @@ use crate::wire::{Access, DeviceMemory};
 
 const ATTRIBUTE_CONTEXT: c_int = 1;
 const ATTRIBUTE_TYPE: c_int = 2;
+const ATTRIBUTE_DEVICE_POINTER: c_int = 3;
 const ATTRIBUTE_BUFFER_ID: c_int = 7;
 const ATTRIBUTE_MANAGED: c_int = 8;
 const ATTRIBUTE_ORDINAL: c_int = 9;
+const ATTRIBUTE_LEGACY_IPC: c_int = 10;
 const TYPE_HOST: u32 = 1;
 const TYPE_DEVICE: u32 = 2;
 
-const LAZY_PEER_ACCESS: u32 = 1;
 const HOST_PORTABLE_MAPPED: u32 = 1 | 2;
 
 /// Allocations of a region whose identity is remembered; a region of more is watched at as many places.
 const WATCHED: usize = 64;
-/// Memory of other processes that is mapped at the same time, in this process.
-const MAX_MAPPINGS: usize = 4096;
 
 /// An attribute of an address; `None`: the driver does not know the address.
 fn attribute<T: Default>(api: &Api, which: c_int, address: u64) -> Option<T> {
@@ -53,17 +51,67 @@ pub(crate) fn holds_device_memory(base: u64, len: u64) -> Option<u32> {
     is_device_memory(base).or_else(|| is_device_memory(base + len.max(1) - 1))
 }
 
-/// Whether GPUs can address this host memory: both ends of it are pinned, by the application.
-pub(crate) fn is_pinned_host(base: u64, len: u64) -> bool {
-    let Some(api) = api::loaded_before() else { return false };
-    let pinned = |address| {
-        attribute::<u32>(api, ATTRIBUTE_TYPE, address) == Some(TYPE_HOST)
-            && attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, address).is_some()
-    };
-    // Of one allocation: what is between two pinned ones may not be.
+/// The first of these ranges of host memory that a GPU cannot address by the host's addresses. Of others both ends are pinned, by
+/// the application, and the GPU has them where the host has them: it has not where they are write-combined, or were pinned later
+/// on a machine whose GPUs have other addresses for such memory.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn first_unpinned(
+    device: &Device,
+    ranges: impl Iterator<Item = (u64, u64)>,
+) -> std::result::Result<Option<u64>, GpuError> {
+    let api = device.api;
+    // What a GPU's address for memory is, the driver only says within the GPU's context.
+    let _entered = device.enter()?;
     let id = |address| attribute::<u64>(api, ATTRIBUTE_BUFFER_ID, address);
-    let last = base + len.max(1) - 1;
-    pinned(base) && pinned(last) && id(base) == id(last)
+    let is_host = |address| attribute::<u32>(api, ATTRIBUTE_TYPE, address) == Some(TYPE_HOST);
+    let is_pinned = |base: u64, len: u64| {
+        let last = base + len.max(1) - 1;
+        // Of one allocation: what is between two pinned ones may not be.
+        is_host(base)
+            && is_host(last)
+            && id(base).is_some_and(|first| id(last) == Some(first))
+            && attribute::<u64>(api, ATTRIBUTE_DEVICE_POINTER, base) == Some(base)
+    };
+    let mut ranges = ranges;
+    Ok(ranges.find(|&(base, len)| !is_pinned(base, len)).map(|(base, _)| base))
+}
+
+/// Whether a range of a GPU's memory is of the kind that other GPUs reach once their contexts may: access to virtual memory and to
+/// that of pools is given GPU by GPU, by whoever made it.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn is_open_to_peers(
+    owner: &Device,
+    start: u64,
+    end: u64,
+) -> std::result::Result<bool, GpuError> {
+    let _entered = owner.enter()?;
+    let mut at = start;
+    while at < end {
+        // That of others is of no context.
+        let is_of_context =
+            attribute::<usize>(owner.api, ATTRIBUTE_CONTEXT, at) == Some(owner.context_address());
+        // A driver that does not know of this has no others.
+        let is_legacy =
+            attribute::<u32>(owner.api, ATTRIBUTE_LEGACY_IPC, at).is_none_or(|is| is & 1 != 0);
+        let next = allocation_end(owner, at);
+        if !is_of_context || !is_legacy || next <= at {
+            return Ok(false);
+        }
+        at = next;
+    }
+    Ok(true)
+}
+
+/// Where the allocation at an address ends; 0: there is none. The thread has entered a context.
+fn allocation_end(device: &Device, at: u64) -> u64 {
+    let (mut base, mut bytes) = (0, 0);
+    // SAFETY: room for two numbers; the driver looks the address up.
+    let status = unsafe { (device.api.memory_range)(&raw mut base, &raw mut bytes, at) };
+    if status == SUCCESS { base.saturating_add(bytes as u64) } else { 0 }
 }
 
 /// Places in memory that the driver knows, and what lies there: a number that is never given to another allocation.
@@ -95,11 +143,8 @@ impl Watched {
         let _entered = device.enter()?;
         let mut at = start;
         while at < end {
-            let (mut base, mut bytes) = (0, 0);
-            // SAFETY: room for two numbers; the driver looks the address up.
-            let status = unsafe { (device.api.memory_range)(&raw mut base, &raw mut bytes, at) };
-            let next = base.saturating_add(bytes as u64);
-            if status != SUCCESS || next <= at || !self.add(at) {
+            let next = allocation_end(device, at);
+            if next <= at || !self.add(at) {
                 return Ok(false);
             }
             at = next;
@@ -247,7 +292,8 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
         }
         at = next;
     }
-    // Null for memory that belongs to no context (the driver's virtual memory API), which all may use.
+    // Null for memory that belongs to no context (the driver's virtual memory API, pools): what other GPUs may use of it is asked
+    // when they are to.
     let context = attribute::<usize>(api, ATTRIBUTE_CONTEXT, base).unwrap_or(0);
     if context != 0 && context != device.context_address() {
         return refuse(
@@ -280,141 +326,6 @@ pub(crate) fn allocation_of(base: u64, len: u64, ordinal: u32) -> Result<Allocat
         #[cfg(feature = "rdma")]
         seen: Seen::default(),
     })
-}
-
-/// Memory of another process that this one can address.
-#[derive(Debug)]
-pub(crate) struct Mapping {
-    device: &'static Device,
-    base: u64,
-}
-
-impl Mapping {
-    /// Where the allocation begins here.
-    pub(crate) fn base(&self) -> u64 {
-        self.base
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        if !self.device.is_stuck()
-            && let Ok(_entered) = self.device.enter()
-        {
-            // SAFETY: it was opened in this context, and nothing uses it any more. An error leaves nothing to be done.
-            unsafe { (self.device.api.ipc_close)(self.base) };
-        }
-    }
-}
-
-struct Opened {
-    owner: u128,
-    handle: [u8; 64],
-    /// Where the allocation is in its owner's process.
-    theirs: std::ops::Range<u64>,
-    device: u32,
-    /// As the driver says, not as the peer did.
-    bytes: u64,
-    mapping: Arc<Mapping>,
-}
-
-static OPENED: Mutex<Vec<Opened>> = Mutex::new(Vec::new());
-
-fn opened() -> std::sync::MutexGuard<'static, Vec<Opened>> {
-    OPENED.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Maps an allocation of another process, so that `device` addresses it: 155 ms the first time.
-///
-/// # Errors
-/// The driver's: the processes share no IPC namespace, the memory is gone, no peer access.
-pub(crate) fn open_mapping(
-    device: &'static Device,
-    owner: u128,
-    handle: &[u8; 64],
-    (theirs, len): (u64, u64),
-) -> std::result::Result<Arc<Mapping>, GpuError> {
-    let theirs = theirs..theirs.saturating_add(len);
-    // Closed when the list is not locked any more.
-    let mut stale: Vec<Opened>;
-    let mut all = opened();
-    let known = all.iter().find(|known| {
-        known.handle == *handle && known.owner == owner && known.device == device.ordinal()
-    });
-    if let Some(known) = known {
-        check_length(known.bytes, len)?;
-        return Ok(known.mapping.clone());
-    }
-    // The driver never gives a handle twice. Where the owner has another one for these addresses, it has freed what was
-    // there, and what is mapped here of it only takes the GPU's room; plans that still use it keep it.
-    (stale, *all) = all.drain(..).partition(|known| {
-        known.owner == owner
-            && known.handle != *handle
-            && known.theirs.start < theirs.end
-            && theirs.start < known.theirs.end
-    });
-    if all.len() >= MAX_MAPPINGS {
-        // Of those that no plan uses, the one that was opened first.
-        let Some(unused) = all.iter().position(|known| Arc::strong_count(&known.mapping) == 1)
-        else {
-            return Err(GpuError(format!(
-                "{MAX_MAPPINGS} allocations of other processes are mapped and in use"
-            )));
-        };
-        stale.push(all.remove(unused));
-    }
-    let _entered = device.enter()?;
-    let mut base = 0;
-    // SAFETY: room for one address. Whatever the bytes of the handle are, the driver checks them.
-    let status =
-        unsafe { (device.api.ipc_open)(&raw mut base, IpcHandle(*handle), LAZY_PEER_ACCESS) };
-    if let Err(error) = device.api.check("cuIpcOpenMemHandle", status) {
-        // The other process's fault, mostly; or the device is lost.
-        return Err(device.check_alive().err().unwrap_or(error));
-    }
-    let mapping = Arc::new(Mapping { device, base });
-    let (mut start, mut bytes) = (0, 0);
-    // SAFETY: room for two numbers.
-    let status = unsafe { (device.api.memory_range)(&raw mut start, &raw mut bytes, base) };
-    device.check("cuMemGetAddressRange", status)?;
-    let bytes = if start == base { bytes as u64 } else { 0 };
-    check_length(bytes, len)?;
-    let device = device.ordinal();
-    all.push(Opened { owner, handle: *handle, theirs, device, bytes, mapping: mapping.clone() });
-    Ok(mapping)
-}
-
-/// A kernel that goes beyond what is mapped would end the work of the whole process on that GPU: each descriptor is held to
-/// it, not only the first of an allocation.
-fn check_length(mapped: u64, promised: u64) -> std::result::Result<(), GpuError> {
-    if mapped < promised {
-        return Err(GpuError(format!(
-            "the handle opens {mapped} bytes where {promised} were promised"
-        )));
-    }
-    Ok(())
-}
-
-/// Lets go of the memory of a peer that is gone, which is not freed before. What plans still use stays until they are
-/// dropped. On a thread of its own, because the driver may take its time.
-pub(crate) fn forget_mappings(owner: u128) {
-    // A lane must not wait for who maps something at this moment: that one is not this peer's, or is found the next time.
-    let has_some = OPENED.try_lock().map_or(true, |all| all.iter().any(|it| it.owner == owner));
-    if has_some {
-        let name = "corelane-unmap".to_owned();
-        // Where no thread can be had, they stay until others need their places.
-        let _ = std::thread::Builder::new().name(name).spawn(move || drop_mappings(owner));
-    }
-}
-
-fn drop_mappings(owner: u128) {
-    let gone: Vec<Opened> = {
-        let mut all = opened();
-        let (gone, kept) = all.drain(..).partition(|known| known.owner == owner);
-        *all = kept;
-        gone
-    };
-    drop(gone);
 }
 
 /// Pinned host memory that every GPU can address, zeroed.

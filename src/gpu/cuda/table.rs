@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::sync::PoisonError;
 
 use super::super::GpuError;
-use super::device::Device;
+use super::device::{Device, SET_UP_PATIENCE};
 
 /// One range of a copy; the kernel's `Tile`.
 #[repr(C)]
@@ -114,7 +114,7 @@ impl Table {
         };
         let table = Self { device, address, bytes, count, first };
         let from = tiles.as_ptr().cast::<c_void>() as usize as u64;
-        let uploaded = device.set_up(|stream| {
+        let uploaded = device.set_up(SET_UP_PATIENCE, |stream| {
             // SAFETY: the table has room for it. `set_up` waits until it is there; where it gives that up, both stay.
             let status = unsafe { (device.api.copy_async)(address, from, bytes, stream) };
             device.check("cuMemcpyAsync of a block table", status)

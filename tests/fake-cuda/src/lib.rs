@@ -5,7 +5,8 @@
 //! `FAKE_CUDA_GPUS`: how many, 2 by default. `FAKE_CUDA_ORDERING`: for each of them whether it sees in order what other devices
 //! write: `native`, as all do by default, `flush`, if the host flushes it, `none`. `FAKE_CUDA_NO_DMABUF`: memory is not exported.
 //! `FAKE_CUDA_PCI`: the address of each on the PCI bus, which is not known by default.
-//! `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_PINNED_BYTES`: there is no more pinned memory.
+//! `FAKE_CUDA_NO_IPC`: memory has no handles for other processes. `FAKE_CUDA_NO_PEER_ACCESS`: no GPU reaches another one's memory.
+//! `FAKE_CUDA_PINNED_BYTES`: there is no more pinned memory.
 //! `switches` has what tests do to it while they run.
 
 #![allow(
@@ -20,20 +21,27 @@ mod switches;
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use memory::Kind;
 use stream::{Stream, Tile, Work};
 
 type Status = c_int;
 
 const INVALID_VALUE: Status = 1;
 const OUT_OF_MEMORY: Status = 2;
+const NOT_INITIALISED: Status = 3;
+const NO_DEVICE: Status = 100;
 const INVALID_CONTEXT: Status = 201;
+const PEER_ACCESS_UNSUPPORTED: Status = 217;
 const NOT_READY: Status = 600;
+const PEER_ACCESS_ALREADY_ENABLED: Status = 704;
 const NOT_SUPPORTED: Status = 801;
 const CAPTURE_INVALIDATED: Status = 901;
 
 const NOT_FOUND: Status = 500;
+
+const WRITE_COMBINED: c_uint = 4;
 
 /// The kernels that there are: the engine's, which copies tiles, and those of tests.
 const COPY: usize = 1;
@@ -62,6 +70,7 @@ pub struct IpcHandle {
 
 const MAGIC: [u8; 8] = *b"fake-gpu";
 
+static INITIALISED: AtomicBool = AtomicBool::new(false);
 static FLUSHES: AtomicU64 = AtomicU64::new(0);
 static SYNCHRONISED: AtomicU64 = AtomicU64::new(0);
 static PINNED: AtomicUsize = AtomicUsize::new(0);
@@ -72,6 +81,10 @@ fn number(name: &str) -> Option<usize> {
 
 fn gpus() -> c_int {
     number("FAKE_CUDA_GPUS").unwrap_or(2) as c_int
+}
+
+fn have_peer_access() -> bool {
+    std::env::var_os("FAKE_CUDA_NO_PEER_ACCESS").is_none()
 }
 
 /// How a GPU sees what other devices write.
@@ -138,7 +151,13 @@ macro_rules! driver {
 }
 
 driver! {
-    fn cuInit(_flags: c_uint) { 0 }
+    fn cuInit(_flags: c_uint) {
+        if gpus() == 0 {
+            return NO_DEVICE;
+        }
+        INITIALISED.store(true, Ordering::Release);
+        0
+    }
     fn cuGetErrorString(status: Status, text: *mut *const c_char) {
         let said = match status {
             OUT_OF_MEMORY => c"out of memory",
@@ -150,7 +169,9 @@ driver! {
         };
         put(text, said.as_ptr())
     }
-    fn cuDeviceGetCount(count: *mut c_int) { put(count, gpus()) }
+    fn cuDeviceGetCount(count: *mut c_int) {
+        if INITIALISED.load(Ordering::Acquire) { put(count, gpus()) } else { NOT_INITIALISED }
+    }
     fn cuDeviceGet(device: *mut c_int, ordinal: c_int) { put(device, ordinal) }
     fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: c_int) { put(uuid, [0xf0 | device as u8; 16]) }
     fn cuDeviceGetPCIBusId(text: *mut c_char, len: c_int, device: c_int) {
@@ -162,7 +183,9 @@ driver! {
         std::ptr::copy_nonoverlapping(address.as_ptr().cast::<c_char>(), text, address.len());
         put(text.add(address.len()), 0)
     }
-    fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _peer: c_int) { put(can, 1) }
+    fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _peer: c_int) {
+        put(can, c_int::from(have_peer_access()))
+    }
     fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
         put(context, CONTEXTS + device as usize)
     }
@@ -184,7 +207,13 @@ driver! {
         });
         0
     }
-    fn cuCtxEnablePeerAccess(_peer: usize, _flags: c_uint) { within(|_| 0) }
+    fn cuCtxEnablePeerAccess(peer: usize, _flags: c_uint) {
+        within(|gpu| match have_peer_access() {
+            true if stream::open_peer(gpu as usize, peer - CONTEXTS) => 0,
+            true => PEER_ACCESS_ALREADY_ENABLED,
+            false => PEER_ACCESS_UNSUPPORTED,
+        })
+    }
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
         // SAFETY: the caller's place for the result.
         within(|_| unsafe { put(least, 0) + put(greatest, -5) })
@@ -236,7 +265,14 @@ driver! {
         })
     }
     fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
-        within(|gpu| match memory::of_gpu(bytes, gpu) {
+        within(|gpu| match memory::of_gpu(bytes, gpu, Kind::Plain) {
+            // SAFETY: the caller's place for the result.
+            Some(made) => unsafe { put(address, made.base) },
+            None => OUT_OF_MEMORY,
+        })
+    }
+    fn cuMemAllocAsync(address: *mut u64, bytes: usize, _stream: *mut Stream) {
+        within(|gpu| match memory::of_gpu(bytes, gpu, Kind::Pool) {
             // SAFETY: the caller's place for the result.
             Some(made) => unsafe { put(address, made.base) },
             None => OUT_OF_MEMORY,
@@ -267,14 +303,15 @@ driver! {
             None => INVALID_VALUE,
         }
     }
-    fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, _flags: c_uint) {
+    fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, flags: c_uint) {
+        let kind = if flags & WRITE_COMBINED == 0 { Kind::Plain } else { Kind::Elsewhere };
         let most = number("FAKE_CUDA_PINNED_BYTES").unwrap_or(usize::MAX);
         within(|_| {
             if PINNED.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > most {
                 PINNED.fetch_sub(bytes, Ordering::Relaxed);
                 return OUT_OF_MEMORY;
             }
-            match memory::pinned(bytes) {
+            match memory::pinned(bytes, kind) {
                 // SAFETY: the caller's place for the result.
                 Some(made) => unsafe { put(address, made.base as *mut c_void) },
                 None => OUT_OF_MEMORY,
@@ -316,11 +353,16 @@ driver! {
             return lost;
         }
         match attribute {
+            // What is of no context.
+            1 if found.kind == Kind::Pool => put(value.cast::<usize>(), 0),
             1 => put(value.cast::<usize>(), CONTEXTS + found.gpu.unwrap_or(0) as usize),
+            3 if current().is_none() => INVALID_CONTEXT,
+            3 => put(value.cast::<u64>(), found.on_gpus(address)),
             2 => put(value.cast::<u32>(), if found.gpu.is_some() { 2 } else { 1 }),
             7 => put(value.cast::<u64>(), found.id),
             8 => put(value.cast::<u32>(), 0),
             9 => put(value.cast::<c_int>(), found.gpu.unwrap_or(0)),
+            10 => put(value.cast::<u32>(), u32::from(found.gpu.is_some() && found.kind == Kind::Plain)),
             _ => INVALID_VALUE,
         }
     }
@@ -329,6 +371,9 @@ driver! {
         else {
             return INVALID_VALUE;
         };
+        if found.kind != Kind::Plain {
+            return INVALID_VALUE;
+        }
         if std::env::var_os("FAKE_CUDA_NO_IPC").is_some() {
             return NOT_SUPPORTED;
         }
@@ -348,10 +393,16 @@ driver! {
         if magic != MAGIC {
             return INVALID_VALUE;
         }
-        match memory::of_process(pid as u32, fd as c_int, len as usize, gpu as c_int) {
-            Some(mapped) => put(address, mapped.base),
-            None => INVALID_VALUE,
-        }
+        within(|by| {
+            if by != gpu as c_int && !have_peer_access() {
+                return PEER_ACCESS_UNSUPPORTED;
+            }
+            match memory::of_process((pid as u32, fd as c_int), len as usize, gpu as c_int, by) {
+                // SAFETY: the caller's place for the result.
+                Some(mapped) => unsafe { put(address, mapped.base) },
+                None => INVALID_VALUE,
+            }
+        })
     }
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) {
         let ordering = ordering(device);

@@ -71,6 +71,8 @@ struct State {
     /// It is lost by this after so much more work.
     to_lose: (AtomicI32, AtomicI64),
     held: AtomicBool,
+    /// Those whose memory its kernels reach, a bit each.
+    peers: AtomicU64,
 }
 
 static STATES: [State; GPUS] = [const {
@@ -78,6 +80,7 @@ static STATES: [State; GPUS] = [const {
         lost: AtomicI32::new(0),
         to_lose: (AtomicI32::new(0), AtomicI64::new(0)),
         held: AtomicBool::new(false),
+        peers: AtomicU64::new(0),
     }
 }; GPUS];
 static ALL: Mutex<Vec<(usize, Arc<AtomicU64>)>> = Mutex::new(Vec::new());
@@ -103,19 +106,32 @@ pub(crate) fn hold(gpu: usize, held: bool) {
     STATES[gpu].held.store(held, Ordering::Release);
 }
 
+/// Kernels reach the memory of another GPU from now on; false: they did before.
+pub(crate) fn open_peer(gpu: usize, other: usize) -> bool {
+    STATES[gpu].peers.fetch_or(1 << other, Ordering::AcqRel) & 1 << other == 0
+}
+
 fn illegal(gpu: usize, address: u64) {
     eprintln!("fake GPU {gpu}: illegal address {address:#x}");
     STATES[gpu].lost.store(ILLEGAL_ADDRESS, Ordering::Release);
 }
 
-fn copy(gpu: usize, to: u64, from: u64, len: usize, host: bool) {
-    let place = |address| match memory::shadow(address, len) {
-        Some(place) => Some(place),
-        None if host && memory::at(address).is_none() => Some(address),
-        None => {
+/// By the copy engine or by a kernel. The engine takes any host memory, and plain memory of all GPUs.
+fn copy(gpu: usize, to: u64, from: u64, len: usize, engine: bool) {
+    let peers = if engine { u64::MAX } else { STATES[gpu].peers.load(Ordering::Acquire) };
+    let place = |address| {
+        let found = memory::at(address);
+        let reached = |found: &memory::Allocation| {
+            found.is_reached(gpu as i32, peers) || engine && found.gpu.is_none()
+        };
+        let place = match found {
+            Some(found) => memory::shadow(address, len).filter(|_| reached(&found)),
+            None => engine.then_some(address),
+        };
+        if place.is_none() {
             illegal(gpu, address);
-            None
         }
+        place
     };
     if let (Some(to), Some(from)) = (place(to), place(from)) {
         // SAFETY: both are in allocations, or memory of the caller of a copy.

@@ -412,3 +412,16 @@ fn every_number_has_a_name_as_a_status() {
     let version = unsafe { std::ffi::CStr::from_ptr(corelane_version()) };
     assert_eq!(version.to_str().unwrap(), env!("CARGO_PKG_VERSION"));
 }
+
+/// With a driver whose GPUs are threads, tests/gpu_faults.rs asks, too.
+#[test]
+fn memory_of_a_gpu_is_supported_where_there_is_one() {
+    assert_eq!(corelane_memory_supported(CORELANE_MEMORY_DRAM), CORELANE_OK);
+    invalid(corelane_memory_supported(77));
+    let vram = corelane_memory_supported(CORELANE_MEMORY_VRAM);
+    if corelane_tests::gpus(1).is_some() {
+        assert_eq!(vram, CORELANE_OK);
+    } else if !std::path::Path::new("/dev/nvidia0").exists() {
+        refused(vram, CORELANE_ERR_NOT_SUPPORTED);
+    }
+}

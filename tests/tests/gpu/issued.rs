@@ -1,6 +1,7 @@
 //! Copies of one range, which callers begin within `post`: on a GPU that can be held, so that it is seen what waits for them.
 
 use super::*;
+use corelane::AssistMode;
 use corelane_tests::collect;
 
 const LEN: usize = 5000;
@@ -15,7 +16,9 @@ struct Sides {
 
 /// Two engines of this process, GPU 0.
 fn sides(config: EngineConfig) -> Sides {
-    let by_callers = config.inline_bytes > 0;
+    let by_callers = config.inline_bytes > 0
+        && config.inline_copy_bytes > 0
+        && config.assist != AssistMode::Never;
     let (near, far) = (side(config, 0), GpuSide::new("far", local_config(), 0));
     far.memory.write(0, &pattern(1, 0, GPU_LEN));
     let peer = near.connect(&far.engine.metadata());
@@ -84,12 +87,27 @@ fn a_copy_of_one_range_has_begun_when_post_returns() {
         both.assert_read(100);
         assert_eq!(both.begun_by_callers(), round);
     }
-    let mut config = local_config();
-    config.inline_bytes = 0;
-    let both = sides(config);
-    end_of(&both.transfer(Operation::Read, 100)).unwrap();
-    both.assert_read(100);
-    assert_eq!(both.begun_by_callers(), 0, "all is the lane's");
+}
+
+#[test]
+fn where_callers_are_not_to_copy_they_begin_none() {
+    let Some(_) = fake("issued::where_callers_are_not_to_copy_they_begin_none") else { return };
+    let ways: [fn(&mut EngineConfig); 3] = [
+        |config| config.inline_bytes = 0,
+        |config| config.inline_copy_bytes = 0,
+        |config| config.assist = AssistMode::Never,
+    ];
+    for way in ways {
+        let mut config = local_config();
+        way(&mut config);
+        let both = sides(config);
+        for _ in 0..10 {
+            both.near.memory.poison();
+            end_of(&both.transfer(Operation::Read, 100)).unwrap();
+            both.assert_read(100);
+        }
+        assert_eq!(both.begun_by_callers(), 0, "all is the lane's");
+    }
 }
 
 #[test]
