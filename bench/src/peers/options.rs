@@ -103,7 +103,7 @@ pub(crate) struct PeersArgs {
     #[arg(
         long,
         value_name = "DIR",
-        default_value = "corelane-bench-results",
+        default_value = "corelane-bench-results/many-peers",
         help_heading = "Output"
     )]
     pub(crate) out_dir: PathBuf,
