@@ -99,6 +99,12 @@ pub(crate) fn run(
     (tallies, failure)
 }
 
+/// Who runs when in a round, the first of which is number 0. Alternating who goes first: a drift within a round then favours
+/// nobody.
+pub(crate) fn in_turn(round: usize, backends: usize) -> impl Iterator<Item = usize> {
+    (0..backends).map(move |turn| if round % 2 == 0 { turn } else { backends - 1 - turn })
+}
+
 fn run_rounds(
     plan: &Plan,
     backends: &[Backend],
@@ -110,9 +116,7 @@ fn run_rounds(
     for round in 0..plan.rounds {
         for (at, case) in plan.cases.iter().enumerate() {
             progress.case(round, plan.rounds, case);
-            for turn in 0..backends.len() {
-                // Alternating who goes first: a drift within a round then favours nobody.
-                let which = if round % 2 == 0 { turn } else { backends.len() - 1 - turn };
+            for which in in_turn(round, backends.len()) {
                 let backend = backends[which];
                 if !plan.runs(case, backend) {
                     continue;

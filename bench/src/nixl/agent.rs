@@ -238,14 +238,14 @@ impl Driver for NixlAgent {
         lists: &[Vec<Prepared>],
         cores: &[usize],
         length: Length,
-        begun: impl FnOnce(),
+        looks: (impl FnOnce(), impl FnOnce()),
     ) -> Result<Times> {
         let lists: Vec<Vec<&XferRequest>> = lists
             .iter()
             .map(|list| list.iter().map(Prepared::request).collect())
             .collect::<Result<_>>()?;
         let agent = &self.agent;
-        time_in_threads(&lists, cores, length, |request| transfer(agent, request), begun)
+        time_in_threads(&lists, cores, length, |request| transfer(agent, request), looks)
     }
 
     #[inline]

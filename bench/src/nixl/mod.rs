@@ -17,7 +17,11 @@ mod backend;
 mod case;
 mod choice;
 #[cfg(feature = "nixl")]
+mod contents;
+#[cfg(feature = "nixl")]
 mod driver;
+#[cfg(all(feature = "nixl", test))]
+mod fake;
 mod fault;
 #[cfg(feature = "nixl")]
 mod initiator;
@@ -34,6 +38,8 @@ mod raw;
 mod replay;
 mod report;
 mod rounds;
+#[cfg(feature = "nixl")]
+mod sabotage;
 #[cfg(feature = "nixl")]
 mod side;
 #[cfg(any(feature = "nixl", test))]

@@ -14,7 +14,7 @@ use super::fault::{self, FaultKind};
 use super::nixlbench::{NixlbenchArgs, SegmentType};
 use super::trace::{self, TraceArgs};
 use super::wire::Iterations;
-use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::case::{MAX_NOTIFICATION, Operation, Sabotage};
 use crate::cli::parse_gpus;
 use crate::load_options::LoadArgs;
 use crate::models::ModelArgs;
@@ -162,6 +162,9 @@ pub(crate) struct NixlArgs {
     /// Most memory per process
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "4GiB", help_heading = "Method")]
     pub(crate) max_memory: usize,
+    /// Breaks the initiator on purpose, to test the verification
+    #[arg(long, value_parser = parse_sabotage, hide = true)]
+    pub(crate) sabotage: Option<Sabotage>,
 
     /// Directory of results.json, report.html and the histograms (*.hgrm, *.hlog)
     #[arg(
@@ -182,6 +185,14 @@ fn parse_notification(text: &str) -> Result<usize, String> {
         return Ok(bytes);
     }
     Err(format!("must be between 16 and {MAX_NOTIFICATION} bytes"))
+}
+
+/// What is checked here is what a place holds after the last transfer, so that one of many that moves nothing is not seen.
+fn parse_sabotage(text: &str) -> Result<Sabotage, String> {
+    match Sabotage::from_str(text, false)? {
+        Sabotage::Rare => Err("is for `loopback`".to_owned()),
+        mode => Ok(mode),
+    }
 }
 
 /// What is to be done, checked.
@@ -378,7 +389,7 @@ mod tests {
         assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2 + 1, "{ids:?}");
         let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
         assert_eq!(labels, ["CORELANE", "UCX@UCX_TLS=tcp"]);
-        assert_eq!(plan.arena_bytes, (64 << 20) + 64 * 4096);
+        assert_eq!(plan.arena_bytes, (64 << 20) + 64 * 4096 + 4096);
     }
 
     #[test]
@@ -500,6 +511,7 @@ mod tests {
             "--num_threads 65",
             "--trace-speed 0",
             "--format xml",
+            "--sabotage rare",
             "--target_seg_type BLK",
         ] {
             assert!(parse(options).is_err(), "{options}");

@@ -116,6 +116,11 @@ impl NixlPair {
         self.pass(case, duration, iterations)
     }
 
+    /// Runs a case's transfers once and verifies them; tells when the first of them ended, by the clock of all processes.
+    pub(crate) fn read_once(&mut self, case: &NixlCase) -> Result<u64, Failure> {
+        Ok(self.pass(case, Duration::ZERO, Iterations::default())?.first_ended_ns)
+    }
+
     fn pass(
         &mut self,
         case: &NixlCase,
@@ -176,6 +181,7 @@ fn start_side(
             (Role::Target, [initiator, target]) => [target, initiator],
         },
         seed: options.seed,
+        sabotage: options.sabotage.filter(|_| role == Role::Initiator),
     };
     let name = format!("{backend} {}", role.name());
     let environment = options.environment(backend);

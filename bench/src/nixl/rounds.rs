@@ -12,6 +12,7 @@ use super::options::{NixlArgs, NixlPlan};
 use super::pair::NixlPair;
 use super::report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 use super::tally::NixlTally;
+use crate::coordinator::in_turn;
 use crate::manifest::Host;
 use crate::pinning::{allowed_cores, ensure_allowed};
 use crate::plot;
@@ -98,7 +99,8 @@ fn run(
         }
     }
     for round in 1..=options.rounds {
-        for (index, backend) in plan.backends.iter().enumerate() {
+        for index in in_turn(usize::from(round - 1), backends) {
+            let backend = &plan.backends[index];
             crate::say!(
                 "[{:5.1} s] round {round}/{}: {backend}",
                 started.elapsed().as_secs_f64(),

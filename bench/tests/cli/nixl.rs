@@ -158,3 +158,34 @@ mod with_the_driver {
         assert!(!bench.path("out/results.json").exists());
     }
 }
+
+/// Through NIXL, which `tests/run.sh nixl` provides.
+#[cfg(feature = "nixl")]
+mod with_nixl {
+    use super::*;
+
+    const SHORT: &str =
+        "nixl --rounds 1 --duration 20ms --phase-duration 50ms --prefill-bytes 1MiB";
+
+    #[test]
+    #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
+    fn timed_transfers_that_move_nothing_fail_the_verification() {
+        for sabotage in ["noop", "stale"] {
+            for case in [
+                "sizes --sizes 64 --op read",
+                "sizes --sizes 64 --op write",
+                "sizes --sizes 4KiB --op read --num_threads 2",
+                "sizes --sizes 4KiB --op write --num_threads 2",
+                "kv --kv 16x4KiB --op read",
+                "decode-under-prefill",
+            ] {
+                let bench = Bench::new();
+                let ran = bench.run(&format!("{SHORT} --sabotage {sabotage} --scenario {case}"));
+                let all = format!("{sabotage}, {case}:\n{}\n{}", ran.stdout, ran.stderr);
+                assert_eq!(ran.code, 1, "{all}");
+                assert!(last_line(&ran).contains("verification failed"), "{all}");
+                assert!(bench.files().is_empty(), "half-written: {:?}", bench.files());
+            }
+        }
+    }
+}
