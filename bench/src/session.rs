@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, Result};
 
-use crate::case::Memory;
+use crate::case::{Memory, Scenario};
 use crate::cli::{ClientArgs, LoopbackArgs, MeasureArgs, ServerArgs};
 use crate::client::{Client, ClientOptions};
 use crate::coordinator::{self, Pair, Plan};
@@ -175,6 +175,7 @@ fn measure(
         options: Options {
             transport: plan.template.transports.join(","),
             memory: plan.template.memory,
+            gpus: plan.template.gpus,
             lanes: plan.template.lanes,
             backend: plan.template.backend,
             baselines: plan.baselines.clone(),
@@ -196,7 +197,11 @@ fn measure(
     };
     for Row { series, histogram, rounds } in &rows {
         let begun = results.run.started_unix_s;
-        output.histograms(&series.hgrm, histogram, begun, plan.template.duration, rounds)?;
+        let round = match series.scenario {
+            Scenario::DecodeUnderPrefill => plan.phase_duration,
+            _ => plan.template.duration,
+        };
+        output.histograms(&series.hgrm, histogram, begun, round, rounds)?;
     }
     let json = serde_json::to_vec_pretty(&results).context("encoding the results")?;
     write_atomically(&output.json, &json)?;
@@ -284,15 +289,15 @@ fn print(results: &Results, output: &Output) -> Result<()> {
 }
 
 fn engine_options(options: &Options) -> String {
-    let Options { transport, lanes, memory, .. } = options;
+    let Options { transport, lanes, memory, gpus, .. } = options;
     let lanes = match lanes {
         1 => "1 lane".to_owned(),
         lanes => format!("{lanes} lanes"),
     };
     let memory = match memory {
-        Memory::Registered => "registered memory",
-        Memory::Engine => "memory of the engine",
-        Memory::Vram => "memory of GPUs",
+        Memory::Registered => "registered memory".to_owned(),
+        Memory::Engine => "memory of the engine".to_owned(),
+        Memory::Vram => format!("memory of GPUs {} and {}", gpus[0], gpus[1]),
     };
     format!("engine with {transport}, {lanes}, {memory}")
 }

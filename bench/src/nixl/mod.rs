@@ -61,7 +61,11 @@ pub(crate) use choice::{BackendArgs, ensure_distinct, ensure_driver};
 #[cfg(feature = "nixl")]
 pub(crate) use driver::Driver;
 pub(crate) use fault::{Fault, FaultKind};
+#[cfg(test)]
+pub(crate) use nixlbench::SegmentType;
 pub(crate) use options::NixlArgs;
+#[cfg(test)]
+pub(crate) use report::tests::compared as nixl_compared;
 pub(crate) use report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 pub(crate) use rounds::compare;
 #[cfg(feature = "nixl")]

@@ -11,7 +11,7 @@ use super::backend::Contender;
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
 use super::choice::{BackendArgs, ensure_distinct};
 use super::fault::{self, FaultKind};
-use super::nixlbench::{NixlbenchArgs, SegmentType};
+use super::nixlbench::{Memories, NixlbenchArgs, SegmentType};
 use super::trace::{self, TraceArgs};
 use super::wire::Iterations;
 use crate::case::{MAX_NOTIFICATION, Operation, Sabotage};
@@ -280,9 +280,15 @@ impl NixlArgs {
 
     /// The GPU of each side, initiator first, where its memory is one's.
     pub(crate) fn vram(&self) -> [Option<u32>; 2] {
-        let NixlbenchArgs { initiator_seg_type, target_seg_type, .. } = &self.nixlbench;
+        let Memories { initiator, target, gpus } = self.memories();
         let of = |kind: SegmentType, gpu| (kind == SegmentType::Vram).then_some(gpu);
-        [of(*initiator_seg_type, self.gpus[0]), of(*target_seg_type, self.gpus[1])]
+        [of(initiator, gpus[0]), of(target, gpus[1])]
+    }
+
+    /// The memory of both sides.
+    pub(crate) fn memories(&self) -> Memories {
+        let NixlbenchArgs { initiator_seg_type, target_seg_type, .. } = self.nixlbench;
+        Memories { initiator: initiator_seg_type, target: target_seg_type, gpus: self.gpus }
     }
 
     fn check_memory(&self) -> Result<(), String> {

@@ -4,7 +4,7 @@ use super::page;
 use super::svg::with_fixed_colours;
 use super::view::{LineView, RatioView, Step, View};
 use crate::measure::{Points, histogram, points_of};
-use crate::nixl::{Fault, FaultKind};
+use crate::nixl::{Fault, FaultKind, SegmentType};
 use crate::report::{Percentiles, Spread, load_of_backend};
 
 fn line(label: &str, points: &Points) -> LineView {
@@ -174,6 +174,29 @@ fn several_results_are_told_apart_by_name() {
     assert!(labels.contains(&"before: CORELANE".to_owned()), "{labels:?}");
     assert!(labels.contains(&"after: CORELANE".to_owned()), "{labels:?}");
     assert!(page(&both).contains("after: UCX@UCX_TLS=tcp"));
+}
+
+#[test]
+fn figures_of_gpus_and_of_host_memory_never_share_a_chart() {
+    let host = crate::nixl::nixl_compared();
+    let mut gpus = host.clone();
+    gpus.options.memory.initiator = SegmentType::Vram;
+    gpus.options.memory.target = SegmentType::Vram;
+    gpus.options.memory.gpus = [0, 1];
+    let (host, gpus) = (super::of_nixl(&host), super::of_nixl(&gpus));
+    let ids = |view: &View| -> Vec<String> {
+        view.cases
+            .iter()
+            .map(|case| case.id.clone())
+            .chain(view.ratios.iter().map(|it| it.id.clone()))
+            .collect()
+    };
+    assert!(ids(&gpus).contains(&"read/64B/vram0-vram1".to_owned()), "{:?}", ids(&gpus));
+    assert!(ids(&gpus).iter().all(|id| !ids(&host).contains(id)));
+    let kinds =
+        |view: &View| view.cases.iter().find_map(|case| Some(case.step.as_ref()?.kind.clone()));
+    assert_ne!(kinds(&gpus), kinds(&host), "one line in the charts by size");
+    assert!(Changes::between(("host", &host), ("gpus", &gpus)).rows.is_empty());
 }
 
 #[test]
