@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use crate::case::{Backend, Case, RunSpec};
+use crate::case::{Backend, Case, Memory, RunSpec};
 use crate::client::{Client, Outcome};
 use crate::progress::Progress;
 use crate::report::Tally;
@@ -56,6 +56,23 @@ impl Plan {
     /// Whether a backend can run a case: a baseline has one transfer under way at a time, a load has two.
     pub(crate) fn runs(&self, case: &Case, backend: Backend) -> bool {
         case.load.is_none() || !self.is_baseline(backend)
+    }
+
+    /// Memory that the largest case takes in one process; none of this kind where it is that of GPUs.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        if self.template.memory == Memory::Vram {
+            return 0;
+        }
+        let backends = self.backends();
+        let specs = self.cases.iter().flat_map(|case| {
+            let of = |&backend: &Backend| RunSpec {
+                case: case.clone(),
+                backend,
+                ..self.template.clone()
+            };
+            backends.iter().filter(|&&it| self.runs(case, it)).map(of)
+        });
+        specs.filter_map(|spec| spec.memory_bytes()).max().unwrap_or(0)
     }
 
     /// Runs of all rounds.

@@ -175,7 +175,25 @@ pub(crate) fn table(results: &NixlResults) -> String {
             text += &cells(&row.block_bytes.to_string(), &figures(row, results));
         }
     }
-    text
+    text + &left_out(results)
+}
+
+/// Names what has no row.
+fn left_out(results: &NixlResults) -> String {
+    let other =
+        |row: &&NixlSeries| !matches!(row.part, Part::Completion | Part::Post | Part::Prepare);
+    let mut names: Vec<&str> =
+        results.series.iter().filter(other).map(|row| row.id.as_str()).collect();
+    names.extend((!results.faults.is_empty()).then_some("fault"));
+    names.sort_unstable();
+    names.dedup();
+    if names.is_empty() {
+        return String::new();
+    }
+    format!(
+        "\nNot transfers one after the other, so not above: {}. `--format table` has them.\n",
+        names.join(", ")
+    )
 }
 
 const HEADER: [&str; 9] = [
@@ -242,6 +260,7 @@ mod tests {
                 line.split_whitespace().map(|cell| cell.parse().expect("a number")).collect()
             })
             .collect();
+        assert!(text.contains("not above: notify/16B/one-way, notify/16B/round-trip."), "{text}");
         assert_eq!(rows.len(), 2, "{text}");
         assert_eq!(text.matches("Block Size").count(), 2, "one table for each backend: {text}");
         assert!(rows.iter().all(|row| row.len() == 10 && row[1] == 1.0), "{text}");

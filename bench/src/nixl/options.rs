@@ -107,8 +107,8 @@ pub(crate) struct NixlArgs {
     /// Direction of the transfers
     #[arg(long, value_enum, ignore_case = true, default_value = "both", aliases = ["operation", "op_type"], help_heading = "Cases")]
     pub(crate) op: Directions,
-    /// Sizes of scenario `sizes`
-    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, default_value = "64,4KiB,64KiB,1MiB", help_heading = "Cases")]
+    /// Sizes of scenario `sizes` [default: 64,4KiB,64KiB,1MiB]
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, help_heading = "Cases")]
     pub(crate) sizes: Vec<usize>,
     /// Block lists of scenario `kv`, COUNTxSIZE [default: 256x16KiB,4096x4KiB]
     #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, help_heading = "Cases")]
@@ -208,6 +208,15 @@ pub(crate) struct NixlPlan {
     pub(crate) thread_cores: Vec<usize>,
 }
 
+impl NixlPlan {
+    /// Memory of both processes together, and of the one that has more; that of GPUs is not counted.
+    pub(crate) fn memory_bytes(&self, gpus: [Option<u32>; 2]) -> (usize, usize) {
+        let sides = gpus.iter().filter(|gpu| gpu.is_none()).count();
+        let most = if sides > 0 { self.arena_bytes } else { 0 };
+        (self.arena_bytes.saturating_mul(sides), most)
+    }
+}
+
 impl NixlArgs {
     /// The plan that these options ask for, or what is wrong with them.
     pub(crate) fn plan(&self) -> Result<NixlPlan, String> {
@@ -216,6 +225,9 @@ impl NixlArgs {
             ([], []) => vec![(256, 16 << 10), (4096, 4 << 10)],
             (given, models) => [given, models].concat(),
         };
+        if sweep.is_some() {
+            self.ensure_only_a_sweep()?;
+        }
         let others = |it: &NixlScenario| !matches!(it, NixlScenario::Sizes | NixlScenario::Kv);
         if self.threads() > 1 && sweep.is_none() && self.scenario.iter().any(others) {
             return Err(format!(
@@ -228,7 +240,11 @@ impl NixlArgs {
         }
         // A sweep as nixlbench makes it is all that is asked for.
         let (scenarios, sizes, shapes) = match sweep {
-            None => (self.scenario.clone(), self.sizes.clone(), shapes),
+            None => {
+                let usual = [64, 4 << 10, 64 << 10, 1 << 20];
+                let sizes = if self.sizes.is_empty() { &usual } else { &self.sizes[..] };
+                (self.scenario.clone(), sizes.to_vec(), shapes)
+            }
             Some(shapes) => {
                 let (one, many): (Vec<_>, Vec<_>) =
                     shapes.into_iter().partition(|&(blocks, _)| blocks == 1);
@@ -276,6 +292,22 @@ impl NixlArgs {
         ensure_distinct(&backends)?;
         self.choice.check_folders()?;
         Ok(NixlPlan { cases, faults, backends, arena_bytes: arena, thread_cores: Vec::new() })
+    }
+
+    /// A sweep says all that is to be measured: what names something else would be left out.
+    fn ensure_only_a_sweep(&self) -> Result<(), String> {
+        use NixlScenario::{All, Kv, Sizes};
+        let given = [
+            (self.scenario.iter().any(|it| ![All, Kv, Sizes].contains(it)), "--scenario"),
+            (!self.sizes.is_empty(), "--sizes"),
+            (!self.kv.is_empty(), "--kv"),
+            (!self.model.shapes().is_empty(), "--model"),
+        ];
+        given.into_iter().find(|(given, _)| *given).map_or(Ok(()), |(_, option)| {
+            Err(format!(
+                "{option} beside a sweep (--start_block_size and its like), which is all that is measured: leave one of them out"
+            ))
+        })
     }
 
     /// The GPU of each side, initiator first, where its memory is one's.

@@ -14,6 +14,7 @@ use super::report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 use super::tally::NixlTally;
 use crate::coordinator::in_turn;
 use crate::manifest::Host;
+use crate::memory::ensure_available;
 use crate::pinning::{allowed_cores, ensure_allowed};
 use crate::plot;
 use crate::report::{Output, RunInfo, Started, hgrm_name, write_atomically};
@@ -28,6 +29,8 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
     ensure_allowed(&pinned, &allowed, "--pin").map_err(Failure::Options)?;
     plan.thread_cores = options.thread_cores(&allowed);
     ensure_driver()?;
+    let (bytes, most) = plan.memory_bytes(options.vram());
+    ensure_available(bytes, most).map_err(Failure::Options)?;
     let output = Output::prepare(&options.out_dir, options.json.as_deref())
         .map_err(|error| Failure::Options(format!("{error:#}")))?;
     let started = Started::now();

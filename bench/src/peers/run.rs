@@ -15,6 +15,7 @@ use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::cpu::Usage;
 use crate::manifest::Host;
+use crate::memory::ensure_available;
 use crate::nixl::ensure_driver;
 use crate::pinning::allowed_cores;
 use crate::plot;
@@ -43,6 +44,9 @@ pub(crate) fn measure(options: &PeersArgs) -> Result<(), Failure> {
     if plan.is_nixl() {
         ensure_driver()?;
     }
+    // The hub has as much as all peers together.
+    let most = plan.cases.iter().filter_map(PeersCase::hub_bytes).max().unwrap_or(0);
+    ensure_available(most.saturating_mul(2), most).map_err(Failure::Options)?;
     let output = Output::prepare(&options.out_dir, options.json.as_deref())
         .map_err(|error| Failure::Options(format!("{error:#}")))?;
     let started = Started::now();

@@ -14,7 +14,7 @@ use super::view::View;
 use crate::manifest::Host;
 use crate::nixl::{self, NixlResults};
 use crate::peers::{self, PeersResults};
-use crate::report::{self, Results, ensure_writable, write_atomically};
+use crate::report::{self, Environment, Results, ensure_writable, write_atomically};
 use crate::session::Failure;
 
 #[derive(Debug, Args)]
@@ -36,7 +36,8 @@ pub(crate) struct PlotArgs {
 /// A result file, read and understood.
 struct Read {
     name: String,
-    host: Host,
+    /// The initiator's first, then the target's where that may be another.
+    hosts: Vec<Host>,
     view: View,
 }
 
@@ -59,18 +60,22 @@ pub(crate) fn plot(options: &PlotArgs) -> Result<(), Failure> {
     let Some((first, others)) = files.split_first() else {
         return Err(Failure::Options("no results to plot".to_owned()));
     };
-    if let Some(other) = others.iter().find(|other| !same_machine(&first.host, &other.host))
+    if let Some(other) = others.iter().find(|other| !same_machines(&first.hosts, &other.hosts))
         && !options.across_machines
     {
+        let machines = |file: &Read| -> String {
+            let named =
+                file.hosts.iter().map(|it| format!("{}, {} cores", it.cpu_model, it.cores_online));
+            let mut named: Vec<String> = named.collect();
+            named.dedup();
+            named.join(" and ")
+        };
         return Err(Failure::Options(format!(
-            "{} and {} are of different machines ({}, {} cores; {}, {} cores): ratios between them mean nothing; \
-             --across-machines draws them all the same",
+            "{} and {} are of different machines ({}; {}): ratios between them mean nothing; --across-machines draws them all the same",
             first.name,
             other.name,
-            first.host.cpu_model,
-            first.host.cores_online,
-            other.host.cpu_model,
-            other.host.cores_online,
+            machines(first),
+            machines(other),
         )));
     }
     ensure_writable(&options.out).map_err(refuse)?;
@@ -127,17 +132,18 @@ fn read(path: &Path, name: String) -> Result<Read, String> {
         ));
     }
     let broken = |error: serde_json::Error| format!("{shown} does not hold to its schema: {error}");
-    let (view, host) = if schema == nixl::SCHEMA {
+    let (view, hosts) = if schema == nixl::SCHEMA {
         let results: NixlResults = serde_json::from_value(value).map_err(broken)?;
-        (of_nixl(&results), results.environment)
+        (of_nixl(&results), vec![results.environment])
     } else if schema == peers::SCHEMA {
         let results: PeersResults = serde_json::from_value(value).map_err(broken)?;
-        (of_peers(&results), results.environment)
+        (of_peers(&results), vec![results.environment])
     } else {
         let results: Results = serde_json::from_value(value).map_err(broken)?;
-        (of_engine(&results), results.environment.initiator)
+        let Environment { initiator, target } = results.environment.clone();
+        (of_engine(&results), vec![initiator, target])
     };
-    Ok(Read { name, host, view })
+    Ok(Read { name, hosts, view })
 }
 
 /// What tells a file's lines from those of others: its name, or its folder's where it is called `results.json`; as many folders
@@ -182,15 +188,24 @@ fn parts_of(path: &Path) -> Vec<String> {
     parts
 }
 
+/// Whether two runs can be of the same machines, that of the initiator and that of the target.
+fn same_machines(one: &[Host], other: &[Host]) -> bool {
+    one.iter().zip(other).all(|(one, other)| same_machine(one, other))
+}
+
 /// Whether two runs can be of one machine. Within one boot they are; else what is built in must be equal.
 fn same_machine(one: &Host, other: &Host) -> bool {
     let built_in = |host: &Host| {
         (host.cpu_model.clone(), host.architecture.clone(), host.cores_online, host.numa_nodes)
     };
+    // Two machines may be built alike. Not all have a number, and files from before have none.
+    let same_id = |one: &Host, other: &Host| {
+        one.host_id.is_empty() || other.host_id.is_empty() || one.host_id == other.host_id
+    };
     // A kernel takes a little for itself, not always as much.
     let memory = one.memory_bytes.abs_diff(other.memory_bytes) < one.memory_bytes / 50 + 1;
     (!one.clock.is_empty() && one.clock == other.clock)
-        || (built_in(one) == built_in(other) && memory)
+        || (built_in(one) == built_in(other) && memory && same_id(one, other))
 }
 
 #[cfg(test)]

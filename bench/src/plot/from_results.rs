@@ -38,10 +38,11 @@ pub(crate) fn of_engine(results: &Results) -> View {
         .then(|| format!("vram{}-vram{}", options.gpus[0], options.gpus[1]));
     for row in &results.series {
         let sized = row.scenario == Scenario::Sizes;
-        let step =
-            sized.then(|| Step::bytes(tagged(&row.operation.to_string(), &tag), row.block_bytes));
+        let step = sized.then(|| {
+            Step::bytes(tagged(&row.operation.to_string(), tag.as_deref()), row.block_bytes)
+        });
         let (id, label) = load_line(&row.id, &row.backend.to_string());
-        let id = tagged(&id, &tag);
+        let id = tagged(&id, tag.as_deref());
         view.case(&id, step).lines.push(LineView {
             label,
             points: row.histogram_ns.clone(),
@@ -51,7 +52,7 @@ pub(crate) fn of_engine(results: &Results) -> View {
         });
     }
     view.ratios.extend(results.comparisons.iter().map(|row| RatioView {
-        id: tagged(&row.id, &tag),
+        id: tagged(&row.id, tag.as_deref()),
         of: format!("{} / {}", row.backend, row.baseline),
         p50: row.p50_ratio,
         p99: row.p99_ratio,
@@ -76,10 +77,11 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     for row in results.series.iter().filter(|row| row.is_shown()) {
         let bytes = row.blocks * row.block_bytes;
         let sized = row.part == Part::Completion && row.blocks == 1;
-        let step =
-            sized.then(|| Step::bytes(tagged(&row.operation.to_string(), &tag), row.block_bytes));
+        let step = sized.then(|| {
+            Step::bytes(tagged(&row.operation.to_string(), tag.as_deref()), row.block_bytes)
+        });
         let (id, label) = load_line(&row.id, &row.backend);
-        let id = tagged(&id, &tag);
+        let id = tagged(&id, tag.as_deref());
         let moved = row.part == Part::Completion && row.latency_us.mean > 0.0;
         view.case(&id, step).lines.push(LineView {
             label,
@@ -95,7 +97,8 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     let shown = |id: &str| results.series.iter().any(|row| row.id == id && row.is_shown());
     let ratios = results.comparisons.iter().filter(|row| shown(&row.id));
     let ratios = ratios.map(ratio_of);
-    view.ratios.extend(ratios.map(|ratio| RatioView { id: tagged(&ratio.id, &tag), ..ratio }));
+    view.ratios
+        .extend(ratios.map(|ratio| RatioView { id: tagged(&ratio.id, tag.as_deref()), ..ratio }));
     view
 }
 
@@ -157,8 +160,8 @@ pub(crate) fn of_peers(results: &PeersResults) -> View {
 }
 
 /// The name of a case, which is another one with other memory: figures of GPUs and of host memory say nothing of each other.
-fn tagged(id: &str, tag: &Option<String>) -> String {
-    tag.as_ref().map_or_else(|| id.to_owned(), |tag| format!("{id}/{tag}"))
+fn tagged(id: &str, tag: Option<&str>) -> String {
+    tag.map_or_else(|| id.to_owned(), |tag| format!("{id}/{tag}"))
 }
 
 fn ratio_of(row: &Versus) -> RatioView {

@@ -24,6 +24,7 @@ fn bad_options_are_one_line_and_exit_code_2() {
         "loopback --scenario decode-under-prefill --prefill-bytes 8GiB",
         "loopback --phase-duration 2m",
         "loopback --decode-rate 0",
+        "loopback --scenario sizes --sizes 1TiB --max-memory 100TiB",
         "client",
         "server --core 1000",
         "fly",

@@ -99,6 +99,18 @@ fn results_of_other_machines_are_compared_only_when_asked_to() {
         result["environment"]["initiator"]["cpu_model"].clone();
     let later = write(&bench, "later.json", &other);
     assert_eq!(plot(&bench, &[&here, &later], "").code, 0);
+    // One that is built alike is not, whichever side ran on it.
+    for side in ["initiator", "target"] {
+        let mut twin = result.clone();
+        twin["environment"][side]["clock"] = "another boot".into();
+        twin["environment"][side]["host_id"] = "0123456789abcdef".into();
+        let mut own = result.clone();
+        own["environment"][side]["host_id"] = "fedcba9876543210".into();
+        let (own, twin) = (write(&bench, "own.json", &own), write(&bench, "twin.json", &twin));
+        let ran = plot(&bench, &[&own, &twin], "");
+        assert_eq!(ran.code, 2, "{side}: {}", ran.stdout);
+        assert!(ran.stderr.contains("different machines"), "{}", ran.stderr);
+    }
 }
 
 #[test]
