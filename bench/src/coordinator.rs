@@ -119,7 +119,7 @@ pub(crate) fn run(
 /// Who runs when in a round, the first of which is number 0. Alternating who goes first: a drift within a round then favours
 /// nobody.
 pub(crate) fn in_turn(round: usize, backends: usize) -> impl Iterator<Item = usize> {
-    (0..backends).map(move |turn| if round % 2 == 0 { turn } else { backends - 1 - turn })
+    (0..backends).map(move |turn| if round.is_multiple_of(2) { turn } else { backends - 1 - turn })
 }
 
 fn run_rounds(

@@ -51,14 +51,17 @@ fn start_engine(role: &str, spec: &RunSpec, cores: &[usize], ip: IpAddr) -> Resu
     }
     let name = format!("bench-{role}-{}-{}", std::process::id(), spec.run);
     Engine::new(&name, config).map_err(|error| {
-        let message = format!("starting the {role}'s engine, {}: {error}", describe_lanes(cores));
-        // Such as a device that there is not.
-        if matches!(error, corelane::Error::Config(_)) {
-            anyhow::Error::new(Refusal(message))
-        } else {
-            anyhow::anyhow!(message)
-        }
+        not_started(format!("starting the {role}'s engine, {}", describe_lanes(cores)), &error)
     })
+}
+
+/// Why an engine did not start: a configuration that cannot be, such as a device that there is not, is the user's to put right.
+pub(crate) fn not_started(what: String, error: &corelane::Error) -> anyhow::Error {
+    let message = format!("{what}: {error}");
+    match error {
+        corelane::Error::Config(_) => Refusal(message).into(),
+        _ => anyhow::anyhow!(message),
+    }
 }
 
 /// Where the lanes are, in words.

@@ -18,6 +18,7 @@ mod case;
 mod choice;
 #[cfg(feature = "nixl")]
 mod contents;
+mod cost_table;
 #[cfg(feature = "nixl")]
 mod driver;
 #[cfg(all(feature = "nixl", test))]

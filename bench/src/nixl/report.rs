@@ -5,9 +5,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::case::NixlScenario;
+use super::cost_table::cost_table;
 use super::fault::{self, Fault, FaultKind};
 use super::nixlbench::Memories;
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
+use super::pair::BackendThreads;
 use super::summary::summary;
 use super::tally::{NixlTally, Part};
 use super::trace::Replay;
@@ -37,6 +39,9 @@ pub(crate) struct NixlResults {
     /// Of scenario `decode-under-prefill`, one for each backend.
     #[serde(default)]
     pub(crate) loads: Vec<Load>,
+    /// Of each backend, in the order of the options.
+    #[serde(default)]
+    pub(crate) threads: Vec<BackendThreads>,
     /// Of scenario `fault`, one for each backend, kind and round.
     #[serde(default)]
     pub(crate) faults: Vec<Fault>,
@@ -212,6 +217,7 @@ impl NixlResults {
             series,
             comparisons,
             loads,
+            threads: Vec::new(),
             faults: Vec::new(),
         }
     }
@@ -285,7 +291,7 @@ impl NixlResults {
         } else {
             Versus::explanation(&self.options.backend, &self.comparisons)
         };
-        align(&rows, 2) + &explanation + &self.load_table()
+        align(&rows, 2) + &explanation + &cost_table(&self.series) + &self.load_table()
     }
 
     /// The five figures that people ask for first.

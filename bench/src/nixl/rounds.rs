@@ -9,7 +9,7 @@ use super::choice::ensure_driver;
 use super::fault::{self, Fault};
 use super::nixlbench::{self, Format};
 use super::options::{NixlArgs, NixlPlan};
-use super::pair::NixlPair;
+use super::pair::{BackendThreads, NixlPair};
 use super::report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 use super::tally::NixlTally;
 use crate::coordinator::in_turn;
@@ -41,13 +41,15 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
             .extend((0..plan.backends.len()).map(|backend| NixlTally::new(case.clone(), backend)));
     }
     let mut nixl = String::new();
-    let mut faults = Vec::new();
-    let measured = run(options, &plan, (&mut tallies, &mut faults), &mut nixl, &started);
+    let (mut faults, mut threads) = (Vec::new(), Vec::new());
+    let seen = (&mut nixl, &mut threads);
+    let measured = run(options, &plan, (&mut tallies, &mut faults), seen, &started);
 
     let failure = measured.as_ref().err().map(ToString::to_string);
     let run = RunInfo::new((SCHEMA, SCHEMA_VERSION), &started, failure);
     let mut results = NixlResults::new(options, &plan, &tallies, (run, nixl, environment));
     results.faults = faults;
+    results.threads = threads;
     if results.series.is_empty() && results.faults.is_empty() {
         output.forsake();
         return measured;
@@ -92,7 +94,7 @@ fn run(
     options: &NixlArgs,
     plan: &NixlPlan,
     (tallies, faults): (&mut [NixlTally], &mut Vec<Fault>),
-    nixl: &mut String,
+    (nixl, threads): (&mut String, &mut Vec<BackendThreads>),
     started: &Started,
 ) -> Result<(), Failure> {
     let backends = plan.backends.len();
@@ -118,6 +120,9 @@ fn run(
                 continue;
             }
             let mut pair = NixlPair::start(backend, options, plan)?;
+            if round == 1 {
+                threads.push(pair.threads.clone());
+            }
             if !pair.nixl.is_empty() {
                 nixl.clone_from(&pair.nixl);
             }

@@ -64,7 +64,9 @@ fn drive(parent: &Parent<Order>, mut agent: impl Driver, setup: &Setup) -> Resul
     };
     let address = agent.arena().as_ptr() as u64;
     let pid = std::process::id() as i32;
-    parent.reply(&Reply::Ready { metadata, address, pid, nixl })?;
+    // The harness has this one, and one that reads orders.
+    let threads = pinning::threads(&["orders"]);
+    parent.reply(&Reply::Ready { metadata, address, pid, nixl, threads })?;
     let other = match parent.wait()? {
         Some(Order::Meet { metadata, address, pid }) => {
             let metadata = from_hex(&metadata).context("metadata that is no hexadecimal")?;

@@ -119,6 +119,8 @@ pub(crate) enum Reply {
         pid: i32,
         /// Version of NIXL; empty where there is none.
         nixl: String,
+        /// Of the backend and its NIXL: `NAME on CORES`.
+        threads: Vec<String>,
     },
     Met,
     Begun,

@@ -155,12 +155,12 @@ fn names_of(paths: &[PathBuf]) -> Vec<String> {
         parts[parts.len() - depth.min(parts.len())..].join("/")
     };
     let mut names: Vec<String> = Vec::new();
-    for at in 0..paths.len() {
+    for (at, own) in parts.iter().enumerate() {
         let alone = |depth: &usize| {
             let own = name(at, *depth);
             (0..paths.len()).all(|other| other == at || name(other, *depth) != own)
         };
-        let depth = (1..=parts[at].len()).find(alone);
+        let depth = (1..=own.len()).find(alone);
         names.push(name(at, depth.unwrap_or(1)));
     }
     // A file that is given twice, or one that no folder tells from another.

@@ -172,6 +172,44 @@ mod with_nixl {
 
     #[test]
     #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
+    fn a_backend_for_files_is_no_backend_for_transfers() {
+        for arguments in ["--backend POSIX", "--vs POSIX"] {
+            let bench = Bench::new();
+            let mut command = command(&format!("{SHORT} {arguments} --scenario sizes --sizes 64"));
+            let ran = run(command.arg("--out-dir").arg(bench.path("out")));
+            assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
+            assert!(
+                last_line(&ran).contains("POSIX is no backend for transfers"),
+                "{}",
+                ran.stderr
+            );
+            assert!(bench.files().is_empty(), "{:?}", bench.files());
+        }
+    }
+
+    #[test]
+    #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
+    fn results_tell_the_threads_of_each_backend_and_what_they_are_of() {
+        let bench = Bench::new();
+        let (_, results) = bench.results(&format!(
+            "{SHORT} --vs UCX --scenario sizes --sizes 4KiB --op read --num_threads 2 --warmup_iter 3"
+        ));
+        assert_eq!(results["options"]["warmup_iter"], 3);
+        assert_eq!(results["options"]["memory"]["target"], "DRAM");
+        let threads = &results["threads"];
+        assert_eq!(
+            (&threads[0]["backend"], &threads[1]["backend"]),
+            (&"CORELANE".into(), &"UCX".into())
+        );
+        let ours = threads[0]["target"].as_array().expect("threads");
+        assert!(
+            ours.iter().any(|it| it.as_str().is_some_and(|it| it.contains("lane"))),
+            "{threads}"
+        );
+    }
+
+    #[test]
+    #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
     fn timed_transfers_that_move_nothing_fail_the_verification() {
         for sabotage in ["noop", "stale"] {
             for case in [
