@@ -376,7 +376,8 @@ has_bench() {
 smoke_bench() {
     mkdir -p -- "$log_dir/bench"
     cd -- "$log_dir/bench"
-    "$target/release/corelane-bench" loopback --quick
+    # As users run it; whatever it would install has been seen to.
+    CORELANE_NO_INSTALL=1 "$repo_root/bench/run.sh" loopback --quick
     if builds_rdma; then
         "$target/release/corelane-bench" posting --duration 50ms
     fi
@@ -532,10 +533,52 @@ check_nixl_bench() {
     run_tests_of corelane-bench bench --ignored &&
         "$harness" nixl --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy --sizes 64,1M --rounds 1 --duration 20ms \
             --scenario all,fault,trace --trace "$log_dir/bench/requests.csv" --fault-timeout 2s --phase-duration 200ms --out-dir "$log_dir/bench/nixl" &&
+        check_nixl_results "$log_dir/bench/nixl/results.json" &&
         "$harness" nixl --vs UCX --num_threads 3 --start_block_size 4096 --max_batch_size 2 --num_iter 99 --rounds 1 --format nixlbench \
             --out-dir "$log_dir/bench/threads" &&
+        check_nixl_results "$log_dir/bench/threads/results.json" &&
         "$harness" many-peers --vs UCX --vs UCX@UCX_TLS=tcp --peers 1,3 --rounds 1 --duration 20ms --out-dir "$log_dir/bench/many-peers" &&
         "$harness" plot "$log_dir/bench/nixl/results.json" "$log_dir/bench/many-peers/results.json" --out "$log_dir/bench/nixl/again.html"
+}
+
+# What must be in a file: an exit code does not tell one that lacks half from a whole one.
+check_nixl_results() {
+    "$(nixl_venv_python "$nixl_newest")" - "$1" <<'PYTHON'
+import json
+import math
+import sys
+
+results = json.load(open(sys.argv[1]))
+options = results["options"]
+assert results["complete"], results["failure"]
+others = options["vs"] + options["baselines"]
+samples = {(row["backend"], row["id"]): row["samples"] for row in results["series"]}
+assert samples and all(samples.values()), samples
+for name in [options["backend"], *options["vs"]]:
+    assert all((name, of) in samples for backend, of in samples), f"not all cases are of {name}"
+for name in options["baselines"]:
+    kinds = {of.split("/")[0] for backend, of in samples if backend == name}
+    assert kinds == {"read", "write", "kv", "notify"}, (name, kinds)
+assert {row["vs"] for row in results["comparisons"]} == set(others)
+for row in results["comparisons"]:
+    for figure in ("p50", "p99", "p99.9"):
+        ratio = row["ratios"][figure]["median"]
+        assert math.isfinite(ratio) and ratio > 0, row
+assert [row["backend"] for row in results["threads"]] == [options["backend"], *others]
+if options["num_iter"]:
+    whole = [row for row in results["series"] if row["part"] == "completion"]
+    assert whole and all(row["samples"] == options["num_iter"] for row in whole), whole
+    assert all(row["operations_per_s"] > 0 for row in whole)
+else:
+    kinds = {of.split("/")[0] for backend, of in samples}
+    assert kinds == {"read", "write", "kv", "notify", "post", "decode-under-prefill", "trace"}, kinds
+    load = next(row for row in results["loads"] if row["backend"] == options["backend"])
+    assert load["served_share"] > 0.5 and load["bulk_share"]["median"] > 0, load
+    faults = [row for row in results["faults"] if row["backend"] == options["backend"]]
+    assert {row["kind"] for row in faults} == {"kill", "stop"}, faults
+    assert all(row["recovered_ms"] is not None for row in faults), faults
+    assert all(row["detected_ms"] is not None for row in faults if row["kind"] == "kill"), faults
+PYTHON
 }
 
 # --- the plugin in NIXL, over RDMA and nothing else

@@ -15,6 +15,8 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
+use crate::memory::ensure_available;
+use crate::parent::Refusal;
 use crate::pattern::{self, Mismatch};
 use crate::vram::{Vram, VramAddress};
 
@@ -244,6 +246,7 @@ pub(crate) fn grow(arena: &mut Option<Arena>, len: usize, limit: usize) -> Resul
         _ => {
             // The old mapping goes first: two of the largest might not fit.
             *arena = None;
+            ensure_available(len, len).map_err(Refusal)?;
             Ok(arena.insert(Arena::new(len)?).clone())
         }
     }

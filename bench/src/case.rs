@@ -314,17 +314,7 @@ impl RunSpec {
         if self.rate.is_some_and(|rate| !(rate > 0.0 && rate < 1e9)) {
             return Err("a rate that is no rate".to_owned());
         }
-        // Twice for the pool of scattered blocks, once more for rounding to cache lines and the warm-up page.
-        let bytes = case
-            .block_bytes
-            .checked_next_multiple_of(64)
-            .and_then(|stride| stride.checked_mul(case.blocks));
-        let needed = bytes.filter(|&bytes| bytes <= max_memory).and_then(|bytes| {
-            bytes
-                .checked_mul(case.slots() * if self.scattered() { 2 } else { 1 })?
-                .checked_add(case.load.map_or(0, |load| load.bulk_bytes))
-        });
-        match needed {
+        match self.memory_bytes() {
             Some(needed) if needed <= max_memory => Ok(()),
             _ => Err(format!(
                 "{} needs more memory than --max-memory allows ({})",
@@ -332,6 +322,17 @@ impl RunSpec {
                 Bytes(max_memory)
             )),
         }
+    }
+
+    /// Memory that it takes on either side; `None` when that is beyond counting.
+    pub(crate) fn memory_bytes(&self) -> Option<usize> {
+        let case = &self.case;
+        // Twice for the pool of scattered blocks, once more for rounding to cache lines and the warm-up page.
+        let stride = case.block_bytes.checked_next_multiple_of(64)?;
+        let bytes = stride.checked_mul(case.blocks)?;
+        bytes
+            .checked_mul(case.slots() * if self.scattered() { 2 } else { 1 })?
+            .checked_add(case.load.map_or(0, |load| load.bulk_bytes))
     }
 
     /// Content tag of a pass, never the same for two passes of one invocation.

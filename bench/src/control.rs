@@ -13,10 +13,11 @@ use crate::case::RunSpec;
 use crate::cpu::Usage;
 use crate::manifest::Host;
 use crate::measure::Points;
+use crate::parent::Refusal;
 use crate::raw_local::RawAddress;
 
 /// Version of these messages; both sides must have the same.
-pub(crate) const PROTOCOL: u32 = 3;
+pub(crate) const PROTOCOL: u32 = 4;
 /// No line is longer: metadata, descriptors and histograms stay far below.
 const MAX_LINE: u64 = 4 << 20;
 /// Filling, checking and engine start-up take milliseconds to seconds; beyond this something hangs.
@@ -61,6 +62,10 @@ pub(crate) enum Reply {
     },
     Closed,
     Failed {
+        message: String,
+    },
+    /// The user asked for something that cannot be.
+    Refused {
         message: String,
     },
 }
@@ -119,7 +124,7 @@ impl Control {
     pub(crate) fn connect(address: &str) -> Result<(Self, Box<Host>)> {
         let resolved = address
             .to_socket_addrs()
-            .with_context(|| format!("cannot resolve '{address}': expected HOST:PORT"))?;
+            .map_err(|error| Refusal(format!("cannot resolve '{address}': {error}")))?;
         let mut failure = None;
         for candidate in resolved {
             match TcpStream::connect_timeout(&candidate, Duration::from_secs(5)) {
@@ -137,12 +142,10 @@ impl Control {
             }
         }
         match failure {
-            Some(error) => Err(error).with_context(|| {
-                format!(
-                    "cannot reach a server at {address}: is `corelane-bench server` running there?"
-                )
-            }),
-            None => bail!("'{address}' has no address"),
+            Some(error) => bail!(Refusal(format!(
+                "cannot reach a server at {address}: is `corelane-bench server` running there? ({error})"
+            ))),
+            None => bail!(Refusal(format!("'{address}' has no address"))),
         }
     }
 
@@ -161,6 +164,7 @@ impl Control {
         write_line(&mut self.writer, ask)?;
         match read_line(&mut self.reader)? {
             Some(Reply::Failed { message }) => bail!("{message}"),
+            Some(Reply::Refused { message }) => bail!(Refusal(message)),
             Some(reply) => Ok(reply),
             None => {
                 bail!("the server closed the control connection: see its output for the reason")

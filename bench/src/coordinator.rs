@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use crate::case::{Backend, Case, RunSpec};
+use crate::case::{Backend, Case, Memory, RunSpec};
 use crate::client::{Client, Outcome};
 use crate::progress::Progress;
 use crate::report::Tally;
@@ -58,6 +58,23 @@ impl Plan {
         case.load.is_none() || !self.is_baseline(backend)
     }
 
+    /// Memory that the largest case takes in one process; none of this kind where it is that of GPUs.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        if self.template.memory == Memory::Vram {
+            return 0;
+        }
+        let backends = self.backends();
+        let specs = self.cases.iter().flat_map(|case| {
+            let of = |&backend: &Backend| RunSpec {
+                case: case.clone(),
+                backend,
+                ..self.template.clone()
+            };
+            backends.iter().filter(|&&it| self.runs(case, it)).map(of)
+        });
+        specs.filter_map(|spec| spec.memory_bytes()).max().unwrap_or(0)
+    }
+
     /// Runs of all rounds.
     pub(crate) fn runs_in_all(&self) -> usize {
         let backends = self.backends();
@@ -99,6 +116,12 @@ pub(crate) fn run(
     (tallies, failure)
 }
 
+/// Who runs when in a round, the first of which is number 0. Alternating who goes first: a drift within a round then favours
+/// nobody.
+pub(crate) fn in_turn(round: usize, backends: usize) -> impl Iterator<Item = usize> {
+    (0..backends).map(move |turn| if round.is_multiple_of(2) { turn } else { backends - 1 - turn })
+}
+
 fn run_rounds(
     plan: &Plan,
     backends: &[Backend],
@@ -110,9 +133,7 @@ fn run_rounds(
     for round in 0..plan.rounds {
         for (at, case) in plan.cases.iter().enumerate() {
             progress.case(round, plan.rounds, case);
-            for turn in 0..backends.len() {
-                // Alternating who goes first: a drift within a round then favours nobody.
-                let which = if round % 2 == 0 { turn } else { backends.len() - 1 - turn };
+            for which in in_turn(round, backends.len()) {
                 let backend = backends[which];
                 if !plan.runs(case, backend) {
                     continue;

@@ -11,6 +11,7 @@ use crate::client::{Client, ClientOptions, Outcome};
 use crate::control::{read_line, write_line};
 use crate::coordinator::Pair;
 use crate::manifest::Host;
+use crate::parent::Refusal;
 use crate::pinning::Cores;
 use crate::process::Helper;
 use crate::server::Announcement;
@@ -48,6 +49,15 @@ enum Report {
     Prepared,
     Outcome(Box<Outcome>),
     Failed(String),
+    /// The user asked for something that cannot be.
+    Refused(String),
+}
+
+impl Report {
+    fn of(error: &anyhow::Error) -> Self {
+        let message = format!("{error:#}");
+        if error.is::<Refusal>() { Self::Refused(message) } else { Self::Failed(message) }
+    }
 }
 
 /// A server and a client process.
@@ -97,6 +107,7 @@ impl LoopbackPair {
         let hosts = match client.receive(START_PATIENCE)? {
             Report::Hello { initiator, target } => (*initiator, *target),
             Report::Failed(message) => bail!("{message}"),
+            Report::Refused(message) => bail!(Refusal(message)),
             other => bail!("unexpected greeting {other:?}"),
         };
         Ok(Self { client, _server: server, duration: Duration::ZERO, hosts })
@@ -119,6 +130,7 @@ impl Pair for LoopbackPair {
         match self.client.receive(RUN_PATIENCE)? {
             Report::Prepared => Ok(()),
             Report::Failed(message) => bail!("{message}"),
+            Report::Refused(message) => bail!(Refusal(message)),
             other => bail!("unexpected report {other:?}"),
         }
     }
@@ -146,17 +158,14 @@ pub(crate) fn work(options: ClientOptions) -> Result<()> {
             write_line(&mut stdout, &Report::Hello { initiator, target })?;
             client
         }
-        Err(error) => return write_line(&mut stdout, &Report::Failed(format!("{error:#}"))),
+        Err(error) => return write_line(&mut stdout, &Report::of(&error)),
     };
     while let Some(order) = read_line::<Order>(&mut stdin).context("the parent's orders")? {
         let report = match order {
             Order::Prepare(spec) => client.prepare(*spec).map(|()| Report::Prepared),
             Order::Go => client.measure().map(|outcome| Report::Outcome(Box::new(outcome))),
         };
-        write_line(
-            &mut stdout,
-            &report.unwrap_or_else(|error| Report::Failed(format!("{error:#}"))),
-        )?;
+        write_line(&mut stdout, &report.unwrap_or_else(|error| Report::of(&error)))?;
     }
     Ok(())
 }

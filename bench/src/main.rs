@@ -34,6 +34,7 @@ mod load_options;
 mod loopback;
 mod manifest;
 mod measure;
+mod memory;
 mod models;
 mod nixl;
 mod parent;

@@ -1,12 +1,14 @@
 //! What a figure depends on besides the code: machine, kernel, placement, build.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use nix::sys::utsname::uname;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{self, Noise};
 use crate::pinning::{self, Cores};
+use crate::units::fingerprint;
 
 /// One host as one process of the run sees it. Both sides report theirs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -29,6 +31,9 @@ pub(crate) struct Host {
     pub(crate) git_revision: String,
     pub(crate) rustc: String,
     pub(crate) build_profile: String,
+    /// Tells the machine from others of its kind: a fingerprint of its machine-id; empty where it has none.
+    #[serde(default)]
+    pub(crate) host_id: String,
     /// Equal for processes that share one monotonic clock, so that one-way times can be taken.
     pub(crate) clock: String,
     pub(crate) noise: Noise,
@@ -66,6 +71,7 @@ impl Host {
             git_revision: env!("BENCH_GIT_REVISION").to_owned(),
             rustc: env!("BENCH_RUSTC").to_owned(),
             build_profile: env!("BENCH_PROFILE").to_owned(),
+            host_id: host_id(),
             clock: clock::clock_identity(),
             noise: clock::measure_noise(std::time::Duration::from_millis(20)),
         }
@@ -124,6 +130,14 @@ fn governor(cores: &[usize]) -> String {
     if governors.is_empty() { "not exposed".to_owned() } else { governors.join(",") }
 }
 
+/// Not the number itself, which is a secret of the machine to some.
+fn host_id() -> String {
+    match read("/etc/machine-id") {
+        id if id.is_empty() => id,
+        id => fingerprint(&id),
+    }
+}
+
 fn memory_bytes() -> u64 {
     let info = read("/proc/meminfo");
     let kib = info.lines().find_map(|line| {
@@ -132,21 +146,24 @@ fn memory_bytes() -> u64 {
     kib.map_or(0, |kib: u64| kib * 1024)
 }
 
-/// The tightest `cpu.max` from the process's own control group up to the root.
-fn cpu_quota() -> String {
+/// The folders of the process's own control group and of those above it, up to the root.
+pub(crate) fn control_groups() -> Vec<PathBuf> {
+    const ROOT: &str = "/sys/fs/cgroup";
     let membership = read("/proc/self/cgroup");
     let group = membership.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
-    let mut path = std::path::PathBuf::from("/sys/fs/cgroup").join(group.trim_start_matches('/'));
+    let own = Path::new(ROOT).join(group.trim_start_matches('/'));
+    own.ancestors().take_while(|path| path.starts_with(ROOT)).map(Path::to_path_buf).collect()
+}
+
+/// The tightest `cpu.max` from the process's own control group up to the root.
+fn cpu_quota() -> String {
     let mut tightest: Option<f64> = None;
-    while path.starts_with("/sys/fs/cgroup") {
+    for path in control_groups() {
         let quota = read(&path.join("cpu.max").to_string_lossy());
         if let Some((quota, period)) = quota.split_once(' ')
             && let (Ok(quota), Ok(period)) = (quota.parse::<f64>(), period.parse::<f64>())
         {
             tightest = Some(tightest.map_or(quota / period, |cores| cores.min(quota / period)));
-        }
-        if !path.pop() {
-            break;
         }
     }
     tightest.map_or_else(|| "none".to_owned(), |cores| format!("{cores:.2} cores"))

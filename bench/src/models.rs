@@ -61,7 +61,8 @@ impl fmt::Display for Model {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ModelArgs {
-    /// Block lists of scenario `kv` as one rank of a model transfers them for one request, instead of --kv
+    /// Block lists of scenario `kv` as one rank of a model transfers them for one request, beside those of --kv and in the place of
+    /// its default
     #[arg(long, value_enum, value_delimiter = ',', help_heading = "Cases")]
     pub(crate) model: Vec<Model>,
     /// Tokens of the request

@@ -181,6 +181,27 @@ pub(crate) fn sleep_then_spin_until(at_ns: u64) {
     }
 }
 
+/// Every thread of this process but the first and those of these names, with the cores that it may run on: `NAME on CORES`.
+#[cfg(any(feature = "nixl", test))]
+pub(crate) fn threads(but: &[&str]) -> Vec<String> {
+    let first = std::process::id().to_string();
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten();
+    let mut threads: Vec<String> = tasks
+        .filter_map(Result::ok)
+        .filter(|task| task.file_name().to_str() != Some(first.as_str()))
+        .filter_map(|task| {
+            let status = std::fs::read_to_string(task.path().join("status")).ok()?;
+            let field =
+                |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            let name = field("Name:")?;
+            let cores = field("Cpus_allowed_list:")?;
+            (!but.contains(&name)).then(|| format!("{name} on {cores}"))
+        })
+        .collect();
+    threads.sort_unstable();
+    threads
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,5 +272,27 @@ mod tests {
         let at = now_ns() + 2_000_000;
         sleep_then_spin_until(at);
         assert!(now_ns() >= at);
+    }
+
+    #[test]
+    fn threads_are_named_with_their_cores() {
+        let core = allowed_cores().expect("a mask")[0];
+        let (ready, go) = (std::sync::Barrier::new(3), std::sync::Barrier::new(3));
+        std::thread::scope(|scope| {
+            for name in ["bench-one", "bench-other"] {
+                let body = || {
+                    pin_current_thread(core).expect("allowed");
+                    ready.wait();
+                    go.wait();
+                };
+                let thread = std::thread::Builder::new().name(name.to_owned());
+                thread.spawn_scoped(scope, body).expect("a thread");
+            }
+            ready.wait();
+            let found = threads(&["bench-other"]);
+            go.wait();
+            assert!(found.contains(&format!("bench-one on {core}")), "{found:?}");
+            assert!(!found.iter().any(|it| it.starts_with("bench-other")), "{found:?}");
+        });
     }
 }

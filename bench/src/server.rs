@@ -15,6 +15,7 @@ use crate::cpu::{Burners, Usage};
 use crate::engine_side::EngineTarget;
 use crate::layout::{BULK_INDEX, Layout};
 use crate::manifest::Host;
+use crate::parent::Refusal;
 use crate::pinning;
 use crate::raw_local::RawLocalTarget;
 use crate::raw_tcp::RawTarget;
@@ -102,9 +103,14 @@ fn serve(stream: TcpStream, options: &ServerOptions, memory: &mut Option<Arena>)
             }
             Ask::Close => open.take().map_or(Ok(()), OpenCase::close).map(|()| Reply::Closed),
         };
-        control.reply(
-            &answer.unwrap_or_else(|error| Reply::Failed { message: format!("{error:#}") }),
-        )?;
+        control.reply(&answer.unwrap_or_else(|error| {
+            let message = format!("{error:#}");
+            if error.is::<Refusal>() {
+                Reply::Refused { message }
+            } else {
+                Reply::Failed { message }
+            }
+        }))?;
     }
     Ok(())
 }

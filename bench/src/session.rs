@@ -5,12 +5,14 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, Result};
 
-use crate::case::Memory;
+use crate::case::{Memory, Scenario};
 use crate::cli::{ClientArgs, LoopbackArgs, MeasureArgs, ServerArgs};
 use crate::client::{Client, ClientOptions};
 use crate::coordinator::{self, Pair, Plan};
 use crate::loopback::{LoopbackPair, Placement};
 use crate::manifest::Host;
+use crate::memory::ensure_available;
+use crate::parent::Refusal;
 use crate::pinning::{Cores, allowed_cores, default_cores, ensure_allowed, lane_order};
 use crate::plot;
 use crate::progress::Progress;
@@ -40,7 +42,7 @@ impl fmt::Display for Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        Self::Run(error)
+        if error.is::<Refusal>() { Self::Options(format!("{error:#}")) } else { Self::Run(error) }
     }
 }
 
@@ -68,13 +70,16 @@ pub(crate) fn client(options: &ClientArgs) -> Result<(), Failure> {
     ensure_allowed(&cores, &allowed, "--core").map_err(Failure::Options)?;
     ensure_enough(&cores, options.measure.lanes, "--core")?;
     check_caller(options.caller_core.0, &allowed)?;
-    let output = output(&options.measure)?;
+    let bytes = plan.memory_bytes();
+    ensure_available(bytes, bytes).map_err(Failure::Options)?;
+    // First: where nobody answers nothing is to be left behind.
     let (client, target) = Client::connect(ClientOptions {
         connect: options.connect.clone(),
         cores,
         caller_core: options.caller_core.0,
         max_memory: options.measure.max_memory,
     })?;
+    let output = output(&options.measure)?;
     let initiator = Host::describe();
     if initiator.clock != target.clock {
         crate::say!(
@@ -100,6 +105,8 @@ pub(crate) fn loopback(options: &LoopbackArgs) -> Result<(), Failure> {
     ensure_enough(&server_cores, lanes, "--server-cores")?;
     ensure_enough(&client_cores, lanes, "--client-cores")?;
     check_caller(options.caller_core.0, &allowed)?;
+    let bytes = plan.memory_bytes();
+    ensure_available(bytes.saturating_mul(options.engines), bytes).map_err(Failure::Options)?;
     let output = output(&options.measure)?;
     let mut pairs: Vec<Box<dyn Pair>> = Vec::new();
     let mut environment = Environment::default();
@@ -160,6 +167,12 @@ fn measure(
     let (tallies, failure) = coordinator::run(plan, pairs, &mut progress);
 
     let rows: Vec<Row> = tallies.iter().flat_map(Tally::series).collect();
+    if let (true, Some(refused)) =
+        (rows.is_empty(), failure.as_ref().filter(|it| it.is::<Refusal>()))
+    {
+        output.forsake();
+        return Err(Failure::Options(format!("{refused:#}")));
+    }
     let series: Vec<Series> = rows.iter().map(|row| row.series.clone()).collect();
     let comparisons = plan
         .baselines
@@ -175,6 +188,7 @@ fn measure(
         options: Options {
             transport: plan.template.transports.join(","),
             memory: plan.template.memory,
+            gpus: plan.template.gpus,
             lanes: plan.template.lanes,
             backend: plan.template.backend,
             baselines: plan.baselines.clone(),
@@ -196,7 +210,11 @@ fn measure(
     };
     for Row { series, histogram, rounds } in &rows {
         let begun = results.run.started_unix_s;
-        output.histograms(&series.hgrm, histogram, begun, plan.template.duration, rounds)?;
+        let round = match series.scenario {
+            Scenario::DecodeUnderPrefill => plan.phase_duration,
+            _ => plan.template.duration,
+        };
+        output.histograms(&series.hgrm, histogram, begun, round, rounds)?;
     }
     let json = serde_json::to_vec_pretty(&results).context("encoding the results")?;
     write_atomically(&output.json, &json)?;
@@ -206,7 +224,7 @@ fn measure(
     if !results.series.is_empty() {
         print(&results, output).context("writing to standard output")?;
     }
-    failure.map_or(Ok(()), |error| Err(Failure::Run(error)))
+    failure.map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// The table, the ratios, what deserves a remark, and the five lines.
@@ -284,15 +302,15 @@ fn print(results: &Results, output: &Output) -> Result<()> {
 }
 
 fn engine_options(options: &Options) -> String {
-    let Options { transport, lanes, memory, .. } = options;
+    let Options { transport, lanes, memory, gpus, .. } = options;
     let lanes = match lanes {
         1 => "1 lane".to_owned(),
         lanes => format!("{lanes} lanes"),
     };
     let memory = match memory {
-        Memory::Registered => "registered memory",
-        Memory::Engine => "memory of the engine",
-        Memory::Vram => "memory of GPUs",
+        Memory::Registered => "registered memory".to_owned(),
+        Memory::Engine => "memory of the engine".to_owned(),
+        Memory::Vram => format!("memory of GPUs {} and {}", gpus[0], gpus[1]),
     };
     format!("engine with {transport}, {lanes}, {memory}")
 }

@@ -67,6 +67,15 @@ pub(crate) fn parse_shape(text: &str) -> Result<(usize, usize), String> {
     Ok((count, parse_bytes(size)?))
 }
 
+/// Sixteen digits that a text has in common with no other that matters.
+pub(crate) fn fingerprint(text: &str) -> String {
+    // FNV-1a, the same on every machine and in every build.
+    let hash = text.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
+    });
+    format!("{:016x}", crate::pattern::mix(hash))
+}
+
 fn split_number(text: &str) -> (&str, &str) {
     let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

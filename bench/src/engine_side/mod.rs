@@ -11,10 +11,11 @@ pub(crate) use target::EngineTarget;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use corelane::{Engine, EngineConfig, LaneSpec, Listen, TransportKind};
 
 use crate::case::RunSpec;
+use crate::parent::Refusal;
 use crate::pinning::Cores;
 
 /// How long anything may take that is not measured. Where lanes and applications outnumber the cores, and other programs run,
@@ -49,8 +50,18 @@ fn start_engine(role: &str, spec: &RunSpec, cores: &[usize], ip: IpAddr) -> Resu
         config.spin = spin.parse().map_err(|error| anyhow::anyhow!("--spin {spin}: {error}"))?;
     }
     let name = format!("bench-{role}-{}-{}", std::process::id(), spec.run);
-    Engine::new(&name, config)
-        .with_context(|| format!("starting the {role}'s engine, {}", describe_lanes(cores)))
+    Engine::new(&name, config).map_err(|error| {
+        not_started(format!("starting the {role}'s engine, {}", describe_lanes(cores)), &error)
+    })
+}
+
+/// Why an engine did not start: a configuration that cannot be, such as a device that there is not, is the user's to put right.
+pub(crate) fn not_started(what: String, error: &corelane::Error) -> anyhow::Error {
+    let message = format!("{what}: {error}");
+    match error {
+        corelane::Error::Config(_) => Refusal(message).into(),
+        _ => anyhow::anyhow!(message),
+    }
 }
 
 /// Where the lanes are, in words.

@@ -200,8 +200,13 @@ impl Driver for NixlAgent {
     }
 
     fn metadata(&self) -> Result<Vec<u8>> {
-        let question = || format!("is {} a backend for transfers between agents?", self.backend);
-        self.agent.get_local_md().context("the agent's metadata").with_context(question)
+        self.agent.get_local_md().map_err(|error| {
+            let backend = &self.backend;
+            Refusal(format!(
+                "{backend} is no backend for transfers between agents: it has no metadata ({error})"
+            ))
+            .into()
+        })
     }
 
     fn meet(&mut self, metadata: &[u8], address: u64) -> Result<()> {
@@ -238,14 +243,14 @@ impl Driver for NixlAgent {
         lists: &[Vec<Prepared>],
         cores: &[usize],
         length: Length,
-        begun: impl FnOnce(),
+        looks: (impl FnOnce(), impl FnOnce()),
     ) -> Result<Times> {
         let lists: Vec<Vec<&XferRequest>> = lists
             .iter()
             .map(|list| list.iter().map(Prepared::request).collect())
             .collect::<Result<_>>()?;
         let agent = &self.agent;
-        time_in_threads(&lists, cores, length, |request| transfer(agent, request), begun)
+        time_in_threads(&lists, cores, length, |request| transfer(agent, request), looks)
     }
 
     #[inline]

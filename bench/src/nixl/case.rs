@@ -93,7 +93,7 @@ impl NixlCase {
         match self.bytes() {
             0 => 0,
             _ if self.load.is_some() => READ_SLOTS,
-            _ if self.trace.is_some() => 1,
+            _ if self.trace.is_some() || self.scenario == NixlScenario::Fault => 1,
             bytes => (SLOT_MEMORY / self.threads.max(1) / bytes).clamp(1, MAX_SLOTS),
         }
     }
@@ -114,10 +114,13 @@ impl NixlCase {
         // Before anything else: all other figures of a case may overflow when this one does.
         self.block_bytes.checked_next_multiple_of(64)?.checked_mul(2)?.checked_mul(self.blocks)?;
         let slots = self.distance().checked_mul(self.blocks)?.checked_mul(self.all_slots())?;
-        match self.load {
-            Some(load) => slots.checked_next_multiple_of(4096)?.checked_add(load.bulk_bytes),
-            None => Some(slots),
+        if slots == 0 {
+            return Some(0);
         }
+        let bulk_bytes = self.load.map_or(0, |load| load.bulk_bytes);
+        let all = slots.checked_next_multiple_of(4096)?.checked_add(bulk_bytes)?;
+        // And a page that no block is in.
+        all.checked_next_multiple_of(4096)?.checked_add(4096)
     }
 }
 
@@ -267,17 +270,17 @@ pub(crate) mod tests {
             (case.slots(), case.all_slots(), case.arena_bytes())
         };
         let all = all();
-        assert_eq!(slots(&all[0], 4), (16, 64, Some(64 * 64)));
-        assert_eq!(slots(&all[1], 4), (1, 4, Some(4 << 20)));
+        assert_eq!(slots(&all[0], 4), (16, 64, Some(64 * 64 + 4096)));
+        assert_eq!(slots(&all[1], 4), (1, 4, Some((4 << 20) + 4096)));
     }
 
     #[test]
     fn memory_includes_gaps_and_never_overflows() {
         let bytes: Vec<Option<usize>> = all().iter().map(NixlCase::arena_bytes).collect();
-        assert_eq!(bytes[0], Some(16 * 64));
-        assert_eq!(bytes[4], Some(2 * 256 * (16 << 10)));
+        assert_eq!(bytes[0], Some(4096 + 4096));
+        assert_eq!(bytes[4], Some(2 * 256 * (16 << 10) + 4096));
         assert_eq!(bytes[6], Some(0));
-        assert_eq!(bytes[9], Some(64 * 4096 + (64 << 20)));
+        assert_eq!(bytes[9], Some(64 * 4096 + (64 << 20) + 4096));
         let load = LoadShape { reads_per_s: 1, bulk_bytes: usize::MAX };
         assert_eq!(NixlCase { load: Some(load), ..all()[9].clone() }.arena_bytes(), None);
         for block_bytes in [usize::MAX, usize::MAX / 2, usize::MAX / 64] {

@@ -36,6 +36,12 @@ pub(crate) trait Driver {
     /// Prepares the same transfer once more, from lists that are ready.
     fn request(&self, prepared: &Self::Prepared) -> Result<Self::Request>;
 
+    /// Told at the beginning of a pass, whose first transfers are untimed.
+    fn begin_pass(&self) {}
+
+    /// Told between those and the timed ones, when contents have been renewed.
+    fn timing(&self) {}
+
     /// Posts a prepared transfer and polls without yielding until it is over.
     fn transfer(&self, prepared: &Self::Prepared) -> Result<Transferred>;
 
@@ -46,7 +52,7 @@ pub(crate) trait Driver {
         lists: &[Vec<Self::Prepared>],
         cores: &[usize],
         length: Length,
-        begun: impl FnOnce(),
+        looks: (impl FnOnce(), impl FnOnce()),
     ) -> Result<Times>;
 
     /// Posts a prepared transfer; true where it is over already.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,9 @@ use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::report::{Spread, align};
 use crate::session::Failure;
+
+/// What a process says of bytes that are not those expected.
+pub(crate) const VERIFICATION_FAILED: &str = "verification failed";
 
 /// What happens to the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -69,7 +72,7 @@ pub(crate) struct Watched {
 /// The read that is repeated.
 pub(crate) fn case() -> NixlCase {
     NixlCase {
-        scenario: NixlScenario::Sizes,
+        scenario: NixlScenario::Fault,
         operation: Operation::Read,
         blocks: 1,
         block_bytes: 4096,
@@ -106,21 +109,16 @@ pub(crate) fn run(
         FaultKind::Kill => {
             pair.replace_target(backend, options, plan)?;
             begin = now_ns();
-            pair.introduce()
-                .and_then(|()| pair.measure(&case, Duration::ZERO, options.iterations()))
+            pair.introduce().and_then(|()| pair.read_once(&case))
         }
         FaultKind::Stop => {
             begin = now_ns();
             pair.signal_target(Signal::SIGCONT)?;
-            pair.measure(&case, Duration::ZERO, options.iterations())
+            pair.read_once(&case)
         }
     };
     let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
-    let (recovered_ms, recovery_error) = match recovered {
-        Ok(_) => (Some(ms(begin, now_ns())), String::new()),
-        Err(Failure::Options(message)) => (None, message),
-        Err(Failure::Run(error)) => (None, format!("{error:#}")),
-    };
+    let (recovered_ns, recovery_error) = recovery(recovered)?;
     Ok(Fault {
         backend: backend.to_string(),
         kind,
@@ -128,9 +126,23 @@ pub(crate) fn run(
         longest_stall_ms: watched.longest_stall_ns as f64 / 1e6,
         detected_ms: watched.failed_ns.map(|failed| ms(at, failed)),
         error: watched.error,
-        recovered_ms,
+        recovered_ms: recovered_ns.map(|ended| ms(begin, ended)),
         recovery_error,
     })
+}
+
+/// When the first read ended, or why there was none. That a backend does not read again is a result; that it reads something
+/// else is the end of the run.
+fn recovery(read: Result<u64, Failure>) -> Result<(Option<u64>, String), Failure> {
+    let message = match &read {
+        Ok(ended_ns) => return Ok((Some(*ended_ns), String::new())),
+        Err(Failure::Options(message)) => message.clone(),
+        Err(Failure::Run(error)) => format!("{error:#}"),
+    };
+    if message.contains(VERIFICATION_FAILED) {
+        return Err(anyhow!("after the target was gone: {message}").into());
+    }
+    Ok((None, message))
 }
 
 /// Initiator: reads until a transfer fails, at most for `limit_ns`.
@@ -248,6 +260,16 @@ mod tests {
             recovered_ms: detected_ms.map(|_| 12.0),
             recovery_error: String::new(),
         }
+    }
+
+    #[test]
+    fn wrong_bytes_after_a_fault_fail_the_run_and_a_backend_that_is_gone_does_not() {
+        let run = |message: &str| recovery(Err(Failure::Run(anyhow!("{message}"))));
+        let gone = run("the UCX initiator ended unexpectedly").expect("a result");
+        assert_eq!(gone, (None, "the UCX initiator ended unexpectedly".to_owned()));
+        let wrong = run("the UCX initiator: read/4KiB: verification failed: block 0: corrupt");
+        assert!(wrong.is_err_and(|why| why.to_string().contains("block 0: corrupt")));
+        assert_eq!(recovery(Ok(7)).expect("read"), (Some(7), String::new()));
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! The measuring side: posts, polls without yielding, and keeps the times.
 
+use std::cell::Cell;
+
 use anyhow::{Context as _, Result, bail};
 
 use super::case::NixlCase;
+use super::contents::{Before, Blocks, Nudge};
 use super::driver::Driver;
 use super::fault;
 use super::layout::NixlLayout;
 use super::load;
 use super::replay;
 use super::stamp::Stamped;
-use super::timing::{Length, Until, time, warm_up};
+use super::timing::{Length, Until, time, transfer_rest, warm_up};
 use super::wire::{Order, Outcome, Reply};
 use crate::case::Operation;
 use crate::clock::now_ns;
@@ -69,19 +72,32 @@ pub(crate) fn run(
             }
             order => bail!("an initiator cannot obey {order:?}"),
         };
-        let outcome = if let Some(trace) = &case.trace {
-            replay::run(agent, &case, trace, sequence, duration_ns, seed)
-        } else if let Some(shape) = case.load {
-            load::run(agent, &case, shape, sequence, duration_ns, seed)
-        } else if case.operation == Operation::Notify {
-            ping_pong(agent, &case, (duration_ns, iterations), meter)
-        } else {
-            let length = (duration_ns, iterations);
-            transfers(agent, &case, sequence, length, seed, (meter, cores))
-        };
+        let length = (duration_ns, iterations);
+        let outcome = pass(agent, &case, sequence, length, seed, (meter, cores));
         parent.reply(&Reply::Ran(Box::new(outcome.with_context(|| case.id())?)))?;
     }
     Ok(())
+}
+
+/// Runs a case once, and verifies what it moved to this side.
+pub(super) fn pass(
+    agent: &mut impl Driver,
+    case: &NixlCase,
+    sequence: u64,
+    length: Length,
+    seed: u64,
+    (meter, cores): (Meter, &[usize]),
+) -> Result<Outcome> {
+    agent.begin_pass();
+    if let Some(trace) = &case.trace {
+        replay::run(agent, case, trace, sequence, length.0, seed)
+    } else if let Some(shape) = case.load {
+        load::run(agent, case, shape, sequence, length.0, seed)
+    } else if case.operation == Operation::Notify {
+        ping_pong(agent, case, length, meter)
+    } else {
+        transfers(agent, case, sequence, length, seed, (meter, cores))
+    }
 }
 
 fn transfers<D: Driver>(
@@ -93,38 +109,35 @@ fn transfers<D: Driver>(
     (meter, cores): (Meter, &[usize]),
 ) -> Result<Outcome> {
     let layout = NixlLayout::new(case, seed);
-    let reads = case.operation == Operation::Read;
-    for (index, &offset) in layout.local.iter().enumerate() {
-        if reads {
-            agent.arena().poison(offset, case.block_bytes);
-        } else {
-            agent.arena().fill(offset, case.block_bytes, sequence, index as u64);
-        }
-    }
+    let blocks = Blocks { agent, case, layout: &layout };
+    let timed = length.0 > 0;
+    blocks.renew(if timed { Before::Untimed.tag(sequence) } else { sequence });
     let prepared: Vec<D::Prepared> = (0..case.all_slots())
         .map(|slot| agent.prepare(case.operation, layout.slot(slot, case.blocks), case.block_bytes))
         .collect::<Result<_>>()?;
     let mut outcome = Outcome::default();
     for transfer in &prepared {
         agent.transfer(transfer)?;
+        if outcome.first_ended_ns == 0 {
+            outcome.first_ended_ns = now_ns();
+        }
     }
-    if length.0 > 0 {
+    if timed {
         if D::PREPARES {
             measure_preparing(agent, &prepared[0], &mut outcome)?;
         }
         let (duration_ns, iterations) = length;
         let length = (duration_ns, iterations.share(case.threads));
-        measure_transfers(agent, prepared, length, &mut outcome, (meter, cores))?;
+        let nudge = Nudge::new(agent, case.operation, &layout)?;
+        // Else what the untimed ones moved would be what is checked.
+        let renew = || {
+            blocks.renew(sequence);
+            nudge.wake()
+        };
+        measure_transfers(agent, prepared, length, renew, &mut outcome, (meter, cores))?;
         outcome.bytes = outcome.operations * case.bytes() as u64;
     }
-    if reads {
-        // The target's blocks were filled in the order of its own offsets, which is that of the lists.
-        for (index, &offset) in layout.local.iter().enumerate() {
-            agent.arena().check(offset, case.block_bytes, sequence, index as u64).map_err(
-                |mismatch| anyhow::anyhow!("verification failed: block {index}: {mismatch}"),
-            )?;
-        }
-    }
+    blocks.check(sequence, |_| true)?;
     Ok(outcome)
 }
 
@@ -132,10 +145,11 @@ fn measure_transfers<D: Driver>(
     agent: &D,
     mut prepared: Vec<D::Prepared>,
     length: Length,
+    renew: impl FnOnce() -> Result<()>,
     outcome: &mut Outcome,
     (meter, cores): (Meter, &[usize]),
 ) -> Result<()> {
-    let mut begin = None;
+    let begin = Cell::default();
     let times = if cores.len() > 1 {
         let slots = prepared.len() / cores.len();
         let mut lists: Vec<Vec<D::Prepared>> = Vec::new();
@@ -143,15 +157,26 @@ fn measure_transfers<D: Driver>(
             let rest = prepared.split_off(slots.min(prepared.len()));
             lists.push(std::mem::replace(&mut prepared, rest));
         }
-        agent.time_in_threads(&lists, cores, length, || begin = Some(meter.read()))?
+        let mut renewed = Ok(());
+        let begun = || {
+            renewed = renew();
+            begin.set(meter.read());
+        };
+        // While the threads are there: the context switches of one that has ended are not to be had from outside.
+        let ended = || meter.book(begin.get(), outcome);
+        let times = agent.time_in_threads(&lists, cores, length, (begun, ended))?;
+        renewed?;
+        times
     } else {
-        warm_up(&prepared, length, |transfer| agent.transfer(transfer))?;
-        begin = Some(meter.read());
-        time(&prepared, length, |transfer| agent.transfer(transfer))?
+        let transfer = |transfer: &D::Prepared| agent.transfer(transfer);
+        warm_up(&prepared, length, transfer)?;
+        renew()?;
+        begin.set(meter.read());
+        let times = time(&prepared, length, transfer)?;
+        meter.book(begin.get(), outcome);
+        transfer_rest(&prepared, &times, transfer)?;
+        times
     };
-    if let Some(begin) = begin {
-        meter.book(begin, outcome);
-    }
     times.book(outcome);
     Ok(())
 }

@@ -4,6 +4,9 @@ use super::case::NixlCase;
 use crate::layout::shuffle;
 use crate::pattern::mix;
 
+/// What is moved on the page that no block is in.
+pub(crate) const NUDGE_BYTES: usize = 64;
+
 /// Block offsets of all transfers of a case, transfer after transfer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NixlLayout {
@@ -13,6 +16,8 @@ pub(crate) struct NixlLayout {
     pub(crate) remote: Vec<u64>,
     /// Where the large write of a load lies, on both sides.
     pub(crate) bulk: u64,
+    /// Where there is a page that no block is in, on both sides.
+    pub(crate) nudge: u64,
 }
 
 impl NixlLayout {
@@ -29,8 +34,10 @@ impl NixlLayout {
             places.into_iter().map(|place| place * distance as u64).collect()
         };
         // Behind the blocks, on a page of its own.
-        let bulk = (wanted * distance).next_multiple_of(4096) as u64;
-        Self { local: order(1), remote: order(2), bulk }
+        let bulk = (wanted * distance).next_multiple_of(4096);
+        let bulk_bytes = case.load.map_or(0, |load| load.bulk_bytes);
+        let nudge = (bulk + bulk_bytes).next_multiple_of(4096) as u64;
+        Self { local: order(1), remote: order(2), bulk: bulk as u64, nudge }
     }
 
     /// Offsets of one transfer, on both sides.
@@ -58,6 +65,7 @@ mod tests {
                 assert!(sorted.last().is_some_and(|last| last + len <= arena), "{}", case.id());
                 assert!(side.windows(2).any(|pair| pair[0] > pair[1]), "in order: {}", case.id());
             }
+            assert!(layout.nudge >= arena - 4096 && layout.nudge + NUDGE_BYTES as u64 <= arena);
             assert_ne!(layout.local, layout.remote);
             assert_eq!(layout, NixlLayout::new(case, 42), "both sides must agree");
         }

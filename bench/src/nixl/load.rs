@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use anyhow::{Result, anyhow};
 
 use super::case::NixlCase;
+use super::contents::{Before, Blocks, Nudge};
 use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::wire::Outcome;
@@ -22,6 +23,8 @@ struct Caller<'a, D: Driver> {
     prepared: Vec<D::Prepared>,
     in_flight: VecDeque<usize>,
     cursor: usize,
+    /// Slots that were posted.
+    posted: [bool; READ_SLOTS + 1],
 }
 
 impl<D: Driver> Caller<'_, D> {
@@ -41,6 +44,7 @@ impl<D: Driver> Posting for Caller<'_, D> {
         // One that is over already is found by the next look.
         self.agent.post(&self.prepared[slot])?;
         self.in_flight.push_back(slot);
+        self.posted[slot] = true;
         Ok(())
     }
 
@@ -57,7 +61,8 @@ impl<D: Driver> Posting for Caller<'_, D> {
     async fn relax(&mut self) {}
 }
 
-/// Runs the phases one after the other, each as long; with no duration every transfer once. Then checks the reads.
+/// Runs the phases one after the other, each as long, with contents of its own, and checks what it moved; with no duration
+/// every transfer once. The target checks what was written last.
 pub(super) fn run<D: Driver>(
     agent: &D,
     case: &NixlCase,
@@ -67,27 +72,43 @@ pub(super) fn run<D: Driver>(
     seed: u64,
 ) -> Result<Outcome> {
     let layout = NixlLayout::new(case, seed);
-    layout.local.iter().for_each(|&offset| agent.arena().poison(offset, case.block_bytes));
-    agent.arena().fill(layout.bulk, shape.bulk_bytes, sequence, BULK_SLOT as u64);
+    let blocks = Blocks { agent, case, layout: &layout };
+    let renew = |tag: u64| {
+        blocks.renew(sequence);
+        agent.arena().fill(layout.bulk, shape.bulk_bytes, tag, BULK_SLOT as u64);
+    };
+    renew(if duration_ns > 0 { Before::Untimed.tag(sequence) } else { sequence });
     let mut prepared: Vec<D::Prepared> = (0..READ_SLOTS)
         .map(|slot| agent.prepare(Operation::Read, layout.slot(slot, 1), case.block_bytes))
         .collect::<Result<_>>()?;
     let bulk = [layout.bulk];
     prepared.push(agent.prepare(Operation::Write, (&bulk, &bulk), shape.bulk_bytes)?);
+    let read_back = agent.prepare(Operation::Read, (&bulk, &bulk), shape.bulk_bytes)?;
+    let nudge = Nudge::new(agent, Operation::Read, &layout)?;
     for transfer in &prepared {
         agent.transfer(transfer)?;
     }
-    let mut caller = Caller { agent, prepared, in_flight: VecDeque::new(), cursor: 0 };
+    blocks.check(sequence, |_| true)?;
+    let posted = [false; READ_SLOTS + 1];
+    let mut caller = Caller { agent, prepared, in_flight: VecDeque::new(), cursor: 0, posted };
     let mut load = LoadOutcome::default();
     for phase in Phase::ALL.into_iter().filter(|_| duration_ns > 0) {
+        let tag = match phase {
+            Phase::Reads | Phase::Bulk => Before::BulkAlone.tag(sequence),
+            Phase::Both => sequence,
+        };
+        renew(tag);
+        caller.posted.fill(false);
+        nudge.wake()?;
         *load.of(phase) =
             complete_now(run_phase(&mut caller, phase, shape, BULK_SLOT, duration_ns))?;
-    }
-    for (index, &offset) in layout.local.iter().enumerate() {
-        agent
-            .arena()
-            .check(offset, case.block_bytes, sequence, index as u64)
-            .map_err(|mismatch| anyhow!("verification failed: read {index}: {mismatch}"))?;
+        blocks.check(sequence, |slot| caller.posted[slot])?;
+        if phase == Phase::Bulk {
+            // The next phase writes to the same place, and the target looks only at the end.
+            agent.arena().poison(layout.bulk, shape.bulk_bytes);
+            agent.transfer(&read_back)?;
+            check_bulk(agent, &layout, shape, tag)?;
+        }
     }
     let operations = load.reads.served + load.both.served + load.both.bulk_operations;
     Ok(Outcome { operations, load: Some(load), ..Outcome::default() })
@@ -116,9 +137,12 @@ pub(super) fn verify(
     sequence: u64,
     seed: u64,
 ) -> Result<()> {
-    let at = NixlLayout::new(case, seed).bulk;
+    check_bulk(agent, &NixlLayout::new(case, seed), shape, sequence)
+}
+
+fn check_bulk(agent: &impl Driver, layout: &NixlLayout, shape: LoadShape, tag: u64) -> Result<()> {
     agent
         .arena()
-        .check(at, shape.bulk_bytes, sequence, BULK_SLOT as u64)
+        .check(layout.bulk, shape.bulk_bytes, tag, BULK_SLOT as u64)
         .map_err(|mismatch| anyhow!("verification failed: the large write: {mismatch}"))
 }

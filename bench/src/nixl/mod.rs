@@ -17,7 +17,12 @@ mod backend;
 mod case;
 mod choice;
 #[cfg(feature = "nixl")]
+mod contents;
+mod cost_table;
+#[cfg(feature = "nixl")]
 mod driver;
+#[cfg(all(feature = "nixl", test))]
+mod fake;
 mod fault;
 #[cfg(feature = "nixl")]
 mod initiator;
@@ -34,6 +39,8 @@ mod raw;
 mod replay;
 mod report;
 mod rounds;
+#[cfg(feature = "nixl")]
+mod sabotage;
 #[cfg(feature = "nixl")]
 mod side;
 #[cfg(any(feature = "nixl", test))]
@@ -55,7 +62,11 @@ pub(crate) use choice::{BackendArgs, ensure_distinct, ensure_driver};
 #[cfg(feature = "nixl")]
 pub(crate) use driver::Driver;
 pub(crate) use fault::{Fault, FaultKind};
+#[cfg(test)]
+pub(crate) use nixlbench::SegmentType;
 pub(crate) use options::NixlArgs;
+#[cfg(test)]
+pub(crate) use report::tests::compared as nixl_compared;
 pub(crate) use report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 pub(crate) use rounds::compare;
 #[cfg(feature = "nixl")]

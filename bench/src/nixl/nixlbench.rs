@@ -1,6 +1,9 @@
 //! The options of NIXL's own benchmark that mean the same here, and its table.
 
+use std::fmt;
+
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 use super::report::{NixlResults, NixlSeries};
 use super::tally::Part;
@@ -17,13 +20,54 @@ pub(crate) enum Format {
 }
 
 /// Kinds of memory that can be measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub(crate) enum SegmentType {
+    #[default]
     #[value(name = "DRAM")]
     Dram,
     /// Of a GPU, see --gpus
     #[value(name = "VRAM")]
     Vram,
+}
+
+/// The memory of both sides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Memories {
+    pub(crate) initiator: SegmentType,
+    pub(crate) target: SegmentType,
+    /// Of those whose memory is VRAM.
+    pub(crate) gpus: [u32; 2],
+}
+
+impl Memories {
+    fn sides(self) -> [(SegmentType, u32); 2] {
+        [(self.initiator, self.gpus[0]), (self.target, self.gpus[1])]
+    }
+
+    /// What tells cases from those with other memory: `vram0-vram1`, initiator first; `None` where it is the usual one.
+    pub(crate) fn tag(self) -> Option<String> {
+        let name = |(kind, gpu): (SegmentType, u32)| match kind {
+            SegmentType::Dram => "dram".to_owned(),
+            SegmentType::Vram => format!("vram{gpu}"),
+        };
+        let [initiator, target] = self.sides();
+        let usual = initiator.0 == SegmentType::Dram && target.0 == SegmentType::Dram;
+        (!usual).then(|| format!("{}-{}", name(initiator), name(target)))
+    }
+}
+
+impl fmt::Display for Memories {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |(kind, gpu): (SegmentType, u32)| match kind {
+            SegmentType::Dram => "DRAM".to_owned(),
+            SegmentType::Vram => format!("VRAM of GPU {gpu}"),
+        };
+        match self.sides().map(name) {
+            [initiator, target] if initiator == target => write!(f, "{initiator} on both sides"),
+            [initiator, target] => write!(f, "initiator's {initiator}, target's {target}"),
+        }
+    }
 }
 
 /// Named as nixlbench names them.
@@ -131,7 +175,25 @@ pub(crate) fn table(results: &NixlResults) -> String {
             text += &cells(&row.block_bytes.to_string(), &figures(row, results));
         }
     }
-    text
+    text + &left_out(results)
+}
+
+/// Names what has no row.
+fn left_out(results: &NixlResults) -> String {
+    let other =
+        |row: &&NixlSeries| !matches!(row.part, Part::Completion | Part::Post | Part::Prepare);
+    let mut names: Vec<&str> =
+        results.series.iter().filter(other).map(|row| row.id.as_str()).collect();
+    names.extend((!results.faults.is_empty()).then_some("fault"));
+    names.sort_unstable();
+    names.dedup();
+    if names.is_empty() {
+        return String::new();
+    }
+    format!(
+        "\nNot transfers one after the other, so not above: {}. `--format table` has them.\n",
+        names.join(", ")
+    )
 }
 
 const HEADER: [&str; 9] = [
@@ -198,6 +260,7 @@ mod tests {
                 line.split_whitespace().map(|cell| cell.parse().expect("a number")).collect()
             })
             .collect();
+        assert!(text.contains("not above: notify/16B/one-way, notify/16B/round-trip."), "{text}");
         assert_eq!(rows.len(), 2, "{text}");
         assert_eq!(text.matches("Block Size").count(), 2, "one table for each backend: {text}");
         assert!(rows.iter().all(|row| row.len() == 10 && row[1] == 1.0), "{text}");

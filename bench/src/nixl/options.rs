@@ -11,10 +11,10 @@ use super::backend::Contender;
 use super::case::{NixlCase, NixlCaseOptions, NixlScenario, cases};
 use super::choice::{BackendArgs, ensure_distinct};
 use super::fault::{self, FaultKind};
-use super::nixlbench::{NixlbenchArgs, SegmentType};
+use super::nixlbench::{Memories, NixlbenchArgs, SegmentType};
 use super::trace::{self, TraceArgs};
 use super::wire::Iterations;
-use crate::case::{MAX_NOTIFICATION, Operation};
+use crate::case::{MAX_NOTIFICATION, Operation, Sabotage};
 use crate::cli::parse_gpus;
 use crate::load_options::LoadArgs;
 use crate::models::ModelArgs;
@@ -107,8 +107,8 @@ pub(crate) struct NixlArgs {
     /// Direction of the transfers
     #[arg(long, value_enum, ignore_case = true, default_value = "both", aliases = ["operation", "op_type"], help_heading = "Cases")]
     pub(crate) op: Directions,
-    /// Sizes of scenario `sizes`
-    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, default_value = "64,4KiB,64KiB,1MiB", help_heading = "Cases")]
+    /// Sizes of scenario `sizes` [default: 64,4KiB,64KiB,1MiB]
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = parse_bytes, help_heading = "Cases")]
     pub(crate) sizes: Vec<usize>,
     /// Block lists of scenario `kv`, COUNTxSIZE [default: 256x16KiB,4096x4KiB]
     #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = parse_shape, help_heading = "Cases")]
@@ -162,6 +162,9 @@ pub(crate) struct NixlArgs {
     /// Most memory per process
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "4GiB", help_heading = "Method")]
     pub(crate) max_memory: usize,
+    /// Breaks the initiator on purpose, to test the verification
+    #[arg(long, value_parser = parse_sabotage, hide = true)]
+    pub(crate) sabotage: Option<Sabotage>,
 
     /// Directory of results.json, report.html and the histograms (*.hgrm, *.hlog)
     #[arg(
@@ -184,6 +187,14 @@ fn parse_notification(text: &str) -> Result<usize, String> {
     Err(format!("must be between 16 and {MAX_NOTIFICATION} bytes"))
 }
 
+/// What is checked here is what a place holds after the last transfer, so that one of many that moves nothing is not seen.
+fn parse_sabotage(text: &str) -> Result<Sabotage, String> {
+    match Sabotage::from_str(text, false)? {
+        Sabotage::Rare => Err("is for `loopback`".to_owned()),
+        mode => Ok(mode),
+    }
+}
+
 /// What is to be done, checked.
 #[derive(Clone, Debug)]
 pub(crate) struct NixlPlan {
@@ -197,6 +208,15 @@ pub(crate) struct NixlPlan {
     pub(crate) thread_cores: Vec<usize>,
 }
 
+impl NixlPlan {
+    /// Memory of both processes together, and of the one that has more; that of GPUs is not counted.
+    pub(crate) fn memory_bytes(&self, gpus: [Option<u32>; 2]) -> (usize, usize) {
+        let sides = gpus.iter().filter(|gpu| gpu.is_none()).count();
+        let most = if sides > 0 { self.arena_bytes } else { 0 };
+        (self.arena_bytes.saturating_mul(sides), most)
+    }
+}
+
 impl NixlArgs {
     /// The plan that these options ask for, or what is wrong with them.
     pub(crate) fn plan(&self) -> Result<NixlPlan, String> {
@@ -205,6 +225,9 @@ impl NixlArgs {
             ([], []) => vec![(256, 16 << 10), (4096, 4 << 10)],
             (given, models) => [given, models].concat(),
         };
+        if sweep.is_some() {
+            self.ensure_only_a_sweep()?;
+        }
         let others = |it: &NixlScenario| !matches!(it, NixlScenario::Sizes | NixlScenario::Kv);
         if self.threads() > 1 && sweep.is_none() && self.scenario.iter().any(others) {
             return Err(format!(
@@ -217,7 +240,11 @@ impl NixlArgs {
         }
         // A sweep as nixlbench makes it is all that is asked for.
         let (scenarios, sizes, shapes) = match sweep {
-            None => (self.scenario.clone(), self.sizes.clone(), shapes),
+            None => {
+                let usual = [64, 4 << 10, 64 << 10, 1 << 20];
+                let sizes = if self.sizes.is_empty() { &usual } else { &self.sizes[..] };
+                (self.scenario.clone(), sizes.to_vec(), shapes)
+            }
             Some(shapes) => {
                 let (one, many): (Vec<_>, Vec<_>) =
                     shapes.into_iter().partition(|&(blocks, _)| blocks == 1);
@@ -267,11 +294,33 @@ impl NixlArgs {
         Ok(NixlPlan { cases, faults, backends, arena_bytes: arena, thread_cores: Vec::new() })
     }
 
+    /// A sweep says all that is to be measured: what names something else would be left out.
+    fn ensure_only_a_sweep(&self) -> Result<(), String> {
+        use NixlScenario::{All, Kv, Sizes};
+        let given = [
+            (self.scenario.iter().any(|it| ![All, Kv, Sizes].contains(it)), "--scenario"),
+            (!self.sizes.is_empty(), "--sizes"),
+            (!self.kv.is_empty(), "--kv"),
+            (!self.model.shapes().is_empty(), "--model"),
+        ];
+        given.into_iter().find(|(given, _)| *given).map_or(Ok(()), |(_, option)| {
+            Err(format!(
+                "{option} beside a sweep (--start_block_size and its like), which is all that is measured: leave one of them out"
+            ))
+        })
+    }
+
     /// The GPU of each side, initiator first, where its memory is one's.
     pub(crate) fn vram(&self) -> [Option<u32>; 2] {
-        let NixlbenchArgs { initiator_seg_type, target_seg_type, .. } = &self.nixlbench;
+        let Memories { initiator, target, gpus } = self.memories();
         let of = |kind: SegmentType, gpu| (kind == SegmentType::Vram).then_some(gpu);
-        [of(*initiator_seg_type, self.gpus[0]), of(*target_seg_type, self.gpus[1])]
+        [of(initiator, gpus[0]), of(target, gpus[1])]
+    }
+
+    /// The memory of both sides.
+    pub(crate) fn memories(&self) -> Memories {
+        let NixlbenchArgs { initiator_seg_type, target_seg_type, .. } = self.nixlbench;
+        Memories { initiator: initiator_seg_type, target: target_seg_type, gpus: self.gpus }
     }
 
     fn check_memory(&self) -> Result<(), String> {
@@ -352,157 +401,4 @@ impl NixlArgs {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    #[derive(Debug, Parser)]
-    struct Line {
-        #[command(flatten)]
-        nixl: NixlArgs,
-    }
-
-    fn parse(options: &str) -> Result<NixlArgs, String> {
-        let words = std::iter::once("nixl").chain(options.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.nixl).map_err(|error| error.to_string())
-    }
-
-    fn plan(options: &str) -> Result<NixlPlan, String> {
-        parse(options).expect("parses").plan()
-    }
-
-    #[test]
-    fn the_defaults_measure_everything() {
-        let plan = plan("--vs UCX@UCX_TLS=tcp").expect("a plan");
-        let ids: Vec<String> = plan.cases.iter().map(NixlCase::id).collect();
-        assert_eq!(ids.len(), 2 * 4 + 2 * 2 + 1 + 2 + 1, "{ids:?}");
-        let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
-        assert_eq!(labels, ["CORELANE", "UCX@UCX_TLS=tcp"]);
-        assert_eq!(plan.arena_bytes, (64 << 20) + 64 * 4096);
-    }
-
-    #[test]
-    fn a_sweep_is_that_of_nixlbench() {
-        let ids = |options: &str| -> Vec<String> {
-            plan(options).expect("a plan").cases.iter().map(NixlCase::id).collect()
-        };
-        let options = "--op_type READ --start_block_size 4096 --max_block_size 16384 --start_batch_size 1 --max_batch_size 2 \
-                       --num_iter 10 --warmup_iter 5 --num_threads 1 --initiator_seg_type DRAM --target_seg_type DRAM --check_consistency";
-        assert_eq!(
-            ids(options),
-            [
-                "read/4KiB",
-                "read/8KiB",
-                "read/16KiB",
-                "kv/read/2x4KiB",
-                "kv/read/2x8KiB",
-                "kv/read/2x16KiB"
-            ]
-        );
-        assert_eq!(ids("--op_type write --start_block_size 1048576"), ["write/1MiB"]);
-        assert_eq!(
-            ids("--scenario kv --op read --model llama-3.1-8b --sequence-length 64"),
-            ["kv/read/256x32KiB"]
-        );
-    }
-
-    #[test]
-    fn threads_have_cores_in_turn_and_the_targets_last() {
-        let cores = |options: &str, allowed: &[usize]| {
-            parse(&format!("--scenario sizes {options}")).expect("parses").thread_cores(allowed)
-        };
-        assert!(cores("", &[0, 1]).is_empty());
-        assert_eq!(cores("--num_threads 3", &[0, 1]), [0, 1, 0]);
-        assert_eq!(cores("--num_threads 4 --pin target=0", &[0, 1, 2, 3]), [1, 2, 3, 0]);
-        assert_eq!(cores("--num_threads 3 --pin initiator=2,target=0", &[0, 1, 2]), [2, 1, 0]);
-        assert_eq!(cores("--num_threads 2 --pin target=5", &[5]), [5, 5]);
-        let plan = plan("--num_threads 4 --start_block_size 4096").expect("a plan");
-        assert!(plan.cases.iter().all(|case| case.threads == 4));
-    }
-
-    #[test]
-    fn pins_name_a_side_each() {
-        let pin = |initiator, target| Ok(Pin { initiator, target });
-        assert_eq!("none".parse(), pin(None, None));
-        assert_eq!("initiator=0,target=1".parse(), pin(Some(0), Some(1)));
-        assert_eq!("target=3".parse(), pin(None, Some(3)));
-        for text in ["", "0", "initiator", "initiator=x", "lane=1", "target=1,target=2"] {
-            assert!(text.parse::<Pin>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn bare_copies_have_no_environment_of_their_own() {
-        let options = parse("--plugin-dir /a").expect("parses");
-        let ours = Contender::Nixl(options.choice.backends()[0].clone());
-        assert!(!options.environment(&ours).is_empty());
-        assert_eq!(options.environment(&Contender::Raw(RawKind::RawCma)), []);
-    }
-
-    #[test]
-    fn who_sleeps_depends_on_option_and_backend() {
-        let spec = |text: &str| Contender::Nixl(text.parse().expect("parses"));
-        use NixlTargetApp::{Poll, Sleep, SleepAll};
-        assert!(!Poll.sleeps(&spec("CORELANE")) && !Sleep.sleeps(&spec("UCX")));
-        assert!(Sleep.sleeps(&spec("CORELANE")) && SleepAll.sleeps(&spec("UCX")));
-        assert!(Poll.sleeps(&Contender::Raw(RawKind::RawMemcpy)));
-    }
-
-    #[test]
-    fn baselines_come_last_and_leave_scenario_post_out() {
-        let plan =
-            plan("--vs UCX --vs UCX@UCX_TLS=tcp --baseline raw-cma,raw-memcpy").expect("a plan");
-        let labels: Vec<String> = plan.backends.iter().map(ToString::to_string).collect();
-        assert_eq!(labels, ["CORELANE", "UCX", "UCX@UCX_TLS=tcp", "raw-cma", "raw-memcpy"]);
-        let runs = |backend: usize| {
-            plan.cases.iter().filter(|case| plan.backends[backend].runs(case)).count()
-        };
-        assert_eq!((runs(0), runs(3)), (plan.cases.len(), plan.cases.len() - 3));
-    }
-
-    #[test]
-    fn contradictions_are_found_before_anything_starts() {
-        for (options, expected) in [
-            ("--vs CORELANE", "named twice"),
-            ("--vs UCX --vs UCX", "named twice"),
-            ("--baseline raw-cma --baseline raw-cma", "named twice"),
-            ("--sizes 1GiB --max-memory 64MiB", "--max-memory"),
-            ("--nixl-libs /nowhere/at/all", "--nixl-libs"),
-            ("--plugin-dir /nowhere/at/all", "--plugin-dir"),
-            ("--num_threads 2", "--num_threads 2 is for --scenario sizes,kv"),
-            ("--num_threads 2 --scenario sizes,notify", "--num_threads"),
-            ("--num_threads 2 --scenario sizes --baseline raw-cma", "--baseline"),
-            ("--scenario trace", "--trace FILE"),
-            ("--trace /nowhere.csv", "--scenario trace"),
-            ("--scenario trace --trace /nowhere.csv", "/nowhere.csv"),
-            ("--baseline raw-gpu", "raw-gpu"),
-            ("--initiator_seg_type VRAM --baseline raw-cma", "raw-gpu"),
-            ("--initiator_seg_type VRAM --gpus 4000", "GPU"),
-            ("--start_block_size 8192 --max_block_size 4096", "--max_block_size"),
-        ] {
-            let message = plan(options).expect_err(options);
-            assert!(message.contains(expected), "{options}: {message}");
-        }
-        for options in [
-            "--backend @A=1",
-            "--param x",
-            "--baseline raw-tcp",
-            "--pin 3",
-            "--notification 8",
-            "--rounds 0",
-            "--scenario everything",
-            "--target-app snore",
-            "--op sideways",
-            "--model gpt-9",
-            "--start_block_size 12parsecs",
-            "--num_iter 0",
-            "--num_threads 0",
-            "--num_threads 65",
-            "--trace-speed 0",
-            "--format xml",
-            "--target_seg_type BLK",
-        ] {
-            assert!(parse(options).is_err(), "{options}");
-        }
-    }
-}
+mod tests;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::backend::Contender;
 use super::case::NixlCase;
@@ -20,12 +21,21 @@ const PASS_PATIENCE: Duration = Duration::from_secs(120);
 /// How often the other process is looked at while one is waited for.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// The threads that a backend and its NIXL started in both processes, each with the cores that it may run on: `NAME on CORES`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BackendThreads {
+    pub(crate) backend: String,
+    pub(crate) initiator: Vec<String>,
+    pub(crate) target: Vec<String>,
+}
+
 /// Both processes, introduced to each other.
 pub(crate) struct NixlPair {
     initiator: Helper<Reply>,
     target: Helper<Reply>,
     /// Version of the NIXL in use; empty where there is none.
     pub(crate) nixl: String,
+    pub(crate) threads: BackendThreads,
     sequence: u64,
     /// What each has to be told of the other.
     target_order: Order,
@@ -41,11 +51,18 @@ impl NixlPair {
     ) -> Result<Self, Failure> {
         // One after the other: what NIXL or a backend objects to is then logged once.
         let mut target = start_side(Role::Target, backend, options, plan)?;
-        let (target_order, nixl) = introduction(receive(&mut target, None, START_PATIENCE)?)?;
+        let (target_order, nixl, of_target) =
+            introduction(receive(&mut target, None, START_PATIENCE)?)?;
         let mut initiator = start_side(Role::Initiator, backend, options, plan)?;
-        let (initiator_order, _) =
+        let (initiator_order, _, of_initiator) =
             introduction(receive(&mut initiator, Some(&mut target), START_PATIENCE)?)?;
-        let mut pair = Self { initiator, target, nixl, sequence: 0, target_order, initiator_order };
+        let threads = BackendThreads {
+            backend: backend.to_string(),
+            initiator: of_initiator,
+            target: of_target,
+        };
+        let mut pair =
+            Self { initiator, target, nixl, threads, sequence: 0, target_order, initiator_order };
         pair.introduce()?;
         Ok(pair)
     }
@@ -116,6 +133,11 @@ impl NixlPair {
         self.pass(case, duration, iterations)
     }
 
+    /// Runs a case's transfers once and verifies them; tells when the first of them ended, by the clock of all processes.
+    pub(crate) fn read_once(&mut self, case: &NixlCase) -> Result<u64, Failure> {
+        Ok(self.pass(case, Duration::ZERO, Iterations::default())?.first_ended_ns)
+    }
+
     fn pass(
         &mut self,
         case: &NixlCase,
@@ -176,6 +198,7 @@ fn start_side(
             (Role::Target, [initiator, target]) => [target, initiator],
         },
         seed: options.seed,
+        sabotage: options.sabotage.filter(|_| role == Role::Initiator),
     };
     let name = format!("{backend} {}", role.name());
     let environment = options.environment(backend);
@@ -184,11 +207,11 @@ fn start_side(
     Ok(helper)
 }
 
-/// What the other side has to be told of a process that is ready, and its version of NIXL.
-fn introduction(reply: Reply) -> Result<(Order, String), Failure> {
+/// What the other side has to be told of a process that is ready, its version of NIXL, and its threads.
+fn introduction(reply: Reply) -> Result<(Order, String, Vec<String>), Failure> {
     match reply {
-        Reply::Ready { metadata, address, pid, nixl } => {
-            Ok((Order::Meet { metadata, address, pid }, nixl))
+        Reply::Ready { metadata, address, pid, nixl, threads } => {
+            Ok((Order::Meet { metadata, address, pid }, nixl, threads))
         }
         other => Err(unexpected(&other)),
     }

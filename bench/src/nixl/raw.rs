@@ -120,7 +120,7 @@ impl Driver for RawSide {
         _: &[Vec<Copies>],
         _: &[usize],
         _: Length,
-        _: impl FnOnce(),
+        _: (impl FnOnce(), impl FnOnce()),
     ) -> Result<Times> {
         bail!("a baseline has one thread; this is a bug of corelane-bench")
     }

@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 
 use super::case::NixlCase;
+use super::contents::{Blocks, Nudge};
 use super::driver::Driver;
 use super::layout::NixlLayout;
 use super::trace::Trace;
@@ -21,7 +22,8 @@ struct Outstanding<P> {
     due_ns: u64,
 }
 
-/// Reads all blocks once, untimed; with a duration, then what the recording asks for. Checks every block.
+/// Reads all blocks once, untimed, and checks every block; with a duration, then what the recording asks for, and checks what
+/// that was.
 pub(super) fn run<D: Driver>(
     agent: &D,
     case: &NixlCase,
@@ -31,20 +33,21 @@ pub(super) fn run<D: Driver>(
     seed: u64,
 ) -> Result<Outcome> {
     let layout = NixlLayout::new(case, seed);
-    layout.local.iter().for_each(|&offset| agent.arena().poison(offset, case.block_bytes));
+    let blocks = Blocks { agent, case, layout: &layout };
+    blocks.renew(sequence);
     let (local, remote) = layout.slot(0, case.blocks);
     let all = agent.prepare(case.operation, (local, remote), case.block_bytes)?;
     agent.transfer(&all)?;
     drop(all);
+    blocks.check(sequence, |_| true)?;
     let mut outcome = Outcome::default();
     if duration_ns > 0 {
-        replay(agent, case, trace, (local, remote), &mut outcome)?;
-    }
-    for (index, &offset) in layout.local.iter().enumerate() {
-        agent
-            .arena()
-            .check(offset, case.block_bytes, sequence, index as u64)
-            .map_err(|mismatch| anyhow!("verification failed: block {index}: {mismatch}"))?;
+        let nudge = Nudge::new(agent, case.operation, &layout)?;
+        blocks.renew(sequence);
+        nudge.wake()?;
+        let mut read = vec![false; case.blocks];
+        replay(agent, case, trace, (local, remote), &mut read, &mut outcome)?;
+        blocks.check(sequence, |block| read[block])?;
     }
     Ok(outcome)
 }
@@ -54,6 +57,7 @@ fn replay<D: Driver>(
     case: &NixlCase,
     trace: &Trace,
     (local, remote): (&[u64], &[u64]),
+    read: &mut [bool],
     outcome: &mut Outcome,
 ) -> Result<()> {
     let (mut response, mut prepare, mut post) = (histogram(), histogram(), histogram());
@@ -72,6 +76,7 @@ fn replay<D: Driver>(
             // Wherever they begin: the lists are in random order.
             let from = (outcome.operations as usize * 7919) % (case.blocks - request.blocks + 1);
             let blocks = from..from + request.blocks;
+            read[blocks.clone()].fill(true);
             let places = (&local[blocks.clone()], &remote[blocks]);
             let prepared = agent.prepare(case.operation, places, case.block_bytes)?;
             let ready = now_ns();

@@ -4,10 +4,15 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::fault::{self, Fault};
+use super::case::NixlScenario;
+use super::cost_table::cost_table;
+use super::fault::{self, Fault, FaultKind};
+use super::nixlbench::Memories;
 use super::options::{NixlArgs, NixlPlan, NixlTargetApp, Pin};
+use super::pair::BackendThreads;
 use super::summary::summary;
 use super::tally::{NixlTally, Part};
+use super::trace::Replay;
 use crate::case::Operation;
 use crate::manifest::Host;
 use crate::measure::{Points, points_of};
@@ -34,6 +39,9 @@ pub(crate) struct NixlResults {
     /// Of scenario `decode-under-prefill`, one for each backend.
     #[serde(default)]
     pub(crate) loads: Vec<Load>,
+    /// Of each backend, in the order of the options.
+    #[serde(default)]
+    pub(crate) threads: Vec<BackendThreads>,
     /// Of scenario `fault`, one for each backend, kind and round.
     #[serde(default)]
     pub(crate) faults: Vec<Fault>,
@@ -58,8 +66,27 @@ pub(crate) struct NixlOptions {
     /// Of one case on one backend in one round.
     pub(crate) duration_ms: f64,
     pub(crate) seed: u64,
+    /// Timed transfers of a case in a round, in the place of a duration.
+    #[serde(default)]
+    pub(crate) num_iter: Option<u64>,
+    /// Untimed ones before them, where their number was given.
+    #[serde(default)]
+    pub(crate) warmup_iter: Option<u64>,
+    /// Of each phase of scenario `decode-under-prefill`.
+    #[serde(default)]
+    pub(crate) phase_duration_ms: f64,
+    #[serde(default)]
+    pub(crate) memory: Memories,
+    /// Of scenario `fault`, where it was asked for.
+    #[serde(default)]
+    pub(crate) faults: Vec<FaultKind>,
+    #[serde(default)]
+    pub(crate) fault_at_ms: f64,
     #[serde(default)]
     pub(crate) fault_timeout_ms: f64,
+    /// Of scenario `trace`, where it was asked for.
+    #[serde(default)]
+    pub(crate) trace: Option<Replay>,
     /// What the shapes of scenario `kv` stand for.
     #[serde(default)]
     pub(crate) models: Vec<String>,
@@ -172,6 +199,17 @@ impl NixlResults {
                 rounds: options.rounds,
                 duration_ms: options.duration.as_secs_f64() * 1e3,
                 seed: options.seed,
+                num_iter: options.nixlbench.num_iter,
+                warmup_iter: options.nixlbench.warmup_iter,
+                phase_duration_ms: options.load.phase_duration.as_secs_f64() * 1e3,
+                memory: options.memories(),
+                faults: plan.faults.clone(),
+                fault_at_ms: options.fault_at.as_secs_f64() * 1e3,
+                trace: plan
+                    .cases
+                    .iter()
+                    .filter(|case| case.scenario == NixlScenario::Trace)
+                    .find_map(|case| Some(Replay::of(case.trace.as_ref()?, &options.trace))),
                 fault_timeout_ms: options.fault_timeout.as_secs_f64() * 1e3,
                 models: options.model.descriptions(),
             },
@@ -179,6 +217,7 @@ impl NixlResults {
             series,
             comparisons,
             loads,
+            threads: Vec::new(),
             faults: Vec::new(),
         }
     }
@@ -205,7 +244,7 @@ impl NixlResults {
         format!(
             "{} ({} allowed); NIXL {}; corelane {}; {}\n\
              {initiator}; target {sleeper} (polls to answer notifications), {}; progress threads {}; \
-             {} rounds of {:.0} ms per case\n",
+             {}; {} rounds of {} per case\n",
             host.machine(),
             host.cores_allowed,
             options.nixl,
@@ -213,8 +252,12 @@ impl NixlResults {
             host.quiet(),
             core(options.pin.target),
             if options.prog_thread { "on" } else { "off" },
+            options.memory,
             options.rounds,
-            options.duration_ms,
+            match options.num_iter {
+                Some(transfers) => format!("{transfers} transfers"),
+                None => format!("{:.0} ms", options.duration_ms),
+            },
         ) + &options.models.iter().map(|model| format!("{model}\n")).collect::<String>()
     }
 
@@ -248,7 +291,7 @@ impl NixlResults {
         } else {
             Versus::explanation(&self.options.backend, &self.comparisons)
         };
-        align(&rows, 2) + &explanation + &self.load_table()
+        align(&rows, 2) + &explanation + &cost_table(&self.series) + &self.load_table()
     }
 
     /// The five figures that people ask for first.
@@ -292,6 +335,7 @@ impl NixlResults {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::nixl::SegmentType;
     use crate::nixl::tally::tests::tally;
     use clap::Parser;
 
@@ -349,6 +393,54 @@ pub(crate) mod tests {
         for part in ["NIXL 1.5.1", "not pinned", "on core 1", "progress threads on", "polls"] {
             assert!(header.contains(part), "{part}: {header}");
         }
+        assert!(header.contains("DRAM on both sides; 5 rounds of 400 ms per case"), "{header}");
+    }
+
+    #[test]
+    fn what_a_figure_depends_on_is_recorded() {
+        let mut results = results(
+            &["--num_iter", "99", "--warmup_iter", "7", "--fault-at", "50ms", "--gpus", "0,1"],
+            &[],
+        );
+        let options = serde_json::to_value(&results.options).expect("encodes");
+        assert_eq!((&options["num_iter"], &options["warmup_iter"]), (&99.into(), &7.into()));
+        assert_eq!(
+            (&options["fault_at_ms"], &options["phase_duration_ms"]),
+            (&50.0.into(), &2000.0.into())
+        );
+        assert_eq!(
+            (&options["memory"]["initiator"], &options["memory"]["gpus"][1]),
+            (&"DRAM".into(), &1.into())
+        );
+        assert!(
+            results.header().contains("5 rounds of 99 transfers per case"),
+            "{}",
+            results.header()
+        );
+        assert_eq!(results.options.memory.tag(), None);
+        results.options.memory.target = SegmentType::Vram;
+        assert_eq!(results.options.memory.tag().as_deref(), Some("dram-vram1"));
+        assert!(
+            results.header().contains("initiator's DRAM, target's VRAM of GPU 1"),
+            "{}",
+            results.header()
+        );
+        // A file from before these were recorded.
+        let mut old = serde_json::to_value(&results.options).expect("encodes");
+        let fields = old.as_object_mut().expect("fields");
+        for name in [
+            "num_iter",
+            "warmup_iter",
+            "phase_duration_ms",
+            "memory",
+            "faults",
+            "fault_at_ms",
+            "trace",
+        ] {
+            assert!(fields.remove(name).is_some(), "{name}");
+        }
+        let old: NixlOptions = serde_json::from_value(old).expect("decodes");
+        assert_eq!(old.memory, Memories::default());
     }
 
     #[test]

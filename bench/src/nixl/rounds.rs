@@ -9,10 +9,12 @@ use super::choice::ensure_driver;
 use super::fault::{self, Fault};
 use super::nixlbench::{self, Format};
 use super::options::{NixlArgs, NixlPlan};
-use super::pair::NixlPair;
+use super::pair::{BackendThreads, NixlPair};
 use super::report::{NixlResults, SCHEMA, SCHEMA_VERSION};
 use super::tally::NixlTally;
+use crate::coordinator::in_turn;
 use crate::manifest::Host;
+use crate::memory::ensure_available;
 use crate::pinning::{allowed_cores, ensure_allowed};
 use crate::plot;
 use crate::report::{Output, RunInfo, Started, hgrm_name, write_atomically};
@@ -27,6 +29,8 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
     ensure_allowed(&pinned, &allowed, "--pin").map_err(Failure::Options)?;
     plan.thread_cores = options.thread_cores(&allowed);
     ensure_driver()?;
+    let (bytes, most) = plan.memory_bytes(options.vram());
+    ensure_available(bytes, most).map_err(Failure::Options)?;
     let output = Output::prepare(&options.out_dir, options.json.as_deref())
         .map_err(|error| Failure::Options(format!("{error:#}")))?;
     let started = Started::now();
@@ -37,13 +41,15 @@ pub(crate) fn compare(options: &NixlArgs) -> Result<(), Failure> {
             .extend((0..plan.backends.len()).map(|backend| NixlTally::new(case.clone(), backend)));
     }
     let mut nixl = String::new();
-    let mut faults = Vec::new();
-    let measured = run(options, &plan, (&mut tallies, &mut faults), &mut nixl, &started);
+    let (mut faults, mut threads) = (Vec::new(), Vec::new());
+    let seen = (&mut nixl, &mut threads);
+    let measured = run(options, &plan, (&mut tallies, &mut faults), seen, &started);
 
     let failure = measured.as_ref().err().map(ToString::to_string);
     let run = RunInfo::new((SCHEMA, SCHEMA_VERSION), &started, failure);
     let mut results = NixlResults::new(options, &plan, &tallies, (run, nixl, environment));
     results.faults = faults;
+    results.threads = threads;
     if results.series.is_empty() && results.faults.is_empty() {
         output.forsake();
         return measured;
@@ -88,7 +94,7 @@ fn run(
     options: &NixlArgs,
     plan: &NixlPlan,
     (tallies, faults): (&mut [NixlTally], &mut Vec<Fault>),
-    nixl: &mut String,
+    (nixl, threads): (&mut String, &mut Vec<BackendThreads>),
     started: &Started,
 ) -> Result<(), Failure> {
     let backends = plan.backends.len();
@@ -98,7 +104,8 @@ fn run(
         }
     }
     for round in 1..=options.rounds {
-        for (index, backend) in plan.backends.iter().enumerate() {
+        for index in in_turn(usize::from(round - 1), backends) {
+            let backend = &plan.backends[index];
             crate::say!(
                 "[{:5.1} s] round {round}/{}: {backend}",
                 started.elapsed().as_secs_f64(),
@@ -113,6 +120,9 @@ fn run(
                 continue;
             }
             let mut pair = NixlPair::start(backend, options, plan)?;
+            if round == 1 {
+                threads.push(pair.threads.clone());
+            }
             if !pair.nixl.is_empty() {
                 nixl.clone_from(&pair.nixl);
             }

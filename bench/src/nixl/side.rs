@@ -6,6 +6,7 @@ use super::agent::{NixlAgent, nixl_version};
 use super::driver::Driver;
 use super::initiator::{self, Meter};
 use super::raw::RawSide;
+use super::sabotage::Sabotaged;
 use super::target;
 use super::wire::{Order, Reply, Role, Setup, System};
 use crate::parent::{Parent, Refusal, leave};
@@ -37,9 +38,17 @@ fn work(parent: &Parent<Order>) -> Result<()> {
         System::Nixl(system) => {
             let agent =
                 NixlAgent::with_memory(setup.role.name(), system, setup.arena()?, setup.gpus[1])?;
-            drive(parent, agent, &setup)
+            drive_as_asked(parent, agent, &setup)
         }
-        System::Raw(kind) => drive(parent, RawSide::new(*kind, &setup)?, &setup),
+        System::Raw(kind) => drive_as_asked(parent, RawSide::new(*kind, &setup)?, &setup),
+    }
+}
+
+/// Measuring loops of their own for what is broken on purpose: the others do not pay for it.
+fn drive_as_asked(parent: &Parent<Order>, agent: impl Driver, setup: &Setup) -> Result<()> {
+    match setup.sabotage {
+        None => drive(parent, agent, setup),
+        Some(mode) => drive(parent, Sabotaged::new(agent, mode), setup),
     }
 }
 
@@ -55,7 +64,9 @@ fn drive(parent: &Parent<Order>, mut agent: impl Driver, setup: &Setup) -> Resul
     };
     let address = agent.arena().as_ptr() as u64;
     let pid = std::process::id() as i32;
-    parent.reply(&Reply::Ready { metadata, address, pid, nixl })?;
+    // The harness has this one, and one that reads orders.
+    let threads = pinning::threads(&["orders"]);
+    parent.reply(&Reply::Ready { metadata, address, pid, nixl, threads })?;
     let other = match parent.wait()? {
         Some(Order::Meet { metadata, address, pid }) => {
             let metadata = from_hex(&metadata).context("metadata that is no hexadecimal")?;

@@ -60,21 +60,35 @@ fn obey(
 ) -> Result<()> {
     match order {
         Order::Begin { case, sequence } => {
-            match case.load {
-                Some(shape) => load::renew(agent, &case, shape, sequence, seed),
-                None => renew(agent, &case, sequence, seed),
-            }
+            renew_case(agent, &case, sequence, seed);
             parent.reply(&Reply::Begun)
         }
         Order::End { case, sequence } => {
-            match case.load {
-                Some(shape) => load::verify(agent, &case, shape, sequence, seed),
-                None => verify(agent, &case, sequence, seed),
-            }
-            .with_context(|| case.id())?;
+            verify_case(agent, &case, sequence, seed).with_context(|| case.id())?;
             parent.reply(&Reply::Ended { one_way: arrivals.take() })
         }
         other => bail!("a target cannot obey {other:?}"),
+    }
+}
+
+/// Renews the source of reads, poisons the destination of writes.
+pub(super) fn renew_case(agent: &impl Driver, case: &NixlCase, sequence: u64, seed: u64) {
+    match case.load {
+        Some(shape) => load::renew(agent, case, shape, sequence, seed),
+        None => renew(agent, case, sequence, seed),
+    }
+}
+
+/// Checks the destination of writes.
+pub(super) fn verify_case(
+    agent: &impl Driver,
+    case: &NixlCase,
+    sequence: u64,
+    seed: u64,
+) -> Result<()> {
+    match case.load {
+        Some(shape) => load::verify(agent, case, shape, sequence, seed),
+        None => verify(agent, case, sequence, seed),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::measure::{histogram, points_of};
 use crate::pinning::pin_current_thread;
 
 /// Untimed operations at the beginning of a timed pass: what slept during the pause is awake again.
-const WARM_OPERATIONS: u64 = 16;
+pub(super) const WARM_OPERATIONS: u64 = 16;
 /// Timed operations, even when the time is over.
 const MIN_OPERATIONS: u64 = 3;
 
@@ -114,26 +114,43 @@ pub(super) fn time<T>(
     Ok(times)
 }
 
+/// Transfers those whose turn never came while time was taken, untimed.
+pub(super) fn transfer_rest<T>(
+    transfers: &[T],
+    times: &Times,
+    transfer: impl Fn(&T) -> Result<Transferred>,
+) -> Result<()> {
+    let done = usize::try_from(times.operations).unwrap_or(usize::MAX);
+    transfers.iter().skip(done).try_for_each(|rest| transfer(rest).map(drop))
+}
+
 /// Warms up and times each list on a thread of its own, pinned to the core of the same place. All are warm before
-/// `begun` is called, and none begins before it has returned.
+/// `begun` is called, and none begins before it has returned; all are over when `ended` is called, and are still there, since
+/// what a thread used of the processors goes with it.
 pub(crate) fn time_in_threads<T: Sync>(
     lists: &[Vec<T>],
     cores: &[usize],
     length: Length,
     transfer: impl Fn(&T) -> Result<Transferred> + Sync,
-    begun: impl FnOnce(),
+    (begun, ended): (impl FnOnce(), impl FnOnce()),
 ) -> Result<Times> {
-    let (warm, begin) = (Barrier::new(lists.len() + 1), Barrier::new(lists.len() + 1));
+    let barrier = || Barrier::new(lists.len() + 1);
+    let (warm, begin, over, leave) = (barrier(), barrier(), barrier(), barrier());
     let work = |list: &[T], core: usize| -> Result<Times> {
-        // Whoever fails before the others have begun still has to let them begin.
+        // Whoever fails still has to let the others begin and end.
         let prepared = pin_current_thread(core).and_then(|()| warm_up(list, length, &transfer));
         warm.wait();
         begin.wait();
-        prepared?;
-        time(list, length, &transfer)
+        let times = prepared.and_then(|()| time(list, length, &transfer));
+        over.wait();
+        leave.wait();
+        // The contents of all places were renewed, those of transfers whose turn never came too.
+        let times = times?;
+        transfer_rest(list, &times, &transfer)?;
+        Ok(times)
     };
     let work = &work;
-    let ended: Vec<Result<Times>> = std::thread::scope(|scope| {
+    let all: Vec<Result<Times>> = std::thread::scope(|scope| {
         let threads: Vec<_> = lists
             .iter()
             .zip(cores)
@@ -142,14 +159,17 @@ pub(crate) fn time_in_threads<T: Sync>(
         warm.wait();
         begun();
         begin.wait();
+        over.wait();
+        ended();
+        leave.wait();
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Times>>| {
             thread.join().unwrap_or_else(|_| Err(anyhow!("a thread of the initiator panicked")))
         };
         threads.into_iter().map(join).collect()
     });
-    let mut ended = ended.into_iter();
-    let mut all = ended.next().context("no thread")??;
-    for times in ended {
+    let mut times = all.into_iter();
+    let mut all = times.next().context("no thread")??;
+    for times in times {
         all.merge(&times?)?;
     }
     Ok(all)
@@ -189,7 +209,10 @@ mod tests {
             Ok(TAKEN)
         };
         let begin = || begun.store(true, std::sync::atomic::Ordering::SeqCst);
-        let times = time_in_threads(&lists, &cores(3), exactly(2, 7), transfer, begin);
+        let over = std::cell::Cell::new(0);
+        let end = || over.set(done.lock().expect("nobody panics").len());
+        let times = time_in_threads(&lists, &cores(3), exactly(2, 7), transfer, (begin, end));
+        assert_eq!(over.get(), 3 * (2 + 7), "all are over at the end");
         let mut outcome = Outcome::default();
         times.expect("all succeed").book(&mut outcome);
         assert_eq!(outcome.operations, 3 * 7);
@@ -207,6 +230,39 @@ mod tests {
         }
     }
 
+    /// What threads used must be asked for while they are there.
+    #[test]
+    fn the_context_switches_of_all_threads_are_counted() {
+        use crate::cpu::Usage;
+        let own = || Usage::of(std::process::id() as i32);
+        let (begin, end) = (std::cell::Cell::default(), std::cell::Cell::default());
+        let doze = |(): &()| {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+            Ok(TAKEN)
+        };
+        let looks = (|| begin.set(own()), || end.set(own()));
+        let lists = [vec![()], vec![()], vec![()]];
+        time_in_threads(&lists, &cores(3), exactly(0, 20), doze, looks).expect("all succeed");
+        let used = end.get().since(begin.get());
+        assert!(used.voluntary_switches >= 3 * 20, "{used:?}");
+    }
+
+    #[test]
+    fn fewer_transfers_than_there_are_places_leave_none_out() {
+        let done: Mutex<Vec<usize>> = Mutex::default();
+        let transfer = |&transfer: &usize| {
+            done.lock().expect("nobody panics").push(transfer);
+            Ok(TAKEN)
+        };
+        let lists = [vec![0, 1, 2, 3], vec![4, 5]];
+        let looks = (|| {}, || {});
+        let times = time_in_threads(&lists, &cores(2), exactly(0, 3), transfer, looks);
+        assert_eq!(times.expect("all succeed").operations, 6);
+        let mut done = done.into_inner().expect("nobody panics");
+        done.sort_unstable();
+        assert_eq!(done, [0, 1, 2, 3, 4, 4, 5]);
+    }
+
     #[test]
     fn a_thread_that_fails_ends_the_pass_and_keeps_nobody_waiting() {
         for (warm, timed) in [(1, 1), (0, 2)] {
@@ -215,7 +271,8 @@ mod tests {
                 _ => Ok(TAKEN),
             };
             let lists = [vec![0], vec![1], vec![2]];
-            let times = time_in_threads(&lists, &cores(3), exactly(warm, timed), transfer, || {});
+            let times =
+                time_in_threads(&lists, &cores(3), exactly(warm, timed), transfer, (|| {}, || {}));
             assert!(times.is_err_and(|why| why.to_string() == "refused"));
         }
     }

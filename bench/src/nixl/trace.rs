@@ -67,6 +67,28 @@ impl Trace {
     }
 }
 
+/// How a recording was replayed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Replay {
+    pub(crate) name: String,
+    pub(crate) requests: usize,
+    pub(crate) block_bytes: usize,
+    pub(crate) speed: f64,
+    pub(crate) limit_ms: f64,
+}
+
+impl Replay {
+    pub(crate) fn of(trace: &Trace, options: &TraceArgs) -> Self {
+        Self {
+            name: trace.name.clone(),
+            requests: trace.requests.len(),
+            block_bytes: trace.block_bytes,
+            speed: options.trace_speed,
+            limit_ms: options.trace_limit.as_secs_f64() * 1e3,
+        }
+    }
+}
+
 /// Reads a recording; the message names the line that is wrong.
 pub(crate) fn read(path: &Path, options: &TraceArgs, model: &ModelArgs) -> Result<Trace, String> {
     let shown = path.display();

@@ -6,6 +6,7 @@ use super::case::NixlCase;
 use super::fault::Watched;
 #[cfg(feature = "nixl")]
 use crate::arena::Arena;
+use crate::case::Sabotage;
 use crate::cpu::Usage;
 use crate::measure::{LoadOutcome, Points};
 use crate::raw_local::RawKind;
@@ -61,6 +62,8 @@ pub(crate) struct Setup {
     /// Its own GPU and the other side's, where the memory is one's.
     pub(crate) gpus: [Option<u32>; 2],
     pub(crate) seed: u64,
+    /// Initiator: says of transfers that they are over without moving their bytes.
+    pub(crate) sabotage: Option<Sabotage>,
 }
 
 #[cfg(feature = "nixl")]
@@ -86,7 +89,7 @@ pub(crate) enum Order {
     Watch { case: NixlCase, limit_ns: u64 },
     /// Target: check the destination of writes.
     End { case: NixlCase, sequence: u64 },
-    /// Initiator: every transfer once, untimed; then, with a duration, until it is over, timed. Then check.
+    /// Initiator: every transfer once, untimed; then, with a duration, contents renewed, until it is over, timed. Then check.
     Run { case: NixlCase, sequence: u64, duration_ns: u64, iterations: Iterations },
 }
 
@@ -116,6 +119,8 @@ pub(crate) enum Reply {
         pid: i32,
         /// Version of NIXL; empty where there is none.
         nixl: String,
+        /// Of the backend and its NIXL: `NAME on CORES`.
+        threads: Vec<String>,
     },
     Met,
     Begun,
@@ -139,6 +144,8 @@ pub(crate) enum Reply {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) operations: u64,
+    /// When the first untimed transfer ended; 0 where that was not looked at.
+    pub(crate) first_ended_ns: u64,
     /// From the beginning of the first of them to the end of the last, where that was measured.
     pub(crate) elapsed_ns: u64,
     /// From just before posting to the moment at which the end was seen; of notifications, to the answer.

@@ -12,6 +12,7 @@ use corelane::{
 use super::wire::{Address, Link, Memory, NodeSetup};
 use crate::arena::Arena;
 use crate::case::Operation;
+use crate::engine_side::not_started;
 use crate::units::{from_hex, to_hex};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -74,7 +75,7 @@ impl EngineNode {
             transports.iter().map(|name| name.parse()).collect::<Result<_, corelane::Error>>()?;
         config.listen = Listen { addresses: vec![Ipv4Addr::LOCALHOST.into()], ..Listen::default() };
         let engine = Engine::new(&setup.name, config)
-            .with_context(|| format!("starting the engine {}", setup.name))?;
+            .map_err(|error| not_started(format!("starting the engine {}", setup.name), &error))?;
         let arena = Arena::new(bytes)?;
         // SAFETY: the arena stays mapped as long as this value's handle to it, and `close` deregisters it before that
         // is dropped. Blocks are touched only between passes, when no transfer is in flight.

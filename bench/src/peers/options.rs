@@ -49,6 +49,11 @@ impl PeersCase {
         format!("many-peers/{direction}/{operation}/{}", Bytes(*block_bytes))
     }
 
+    /// Memory of the hub; `None` when that is beyond counting.
+    pub(crate) fn hub_bytes(&self) -> Option<usize> {
+        self.block_bytes.checked_next_multiple_of(64)?.checked_mul(SLOTS * self.peers)
+    }
+
     /// A stable name: `many-peers/to-one/read/4KiB/x16`.
     pub(crate) fn id(&self) -> String {
         format!("{}/x{}", self.group(), self.peers)
@@ -103,7 +108,7 @@ pub(crate) struct PeersArgs {
     #[arg(
         long,
         value_name = "DIR",
-        default_value = "corelane-bench-results",
+        default_value = "corelane-bench-results/many-peers",
         help_heading = "Output"
     )]
     pub(crate) out_dir: PathBuf,
@@ -182,9 +187,7 @@ impl PeersArgs {
             }
         }
         for case in &cases {
-            let stride = case.block_bytes.checked_next_multiple_of(64);
-            let needed = stride.and_then(|stride| stride.checked_mul(SLOTS * case.peers));
-            if needed.is_none_or(|needed| needed > self.max_memory) {
+            if case.hub_bytes().is_none_or(|needed| needed > self.max_memory) {
                 return Err(format!(
                     "{} needs more memory than --max-memory allows ({})",
                     case.id(),

@@ -131,7 +131,7 @@ impl PeersResults {
         options: &PeersArgs,
         plan: &PeersPlan,
         tallies: &[PeersTally],
-        run: RunInfo,
+        (run, environment): (RunInfo, Host),
     ) -> Self {
         let series: Vec<PeersSeries> = tallies.iter().filter_map(PeersTally::series).collect();
         let backend = plan.is_nixl().then(|| plan.contenders[0].to_string());
@@ -151,7 +151,7 @@ impl PeersResults {
                 rounds: usize::from(options.rounds),
                 duration_ms: options.duration.as_secs_f64() * 1e3,
             },
-            environment: Host::describe(),
+            environment,
             comparisons: comparisons(&series, backend.as_deref()),
             series,
         }
@@ -307,10 +307,8 @@ pub(crate) mod tests {
         let words = std::iter::once("many-peers").chain(words.split_whitespace());
         let options = Line::try_parse_from(words).expect("parses").peers;
         let plan = options.plan(&[0, 1]).expect("a plan");
-        let mut results =
-            PeersResults::new(&options, &plan, tallies, RunInfo::complete(SCHEMA, SCHEMA_VERSION));
-        results.environment = Host::default();
-        results
+        let run = RunInfo::complete(SCHEMA, SCHEMA_VERSION);
+        PeersResults::new(&options, &plan, tallies, (run, Host::default()))
     }
 
     fn tally(backend: &str, peers: usize, rounds: &[&[u64]]) -> PeersTally {

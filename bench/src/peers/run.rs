@@ -14,6 +14,8 @@ use super::wire::{
 use crate::case::Operation;
 use crate::clock::now_ns;
 use crate::cpu::Usage;
+use crate::manifest::Host;
+use crate::memory::ensure_available;
 use crate::nixl::ensure_driver;
 use crate::pinning::allowed_cores;
 use crate::plot;
@@ -42,9 +44,14 @@ pub(crate) fn measure(options: &PeersArgs) -> Result<(), Failure> {
     if plan.is_nixl() {
         ensure_driver()?;
     }
+    // The hub has as much as all peers together.
+    let most = plan.cases.iter().filter_map(PeersCase::hub_bytes).max().unwrap_or(0);
+    ensure_available(most.saturating_mul(2), most).map_err(Failure::Options)?;
     let output = Output::prepare(&options.out_dir, options.json.as_deref())
         .map_err(|error| Failure::Options(format!("{error:#}")))?;
     let started = Started::now();
+    // Before the run: what disturbs the machine then is not the run itself.
+    let environment = Host::describe();
     let mut tallies: Vec<PeersTally> = Vec::new();
     for &case in &plan.cases {
         let tally = |contender: &Contender| PeersTally::new(case, contender.to_string());
@@ -53,7 +60,7 @@ pub(crate) fn measure(options: &PeersArgs) -> Result<(), Failure> {
     let measured = run_rounds(options, &plan, &mut tallies, &started);
     let failure = measured.as_ref().err().map(ToString::to_string);
     let run = RunInfo::new((SCHEMA, SCHEMA_VERSION), &started, failure);
-    let results = PeersResults::new(options, &plan, &tallies, run);
+    let results = PeersResults::new(options, &plan, &tallies, (run, environment));
     if results.series.is_empty() {
         output.forsake();
         return measured;

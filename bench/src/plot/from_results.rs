@@ -1,7 +1,7 @@
 //! Views of the result files: of `loopback` and `client`, and of `nixl`.
 
 use super::view::{ALONE, Along, BESIDE, LineView, PeersView, RatioView, SLOWEST, Step, View};
-use crate::case::Scenario;
+use crate::case::{Memory, Scenario};
 use crate::manifest::Host;
 use crate::nixl::{NixlResults, Part};
 use crate::peers::{PeerFigures, PeersResults};
@@ -34,10 +34,15 @@ pub(crate) fn of_engine(results: &Results) -> View {
     if environment.target.clock != environment.initiator.clock {
         view.environments.push(("Target".to_owned(), described(&environment.target)));
     }
+    let tag = (options.memory == Memory::Vram)
+        .then(|| format!("vram{}-vram{}", options.gpus[0], options.gpus[1]));
     for row in &results.series {
         let sized = row.scenario == Scenario::Sizes;
-        let step = sized.then(|| Step::bytes(row.operation.to_string(), row.block_bytes));
+        let step = sized.then(|| {
+            Step::bytes(tagged(&row.operation.to_string(), tag.as_deref()), row.block_bytes)
+        });
         let (id, label) = load_line(&row.id, &row.backend.to_string());
+        let id = tagged(&id, tag.as_deref());
         view.case(&id, step).lines.push(LineView {
             label,
             points: row.histogram_ns.clone(),
@@ -47,7 +52,7 @@ pub(crate) fn of_engine(results: &Results) -> View {
         });
     }
     view.ratios.extend(results.comparisons.iter().map(|row| RatioView {
-        id: row.id.clone(),
+        id: tagged(&row.id, tag.as_deref()),
         of: format!("{} / {}", row.backend, row.baseline),
         p50: row.p50_ratio,
         p99: row.p99_ratio,
@@ -68,11 +73,15 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     let mut environment = described(&results.environment);
     environment.insert(0, ("NIXL".to_owned(), results.options.nixl.clone()));
     view.environments.push(("Both sides".to_owned(), environment));
+    let tag = results.options.memory.tag();
     for row in results.series.iter().filter(|row| row.is_shown()) {
         let bytes = row.blocks * row.block_bytes;
         let sized = row.part == Part::Completion && row.blocks == 1;
-        let step = sized.then(|| Step::bytes(row.operation.to_string(), row.block_bytes));
+        let step = sized.then(|| {
+            Step::bytes(tagged(&row.operation.to_string(), tag.as_deref()), row.block_bytes)
+        });
         let (id, label) = load_line(&row.id, &row.backend);
+        let id = tagged(&id, tag.as_deref());
         let moved = row.part == Part::Completion && row.latency_us.mean > 0.0;
         view.case(&id, step).lines.push(LineView {
             label,
@@ -87,7 +96,9 @@ pub(crate) fn of_nixl(results: &NixlResults) -> View {
     }
     let shown = |id: &str| results.series.iter().any(|row| row.id == id && row.is_shown());
     let ratios = results.comparisons.iter().filter(|row| shown(&row.id));
-    view.ratios.extend(ratios.map(ratio_of));
+    let ratios = ratios.map(ratio_of);
+    view.ratios
+        .extend(ratios.map(|ratio| RatioView { id: tagged(&ratio.id, tag.as_deref()), ..ratio }));
     view
 }
 
@@ -146,6 +157,11 @@ pub(crate) fn of_peers(results: &PeersResults) -> View {
     }
     view.ratios.extend(results.comparisons.iter().map(ratio_of));
     view
+}
+
+/// The name of a case, which is another one with other memory: figures of GPUs and of host memory say nothing of each other.
+fn tagged(id: &str, tag: Option<&str>) -> String {
+    tag.map_or_else(|| id.to_owned(), |tag| format!("{id}/{tag}"))
 }
 
 fn ratio_of(row: &Versus) -> RatioView {

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::axis::{rate_label, time_label};
+use super::changes::Changes;
 use super::charts::charts;
 use super::svg::{PALETTE, escape};
 use super::view::{PeersView, View};
@@ -28,6 +29,10 @@ pub(crate) fn page(view: &View) -> String {
     if !view.peers.is_empty() {
         body += "<h2>One engine with many peers</h2>\n";
         body += &peers(view);
+    }
+    if !view.changes.is_empty() {
+        body += "<h2>Compared</h2>\n";
+        body.extend(view.changes.iter().map(Changes::html));
     }
     if !overviews.is_empty() {
         body += "<h2>Overview</h2>\n<div class=\"charts\">\n";

@@ -6,6 +6,7 @@
 //! ```
 
 mod axis;
+mod changes;
 mod charts;
 mod command;
 mod from_results;

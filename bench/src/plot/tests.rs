@@ -1,9 +1,10 @@
+use super::changes::Changes;
 use super::charts::{Chart, charts};
 use super::page;
 use super::svg::with_fixed_colours;
 use super::view::{LineView, RatioView, Step, View};
 use crate::measure::{Points, histogram, points_of};
-use crate::nixl::{Fault, FaultKind};
+use crate::nixl::{Fault, FaultKind, SegmentType};
 use crate::report::{Percentiles, Spread, load_of_backend};
 
 fn line(label: &str, points: &Points) -> LineView {
@@ -173,6 +174,56 @@ fn several_results_are_told_apart_by_name() {
     assert!(labels.contains(&"before: CORELANE".to_owned()), "{labels:?}");
     assert!(labels.contains(&"after: CORELANE".to_owned()), "{labels:?}");
     assert!(page(&both).contains("after: UCX@UCX_TLS=tcp"));
+}
+
+#[test]
+fn figures_of_gpus_and_of_host_memory_never_share_a_chart() {
+    let host = crate::nixl::nixl_compared();
+    let mut gpus = host.clone();
+    gpus.options.memory.initiator = SegmentType::Vram;
+    gpus.options.memory.target = SegmentType::Vram;
+    gpus.options.memory.gpus = [0, 1];
+    let (host, gpus) = (super::of_nixl(&host), super::of_nixl(&gpus));
+    let ids = |view: &View| -> Vec<String> {
+        view.cases
+            .iter()
+            .map(|case| case.id.clone())
+            .chain(view.ratios.iter().map(|it| it.id.clone()))
+            .collect()
+    };
+    assert!(ids(&gpus).contains(&"read/64B/vram0-vram1".to_owned()), "{:?}", ids(&gpus));
+    assert!(ids(&gpus).iter().all(|id| !ids(&host).contains(id)));
+    let kinds =
+        |view: &View| view.cases.iter().find_map(|case| Some(case.step.as_ref()?.kind.clone()));
+    assert_ne!(kinds(&gpus), kinds(&host), "one line in the charts by size");
+    assert!(Changes::between(("host", &host), ("gpus", &gpus)).rows.is_empty());
+}
+
+#[test]
+fn every_figure_that_two_results_have_is_compared() {
+    let result = |label: &str, us: u64, rate: Option<f64>| {
+        let mut view = View::default();
+        let mut line = line(label, &vec![(us * 1000, 100)]);
+        line.gigabytes_per_s = rate;
+        view.case("read/64B", None).lines.push(line.clone());
+        view.case(&format!("only/{us}"), None).lines.push(line);
+        view
+    };
+    let before = result("CORELANE", 10, Some(2.0));
+    let changes = |after: &View| Changes::between(("before", &before), ("after", after));
+    let Changes { of, rows } = changes(&result("CORELANE", 5, Some(5.0)));
+    assert_eq!(of, "after / before");
+    let [row] = &rows[..] else { panic!("one case is in both: {rows:?}") };
+    assert_eq!((row.id.as_str(), row.label.as_str()), ("read/64B", "CORELANE"));
+    assert!((row.p50 - 0.5).abs() < 0.01 && (row.p99 - 0.5).abs() < 0.01, "{row:?}");
+    assert_eq!(row.rate, Some(2.5));
+    let slower = changes(&result("CORELANE", 20, None)).table();
+    assert!(slower.contains("2.00") && slower.contains("after / before"), "{slower}");
+    assert!(slower.lines().nth(1).is_some_and(|row| row.ends_with(" -")), "{slower}");
+    let others = changes(&result("UCX", 5, None));
+    assert!(others.rows.is_empty() && others.table().contains("no case"), "{}", others.table());
+    let view = View { changes: vec![changes(&result("CORELANE", 5, Some(5.0)))], ..view() };
+    assert!(page(&view).contains("<td>0.50</td><td>0.50</td><td>2.50</td>"));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What is drawn: the same for every kind of result file.
 
+use super::changes::Changes;
 use crate::measure::Points;
 use crate::nixl::Fault;
 use crate::peers::PeersSeries;
@@ -28,6 +29,8 @@ pub(crate) struct View {
     pub(crate) environments: Vec<(String, Vec<(String, String)>)>,
     pub(crate) cases: Vec<CaseView>,
     pub(crate) ratios: Vec<RatioView>,
+    /// From the first of several results to each of the others.
+    pub(crate) changes: Vec<Changes>,
     pub(crate) loads: Vec<Load>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) peers: Vec<PeersView>,

@@ -11,6 +11,7 @@ use hdrhistogram::Histogram;
 use super::hgrm::percentile_distribution;
 use super::hlog::interval_log;
 use crate::measure::Points;
+use crate::units::fingerprint;
 
 /// Where the files of a run go. Checked before anything is measured: a minute of measuring must not end in
 /// "permission denied".
@@ -75,11 +76,19 @@ impl Output {
     }
 }
 
+/// Characters of an id, or of a backend's label, in the name of a file.
+const LONGEST_PART: usize = 100;
+
 /// Name of a series' file: a backend's label may hold whatever its variables do.
 pub(crate) fn hgrm_name(id: &str, backend: &str) -> String {
+    // Names that are cut still have to differ.
     let plain = |text: &str| -> String {
         let known = |c: char| c.is_ascii_alphanumeric() || "+-_.=@,".contains(c);
-        text.chars().map(|c| if known(c) { c } else { '-' }).take(100).collect()
+        let all: String = text.chars().map(|c| if known(c) { c } else { '-' }).collect();
+        match all.get(LONGEST_PART..) {
+            None | Some("") => all,
+            Some(_) => format!("{}-{}", &all[..LONGEST_PART - 17], fingerprint(text)),
+        }
     };
     format!("{}.{}.hgrm", plain(id), plain(backend))
 }
@@ -132,6 +141,17 @@ mod tests {
         assert_eq!(fs::read_dir(directory.path()).expect("lists").count(), 1);
         let blocked = directory.path().join("missing").join("file");
         assert!(write_atomically(&blocked, b"x").is_err());
+    }
+
+    #[test]
+    fn names_of_files_differ_where_labels_do() {
+        assert_eq!(hgrm_name("read/64B", "UCX@UCX_TLS=tcp"), "read-64B.UCX@UCX_TLS=tcp.hgrm");
+        let label = |end: &str| format!("CORELANE@NIXL_PLUGIN_DIR={}{end}", "/a-folder".repeat(12));
+        let (one, other) = (label("/x"), label("/y"));
+        let names = [&one, &other].map(|label| hgrm_name("read/64B", label));
+        assert_ne!(names[0], names[1]);
+        assert!(names.iter().all(|name| name.len() == "read-64B..hgrm".len() + 100), "{names:?}");
+        assert_eq!(hgrm_name("read/64B", &"x".repeat(100)).matches('x').count(), 100);
     }
 
     #[test]

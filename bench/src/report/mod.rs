@@ -12,7 +12,7 @@ mod table;
 mod tally;
 mod versus;
 
-pub(crate) use costs::Costs;
+pub(crate) use costs::{Cost, Costs};
 pub(crate) use files::{Output, ensure_writable, hgrm_name, write_atomically};
 #[cfg(test)]
 pub(crate) use load::tests::{load as load_of_backend, outcome as load_outcome};

@@ -37,6 +37,9 @@ pub(crate) struct Options {
     /// Names with commas between them.
     pub(crate) transport: String,
     pub(crate) memory: Memory,
+    /// The initiator's and the target's, with memory of GPUs.
+    #[serde(default)]
+    pub(crate) gpus: [u32; 2],
     /// Of each engine.
     pub(crate) lanes: usize,
     pub(crate) backend: Backend,
@@ -276,6 +279,7 @@ pub(crate) mod tests {
             options: Options {
                 transport: "tcp".to_owned(),
                 memory: Memory::Registered,
+                gpus: [0, 0],
                 lanes: 1,
                 backend: Backend::Corelane,
                 baselines: vec![Backend::RawTcp],

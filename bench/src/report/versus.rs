@@ -84,9 +84,18 @@ impl Versus {
             true => format!(" Of operations per second, {backend} does more above 1."),
             false => String::new(),
         };
+        // By the sign test: the median is outside where all rounds are on one side of it.
+        let rounds = rows.iter().map(|row| row.ratios.rounds).min().unwrap_or(0);
+        let sure = match i32::try_from(rounds) {
+            Ok(rounds @ 2..) => {
+                let percent = 100.0 * (1.0 - 0.5f64.powi(rounds - 1));
+                format!(" Of {rounds} rounds, min..max holds the true median with {percent:.1}%.")
+            }
+            _ => String::new(),
+        };
         format!(
             "\nA ratio is {backend} / that row's backend, the median of the per-round ratios; below 1 {backend} is faster. The \
-             difference is {backend} - that row's, likewise.{rates}\n"
+             difference is {backend} - that row's, likewise.{rates}{sure}\n"
         )
     }
 }
@@ -146,7 +155,9 @@ mod tests {
         let versus = versus.with_rates(&[5.0, 100.0, 30.0], &[100.0, 50.0, 10.0]);
         let cells = versus.cells();
         assert_eq!(cells[8..], ["2.00", "0.050..3.00"]);
-        assert_eq!(cells.len(), Versus::titles(&[versus]).len());
+        assert_eq!(cells.len(), Versus::titles(std::slice::from_ref(&versus)).len());
+        let text = Versus::explanation("A", &[versus]);
+        assert!(text.contains("Of 3 rounds, min..max holds the true median with 75.0%."), "{text}");
     }
 
     #[test]

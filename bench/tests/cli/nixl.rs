@@ -42,6 +42,9 @@ fn bad_options_are_one_line_and_exit_code_2() {
         ("--num_threads 4", "--num_threads 4 is for"),
         ("--num_threads 4 --scenario sizes --baseline raw-cma", "--baseline"),
         ("--num_threads 0 --scenario sizes", "--num_threads"),
+        ("--scenario notify --start_block_size 4096", "--scenario"),
+        ("--kv 2x4KiB --start_block_size 4096", "--kv"),
+        ("--sizes 4KiB --max_batch_size 4", "--sizes"),
         ("--initiator_seg_type VRAM --gpus 4000", "GPU"),
         ("--target_seg_type BLK", "--target_seg_type"),
         ("--start_block_size 1GiB --max_block_size 8GiB", "--max-memory"),
@@ -156,5 +159,74 @@ mod with_the_driver {
         );
         assert_eq!(ran.stdout, "");
         assert!(!bench.path("out/results.json").exists());
+    }
+}
+
+/// Through NIXL, which `tests/run.sh nixl` provides.
+#[cfg(feature = "nixl")]
+mod with_nixl {
+    use super::*;
+
+    const SHORT: &str =
+        "nixl --rounds 1 --duration 20ms --phase-duration 50ms --prefill-bytes 1MiB";
+
+    #[test]
+    #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
+    fn a_backend_for_files_is_no_backend_for_transfers() {
+        for arguments in ["--backend POSIX", "--vs POSIX"] {
+            let bench = Bench::new();
+            let mut command = command(&format!("{SHORT} {arguments} --scenario sizes --sizes 64"));
+            let ran = run(command.arg("--out-dir").arg(bench.path("out")));
+            assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
+            assert!(
+                last_line(&ran).contains("POSIX is no backend for transfers"),
+                "{}",
+                ran.stderr
+            );
+            assert!(bench.files().is_empty(), "{:?}", bench.files());
+        }
+    }
+
+    #[test]
+    #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
+    fn results_tell_the_threads_of_each_backend_and_what_they_are_of() {
+        let bench = Bench::new();
+        let (_, results) = bench.results(&format!(
+            "{SHORT} --vs UCX --scenario sizes --sizes 4KiB --op read --num_threads 2 --warmup_iter 3"
+        ));
+        assert_eq!(results["options"]["warmup_iter"], 3);
+        assert_eq!(results["options"]["memory"]["target"], "DRAM");
+        let threads = &results["threads"];
+        assert_eq!(
+            (&threads[0]["backend"], &threads[1]["backend"]),
+            (&"CORELANE".into(), &"UCX".into())
+        );
+        let ours = threads[0]["target"].as_array().expect("threads");
+        assert!(
+            ours.iter().any(|it| it.as_str().is_some_and(|it| it.contains("lane"))),
+            "{threads}"
+        );
+    }
+
+    #[test]
+    #[ignore = "needs NIXL with the plugin: tests/run.sh nixl"]
+    fn timed_transfers_that_move_nothing_fail_the_verification() {
+        for sabotage in ["noop", "stale"] {
+            for case in [
+                "sizes --sizes 64 --op read",
+                "sizes --sizes 64 --op write",
+                "sizes --sizes 4KiB --op read --num_threads 2",
+                "sizes --sizes 4KiB --op write --num_threads 2",
+                "kv --kv 16x4KiB --op read",
+                "decode-under-prefill",
+            ] {
+                let bench = Bench::new();
+                let ran = bench.run(&format!("{SHORT} --sabotage {sabotage} --scenario {case}"));
+                let all = format!("{sabotage}, {case}:\n{}\n{}", ran.stdout, ran.stderr);
+                assert_eq!(ran.code, 1, "{all}");
+                assert!(last_line(&ran).contains("verification failed"), "{all}");
+                assert!(bench.files().is_empty(), "half-written: {:?}", bench.files());
+            }
+        }
     }
 }

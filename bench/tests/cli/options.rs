@@ -45,6 +45,39 @@ fn bad_options_are_one_line_and_exit_code_2() {
     }
 }
 
+/// Pages are touched at once: a machine that runs out of them would end processes that have nothing to do with it.
+#[test]
+fn more_memory_than_there_is_is_refused_before_any_is_taken() {
+    for arguments in [
+        "loopback --scenario sizes --sizes 1000000GiB --max-memory 9000000GiB",
+        "many-peers --peers 1 --sizes 1000000GiB --max-memory 90000000GiB",
+    ] {
+        let bench = Bench::new();
+        let ran = bench.run(arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{arguments}: {}", ran.stderr);
+        assert_eq!(ran.stderr.lines().count(), 1, "{arguments}: {}", ran.stderr);
+        assert!(ran.stderr.contains("memory and the machine has"), "{arguments}: {}", ran.stderr);
+        assert!(bench.files().is_empty(), "{arguments}");
+    }
+}
+
+/// A configuration that the engine refuses is the user's to put right.
+#[test]
+fn devices_that_there_are_not_are_bad_options_too() {
+    for arguments in [
+        "loopback --transport rdma --rdma-devices nowhere_0 --scenario sizes --sizes 64 --rounds 1 --duration 20ms",
+        "loopback --transport tcp,rdma --server-rdma-devices nowhere_0 --scenario sizes --sizes 64 --rounds 1 --duration 20ms",
+    ] {
+        let bench = Bench::new();
+        let ran = run(command(arguments).arg("--out-dir").arg(bench.path("out")));
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{arguments}: {}", ran.stderr);
+        let last = ran.stderr.lines().last().unwrap_or_default();
+        let named = if cfg!(feature = "rdma") { "nowhere_0" } else { "rdma" };
+        assert!(last.contains(named), "{arguments}: {}", ran.stderr);
+        assert!(bench.files().is_empty(), "{arguments}: {:?}", bench.files());
+    }
+}
+
 #[test]
 fn an_output_that_cannot_be_written_is_noticed_first() {
     let bench = Bench::new();

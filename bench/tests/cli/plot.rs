@@ -45,6 +45,35 @@ fn a_result_is_drawn_again_and_several_are_compared() {
     assert!(ran.stdout.contains("plot.html"), "{}", ran.stdout);
     let page = std::fs::read_to_string(bench.path("plot.html")).expect("a report");
     assert!(page.contains("before: raw-tcp") && page.contains("after: raw-tcp"));
+    assert!(page.contains("after / before") && page.contains("<td>1.00</td>"), "{page}");
+    let row = ran.stdout.lines().find(|line| line.starts_with("read/64B"));
+    let cells: Vec<&str> = row.unwrap_or_default().split_whitespace().collect();
+    assert_eq!(cells, ["read/64B", "raw-tcp", "1.00", "1.00", "1.00"], "{}", ran.stdout);
+}
+
+#[test]
+fn files_and_folders_of_one_name_are_told_apart() {
+    let bench = Bench::new();
+    let result = measured(&bench);
+    let mut files = Vec::new();
+    for (folder, speed) in [("before/nixl", 1.0), ("after/nixl", 0.5)] {
+        std::fs::create_dir_all(bench.path(folder)).expect("creates");
+        let mut result = result.clone();
+        for row in result["series"].as_array_mut().expect("series") {
+            let p50 = row["latency_us"]["p50"].as_f64().expect("a figure");
+            row["latency_us"]["p50"] = (p50 * speed).into();
+        }
+        files.push(write(&bench, &format!("{folder}/results.json"), &result));
+    }
+    let ran = plot(&bench, &[&files[0], &files[1]], "");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let row = ran.stdout.lines().find(|line| line.starts_with("read/64B")).unwrap_or_default();
+    assert!(row.contains(" 0.50 "), "{}", ran.stdout);
+    let page = std::fs::read_to_string(bench.path("plot.html")).expect("a report");
+    for label in ["before/nixl: raw-tcp", "after/nixl: raw-tcp"] {
+        // A line in each of two charts of cases and in those by size, with a dot for each size.
+        assert!(page.matches(&format!("{label}, 64B:")).count() >= 2, "{label}: {page}");
+    }
 }
 
 #[test]
@@ -70,6 +99,18 @@ fn results_of_other_machines_are_compared_only_when_asked_to() {
         result["environment"]["initiator"]["cpu_model"].clone();
     let later = write(&bench, "later.json", &other);
     assert_eq!(plot(&bench, &[&here, &later], "").code, 0);
+    // One that is built alike is not, whichever side ran on it.
+    for side in ["initiator", "target"] {
+        let mut twin = result.clone();
+        twin["environment"][side]["clock"] = "another boot".into();
+        twin["environment"][side]["host_id"] = "0123456789abcdef".into();
+        let mut own = result.clone();
+        own["environment"][side]["host_id"] = "fedcba9876543210".into();
+        let (own, twin) = (write(&bench, "own.json", &own), write(&bench, "twin.json", &twin));
+        let ran = plot(&bench, &[&own, &twin], "");
+        assert_eq!(ran.code, 2, "{side}: {}", ran.stdout);
+        assert!(ran.stderr.contains("different machines"), "{}", ran.stderr);
+    }
 }
 
 #[test]

@@ -133,9 +133,18 @@ fn a_server_does_not_lend_more_memory_than_it_was_told() {
 #[test]
 fn a_missing_server_is_explained() {
     let bench = Bench::new();
-    let ran = bench.run("client --connect 127.0.0.1:1 --scenario sizes --sizes 64");
-    assert_eq!(ran.code, 1);
-    assert!(ran.stderr.contains("is `corelane-bench server` running there?"), "{}", ran.stderr);
+    for (address, expected) in [
+        ("127.0.0.1:1", "is `corelane-bench server` running there?"),
+        ("nowhere", "cannot resolve 'nowhere'"),
+    ] {
+        let mut client =
+            command(&format!("client --connect {address} --scenario sizes --sizes 64"));
+        let ran = run(client.arg("--out-dir").arg(bench.path("out")));
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
+        assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+        assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+        assert!(bench.files().is_empty(), "something is left: {:?}", bench.files());
+    }
 }
 
 #[test]
