@@ -283,7 +283,7 @@ impl LaneDriver {
                 AsyncEvent::QueuePair(number) => {
                     if let Some(slot) = self.rdma.peer_of(index, number) {
                         // Its completions say more, if they are there already.
-                        self.poll_rdma(cx);
+                        self.drain_rdma(cx);
                         let reason = "the device says that a queue pair is in error";
                         self.rdma_fail(slot, &Blame::Unsaid, reason, cx);
                     }
@@ -299,6 +299,11 @@ impl LaneDriver {
                 if self.uses_rail(slot, index) {
                     let reason = format!("{}: {reason}", rail.name());
                     self.rdma_fail(slot, &Blame::Rail(index), &reason, cx);
+                AsyncEvent::CompletionQueue(name) => {
+                    self.rdma.set_broken(index, name);
+                    self.poll_rdma(cx);
+                    continue;
+                }
                 }
             }
         }

@@ -368,11 +368,11 @@ impl Pair {
         Some(ended)
     }
 
-    /// The job of the chain that a request with this counter is in.
-    pub(crate) fn job_of(&self, counter: u32) -> Option<usize> {
+    /// The chain that a request with this counter is in.
+    pub(crate) fn chain_of(&self, counter: u32) -> Option<&Chain> {
         // The first chain that ends with it or behind it.
         let holds = |chain: &&Chain| chain.end.wrapping_sub(counter) < 1 << 31;
-        self.chains.iter().find(holds).and_then(|chain| chain.job)
+        self.chains.iter().find(holds)
     }
 
     /// A message has arrived: its bytes, and the credits that come with it are counted.
