@@ -50,7 +50,9 @@ impl LaneDriver {
             return;
         }
         if link.up_since.is_some_and(|since| now.saturating_duration_since(since) > RAIL_PAUSE) {
+            // What was long ago does not count, nor is a rail left out for it.
             link.failures = 0;
+            link.suspects = 0;
         }
         link.phase = Phase::Down;
         if let Blame::Rail(rail) = blame {

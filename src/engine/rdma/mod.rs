@@ -247,6 +247,10 @@ impl LaneDriver {
         let mut any = false;
         while let Some(event) = device.next_event() {
             any = true;
+            if let AsyncEvent::PortChanged(port) | AsyncEvent::PortUp(port) = event {
+                let same = |rail: &&Rail| rail.device.name() == device.name() && rail.port == port;
+                rails.all().iter().filter(same).for_each(Rail::look_up_address);
+            }
             // Rails may be ports of one device: whoever looked first has it.
             for lane in self.engine.lanes() {
                 let _ = lane.submit(Message::Rdma(Box::new((device.name().to_owned(), event))));
@@ -274,6 +278,12 @@ impl LaneDriver {
                 }
                 AsyncEvent::PortUp(port) if port == rail.port => {
                     rail.set_down(false);
+                    // Queue pairs that are made from now on are made on it, too.
+                    for (_, peer) in &mut self.peers {
+                        if let Some(link) = peer.rdma.as_deref_mut() {
+                            link.suspects &= !(1 << index);
+                        }
+                    }
                     continue;
                 }
                 AsyncEvent::Fatal => {
@@ -289,6 +299,11 @@ impl LaneDriver {
                     }
                     continue;
                 }
+                AsyncEvent::CompletionQueue(name) => {
+                    self.rdma.set_broken(index, name);
+                    self.poll_rdma(cx);
+                    continue;
+                }
                 _ => continue,
             };
             if self.index == 0 {
@@ -299,11 +314,6 @@ impl LaneDriver {
                 if self.uses_rail(slot, index) {
                     let reason = format!("{}: {reason}", rail.name());
                     self.rdma_fail(slot, &Blame::Rail(index), &reason, cx);
-                AsyncEvent::CompletionQueue(name) => {
-                    self.rdma.set_broken(index, name);
-                    self.poll_rdma(cx);
-                    continue;
-                }
                 }
             }
         }
