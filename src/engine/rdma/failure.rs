@@ -77,6 +77,12 @@ impl LaneDriver {
         // A peer that lives may still never answer.
         let deadline = now + self.rdma_down_patience();
         self.rdma_set_deadline(slot, deadline, cx);
+        if let Blame::Rail(rail) = blame
+            && let Some(rail) = self.rdma.rails().get(*rail)
+        {
+            // A new address is a reason to fail, and the event that tells of it may be on its way.
+            rail.suspect_address(now);
+        }
     }
 
     /// Destroys all queue pairs of a connection. Jobs that cannot be begun again end, the others wait.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
@@ -19,6 +20,9 @@ use crate::wire::{Access, MAX_RAILS, RailKeys};
 /// Rails that are chosen without being asked for, at most: those of one NUMA node.
 const MAX_CHOSEN: usize = 8;
 
+/// How often a rail's address is asked for at most, while connections fail.
+const SUSPECT_PAUSE: Duration = Duration::from_millis(500);
+
 /// A port of a device that this engine uses.
 #[derive(Debug)]
 pub(crate) struct Rail {
@@ -30,6 +34,8 @@ pub(crate) struct Rail {
     /// The index that the options ask for.
     gid_index: Option<u8>,
     address: Mutex<Address>,
+    /// When it was asked for because something had failed.
+    suspected: Mutex<Option<Instant>>,
     /// The device is gone: no queue pair is made on it any more.
     dead: AtomicBool,
     /// Its port is down, as far as its events say.
@@ -85,6 +91,17 @@ impl Rail {
         }
     }
 
+    /// Something on it has failed: the same, once for all connections that fail together.
+    pub(crate) fn suspect_address(&self, now: Instant) {
+        let mut last = self.suspected.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_over = |last: Instant| now.saturating_duration_since(last) >= SUSPECT_PAUSE;
+        if last.is_none_or(is_over) {
+            *last = Some(now);
+            drop(last);
+            self.look_up_address();
+        }
+    }
+
     fn open(device: &Arc<VerbsDevice>, port: u8, config: &RdmaConfig) -> Result<Self, String> {
         let state = device.port(port)?;
         let name = device.name();
@@ -99,6 +116,7 @@ impl Rail {
             max_msg_sz: state.max_msg_sz,
             gid_index: config.gid_index,
             address: Mutex::new(address),
+            suspected: Mutex::new(None),
             dead: AtomicBool::new(false),
             down: AtomicBool::new(false),
         })
