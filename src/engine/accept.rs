@@ -182,7 +182,7 @@ impl LaneDriver {
             // fill it for as long as it likes.
             self.drain_ring(slot, RING_MESSAGES, cx);
             // And what queue pairs have brought: in the next session its numbers would name other notifications.
-            self.poll_rdma(cx);
+            self.drain_rdma(cx);
         }
         let welcome = self.with_core(slot, cx, |core, env| match hello.kind {
             LinkKind::Session => core.accept_session(hello, liveness, number, env),

@@ -46,6 +46,8 @@ impl LaneDriver {
         false
     }
 
+    pub(super) fn drain_rdma(&mut self, _: &mut Cx<'_>) {}
+
     pub(super) fn rdma_before_sleep(&mut self, _: &mut Cx<'_>) -> bool {
         true
     }

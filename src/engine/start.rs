@@ -75,7 +75,8 @@ fn open_rails(config: &EngineConfig) -> Result<Rails> {
             "transports=rdma allows nothing else, and there is no RDMA: {reason}; add local, tcp or both"
         ))),
         Err(reason) => {
-            tracing::debug!(reason, "no RDMA");
+            // Whoever has devices in the machine and meets TCP finds here why.
+            tracing::info!("no RDMA: {reason}");
             Ok(Rails::default())
         }
     }

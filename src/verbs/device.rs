@@ -72,8 +72,8 @@ pub(crate) struct PortState {
 pub(crate) enum AsyncEvent {
     /// The queue pair with this number is in error, or soon will be.
     QueuePair(u32),
-    /// A completion queue has overrun.
-    CompletionQueue,
+    /// The completion queue with this name is broken: an overrun, or the device's own error.
+    CompletionQueue(usize),
     PortDown(u8),
     PortUp(u8),
     /// GIDs, LIDs or keys of a port have changed.
@@ -245,7 +245,7 @@ impl Device {
                 | kind::IBV_EVENT_QP_REQ_ERR
                 | kind::IBV_EVENT_QP_ACCESS_ERR
                 | kind::IBV_EVENT_PATH_MIG_ERR => AsyncEvent::QueuePair((*event.element.qp).qp_num),
-                kind::IBV_EVENT_CQ_ERR => AsyncEvent::CompletionQueue,
+                kind::IBV_EVENT_CQ_ERR => AsyncEvent::CompletionQueue(event.element.cq as usize),
                 kind::IBV_EVENT_PORT_ERR => {
                     AsyncEvent::PortDown(event.element.port_num.cast_unsigned() as u8)
                 }

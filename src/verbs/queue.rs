@@ -97,7 +97,7 @@ pub(crate) enum WorkStatus {
     NoAnswer,
     /// The peer had no receive posted.
     NotReady,
-    /// Any other, by its code.
+    /// Any other, by its code: the device, or a queue pair of it, is in a state in which it carries nothing out.
     Other(u32),
 }
 
@@ -131,7 +131,9 @@ impl std::fmt::Display for WorkStatus {
             Self::LocalProtection => "local protection error",
             Self::NoAnswer => "transport retry counter exceeded: no answer",
             Self::NotReady => "receiver-not-ready retry counter exceeded",
-            Self::Other(code) => return write!(f, "work completion status {code}"),
+            Self::Other(code) => {
+                return write!(f, "the device's own error, work completion status {code}");
+            }
         })
     }
 }
@@ -144,6 +146,10 @@ pub(crate) struct Completion {
     /// Bytes received.
     pub(crate) len: usize,
 }
+
+/// A completion queue that the device has given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Broken;
 
 /// Completions taken by one call.
 const POLL_BATCH: i32 = 32;
@@ -179,20 +185,43 @@ impl CompletionQueue {
     }
 
     /// Takes what is there, at most a batch; the answer is how many there were. An empty queue costs some 10 ns.
+    ///
+    /// # Errors
+    /// The queue is broken: no completion of its queue pairs will come any more.
     #[inline]
-    pub(crate) fn poll(&self, mut each: impl FnMut(Completion)) -> usize {
+    pub(crate) fn poll(&self, mut each: impl FnMut(Completion)) -> Result<usize, Broken> {
         let mut batch =
             [const { std::mem::MaybeUninit::<sys::ibv_wc>::uninit() }; POLL_BATCH as usize];
         // SAFETY: the queue exists, and the batch has room for what is asked for.
         let count = unsafe { (self.poll)(self.cq.as_ptr(), POLL_BATCH, batch.as_mut_ptr().cast()) };
-        // A queue that is broken has nothing; what depended on it ends by its timeouts.
-        let count = usize::try_from(count).unwrap_or(0).min(batch.len());
+        let count = usize::try_from(count).map_err(|_| Broken)?.min(batch.len());
         for entry in &batch[..count] {
             // SAFETY: the provider has filled the first `count`.
             let wc = unsafe { entry.assume_init_ref() };
             each(Completion { id: wc.wr_id(), status: WorkStatus::of(wc), len: wc.len() });
         }
-        count
+        Ok(count)
+    }
+
+    /// Takes all that was there when it was called, and perhaps some of what has come since.
+    ///
+    /// # Errors
+    /// As for `poll`; what came before is taken.
+    pub(crate) fn drain(&self, mut each: impl FnMut(Completion)) -> Result<(), Broken> {
+        // It never has more than it has room for.
+        let mut left = self.capacity as usize;
+        loop {
+            let count = self.poll(&mut each)?;
+            left = left.saturating_sub(count);
+            if count == 0 || left == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// How events name it.
+    pub(crate) fn name(&self) -> usize {
+        self.cq.as_ptr() as usize
     }
 
     /// The channel says when the next completion comes. Poll once more afterwards: what came before is not told.

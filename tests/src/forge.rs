@@ -27,6 +27,8 @@ pub enum DescriptorField {
     Base,
     /// Length in bytes.
     Len,
+    /// The key of the owner's device with this number.
+    DeviceKey(usize),
 }
 
 impl DescriptorField {
@@ -38,8 +40,15 @@ impl DescriptorField {
             Self::KeySecret => 32..44,
             Self::Base => 44..52,
             Self::Len => 52..60,
+            // Behind how many there are.
+            Self::DeviceKey(device) => 61 + 4 * device..65 + 4 * device,
         }
     }
+}
+
+/// Of how many devices a descriptor has keys.
+pub fn device_keys(descriptor: &RegionDescriptor) -> usize {
+    usize::from(descriptor.to_bytes()[60])
 }
 
 /// A descriptor with one field changed (`change` gets and gives its low 64 bits) and a matching checksum.

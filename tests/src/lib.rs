@@ -32,7 +32,7 @@ pub use allocations::{
 };
 pub use buffer::{Buffer, POISON, pattern};
 pub use children::{Killed, in_forked_child, not_run, skipped, start_with_id, wait_for_process};
-pub use forge::{DescriptorField, forge_descriptor, forge_metadata, forge_secret};
+pub use forge::{DescriptorField, device_keys, forge_descriptor, forge_metadata, forge_secret};
 pub use gpu::{Cuda, FakeCuda, GpuBuffer, PinnedBuffer, gpus};
 pub use gpu_kernels::{GpuKernels, WordRange};
 pub use gpu_sides::{FarGpu, GPU_LEN, GpuSide, assert_bytes};

@@ -316,6 +316,7 @@ impl Script {
             "log" => Ok(self.log.as_ref().ok_or("no log is kept")?.lines(words.0).join(" | ")),
             "shutdown" => self.engine()?.shutdown().map_err(told).map(|()| String::new()),
             "completed" => Ok(self.engine()?.stats().totals.completed.to_string()),
+            "rdma-failures" => Ok(self.engine()?.stats().totals.rdma_failures.to_string()),
             "failed" => Ok(self.engine()?.stats().totals.failed.to_string()),
             "served" => Ok(self.engine()?.stats().totals.requests_served.to_string()),
             "refused" => Ok(self.engine()?.stats().totals.requests_refused.to_string()),

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use corelane::{Access, Engine, Error, Operation, Plan, Status};
+use corelane::{Access, Engine, Error, Operation, Plan, Status, TransportKind};
 use corelane_tests::{
     BOUND, Buffer, Configuration, Slots, fill_block, outcome, over_each_transport, rounds, target,
     to_hex, watch,
@@ -19,6 +19,9 @@ over_each_transport!(
     bulk_reads_have_arrived_before_the_peer_is_notified,
     a_transfer_that_fails_sends_no_notification,
 );
+
+/// Bytes that one rail moves at a time of a transfer that several share.
+const STRIPE: usize = 256 << 10;
 
 /// Posts blocks `0..count` through as many transfers as there are plans. `fill` writes a block's source just before; a
 /// slot is used again when `released` has named it. `check` runs while there is nothing to do.
@@ -67,7 +70,12 @@ fn post_blocks(
 /// Writes from this process; the other one looks at each block when its notification comes.
 fn writes(config: Configuration, block: usize, slots: usize, count: u64) {
     let mut far = target!("target", block * slots);
-    let engine = Engine::new("initiator", config()).unwrap();
+    let mut config = config();
+    // A block of bulk is several stripes, which rails share.
+    config.rdma.stripe_bytes = STRIPE;
+    let over_rails = config.transports == [TransportKind::Rdma]
+        && std::env::var_os("CORELANE_RDMA_RIG").is_some();
+    let engine = Engine::new("initiator", config).unwrap();
     far.process.load(&engine.metadata());
     let near = Buffer::new(block * slots);
     let region = near.register(&engine, Access::LOCAL);
@@ -100,6 +108,12 @@ fn writes(config: Configuration, block: usize, slots: usize, count: u64) {
         },
     );
     far.process.answer().expect("every notification after its data");
+    // The rig has two devices: each stripe is a chain of its own, and no notification goes behind one.
+    if over_rails && block > STRIPE {
+        let chains = count * (block / STRIPE) as u64;
+        let doorbells = engine.stats().totals.rdma_doorbells;
+        assert!(doorbells >= chains, "{doorbells} doorbells, {chains} stripes");
+    }
 }
 
 fn many_small_writes_arrive_before_their_notifications(config: Configuration) {

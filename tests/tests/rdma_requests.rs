@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop at a surprise as tests do.
 
-use corelane::{Access, Operation, Peer, TransportKind};
+use corelane::{Access, LaneSpec, Operation, Peer, TransportKind};
 use corelane_tests::{
-    Near, Target, end_of, from_hex, outcome, rdma_config, target, to_hex, transport,
+    BOUND, Near, Target, end_of, from_hex, outcome, rdma_config, target, to_hex, transport,
 };
 
 const LEN: usize = 16 << 20;
@@ -145,4 +145,50 @@ fn many_more_notifications_than_credits_arrive_in_order_beside_bound_ones() {
     let expected: Vec<_> = (0..50).flat_map(|round| (0..11).map(move |n| (round, n))).collect();
     assert_eq!(free, expected);
     assert_eq!(bound, 50);
+}
+
+/// A WRITE of another peer's is done when the hub's device has it, and the notification behind it waits in the hub's completion queue.
+#[test]
+#[ignore = "needs an RDMA device: tests/run.sh rdma"]
+fn notifications_behind_writes_outlive_the_peer_however_many_wait_before_them() {
+    const EACH: usize = 24;
+    let settings = "unpinned=1 spin=0 liveness_ms=120000";
+    let mut hub = target!("hub", LEN, "read-write", settings);
+    let sides: Vec<(String, Near, Peer)> = (0..8)
+        .map(|number| {
+            let mut config = rdma_config();
+            config.liveness = BOUND;
+            config.lanes = LaneSpec::Unpinned { count: 1 };
+            let name = format!("side-{number}");
+            let near = Near::named(&name, config, BLOCK, Access::LOCAL);
+            let peer = near.connect(&hub.metadata);
+            assert_eq!(transport(&near.engine, "hub"), TransportKind::Rdma);
+            (name, near, peer)
+        })
+        .collect();
+    let post = |(_, near, peer): &(String, Near, Peer), number: usize| {
+        let write = near.transfer(peer, Operation::Write, (0, 0), &hub.region, 64);
+        write.post_with_notification(&[number as u8]).unwrap();
+        outcome(&write).unwrap();
+    };
+    for side in &sides {
+        post(side, 0);
+    }
+    let first = hub.process.ask(&format!("take {}", sides.len()));
+    assert_eq!(first.split_whitespace().count(), sides.len());
+    hub.process.freeze();
+    for side in &sides {
+        (1..=EACH).for_each(|number| post(side, number));
+    }
+    // The last to post is the first to leave: its goodbye is read when the hub goes on.
+    sides.last().unwrap().1.engine.shutdown().unwrap();
+    hub.process.thaw();
+    let taken = hub.process.ask(&format!("take {}", sides.len() * EACH));
+    for (name, ..) in &sides {
+        let from = format!("{name}:");
+        let of_side = taken.split_whitespace().filter_map(|one| one.strip_prefix(&from));
+        let numbers: Vec<_> = of_side.map(|one| from_hex(one).unwrap()).collect();
+        let expected: Vec<_> = (1..=EACH).map(|number| vec![number as u8]).collect();
+        assert_eq!(numbers, expected, "{name}");
+    }
 }

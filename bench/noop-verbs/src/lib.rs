@@ -2,12 +2,16 @@
 //!
 //! What is left is what the engine spends on a transfer by itself. `corelane-bench posting` starts the engine with it; no
 //! program is linked with it.
+//!
+//! For tests it breaks as real devices do (tests/tests/broken_device.rs): see `faults`.
 
 #![cfg(feature = "rdma")]
 #![allow(
     clippy::missing_safety_doc,
     reason = "the manual pages of verbs say what each caller has to keep to"
 )]
+
+mod faults;
 
 use std::collections::VecDeque;
 use std::ffi::{c_char, c_int, c_uint, c_void};
@@ -36,14 +40,20 @@ struct WorkCompletion {
 #[repr(C)]
 struct CompletionQueue {
     public: sys::ibv_cq,
-    /// IDs of requests that were to tell of their end.
-    done: VecDeque<u64>,
+    /// IDs of requests that were to tell of their end, or failed, and how they ended.
+    done: VecDeque<(u64, u32)>,
+    /// Cannot be polled any more.
+    is_broken: bool,
+    /// Is about to be reported; nothing comes out of it any more.
+    is_silent: bool,
 }
 
 #[repr(C)]
 struct QueuePair {
     public: sys::ibv_qp,
     done: *mut CompletionQueue,
+    /// A request has failed: all that follow are flushed.
+    has_failed: bool,
 }
 
 /// Handed out, never used up.
@@ -86,6 +96,7 @@ unsafe extern "C" fn ibv_open_device(device: *mut sys::ibv_device) -> *mut sys::
     context.device = device;
     // SAFETY: makes a descriptor.
     context.async_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    faults::read();
     context.ops.post_send = Some(post_send);
     context.ops.post_recv = Some(post_recv);
     context.ops.poll_cq = Some(poll_cq);
@@ -151,10 +162,18 @@ unsafe extern "C" fn ibv_query_gid(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_get_async_event(
-    _: *mut sys::ibv_context,
-    _: *mut sys::ibv_async_event,
+    context: *mut sys::ibv_context,
+    event: *mut sys::ibv_async_event,
 ) -> c_int {
-    -1
+    let Some(cq) = faults::next_event() else { return -1 };
+    let mut told = 0u64;
+    // SAFETY: the descriptor is the context's, the event the caller's.
+    unsafe {
+        libc::read((*context).async_fd, (&raw mut told).cast(), size_of_val(&told));
+        (*event).event_type = sys::IBV_EVENT_CQ_ERR;
+        (*event).element.cq = cq as *mut sys::ibv_cq;
+    }
+    0
 }
 
 #[unsafe(no_mangle)]
@@ -249,7 +268,8 @@ unsafe extern "C" fn ibv_create_cq(
     let mut public: sys::ibv_cq = unsafe { std::mem::zeroed() };
     (public.context, public.channel, public.cqe) = (context, channel, entries);
     let done = VecDeque::with_capacity(usize::try_from(entries).unwrap_or(0));
-    Box::into_raw(Box::new(CompletionQueue { public, done })).cast()
+    let queue = CompletionQueue { public, done, is_broken: false, is_silent: false };
+    Box::into_raw(Box::new(queue)).cast()
 }
 
 #[unsafe(no_mangle)]
@@ -282,7 +302,7 @@ unsafe extern "C" fn ibv_create_qp(
         (public, (*pd).context, (*attr).send_cq)
     };
     (public.context, public.pd, public.send_cq, public.qp_num) = (context, pd, cq, number());
-    Box::into_raw(Box::new(QueuePair { public, done: cq.cast() })).cast()
+    Box::into_raw(Box::new(QueuePair { public, done: cq.cast(), has_failed: false })).cast()
 }
 
 #[unsafe(no_mangle)]
@@ -308,16 +328,51 @@ unsafe extern "C" fn post_send(
     _: *mut *mut sys::ibv_send_wr,
 ) -> c_int {
     // SAFETY: made by `ibv_create_qp`; its completion queue outlives it, and one thread uses both.
-    let done = unsafe { &mut (*(*qp.cast::<QueuePair>()).done).done };
+    let (pair, queue) = unsafe {
+        let pair = &mut *qp.cast::<QueuePair>();
+        let queue = &mut *pair.done;
+        (pair, queue)
+    };
+    let may_fail = faults::are_asked_for();
     while !request.is_null() {
         // SAFETY: the caller's chain.
         let wr = unsafe { &*request };
-        if wr.send_flags & sys::ibv_send_flags::IBV_SEND_SIGNALED.0 != 0 {
-            done.push_back(wr.wr_id);
+        if may_fail && fails(pair, queue, wr) {
+            // It has told of itself, or nothing will.
+        } else if wr.send_flags & sys::ibv_send_flags::IBV_SEND_SIGNALED.0 != 0 {
+            queue.done.push_back((wr.wr_id, sys::ibv_wc_status::IBV_WC_SUCCESS));
         }
         request = wr.next;
     }
     0
+}
+
+/// Whether a request is not carried out.
+#[cold]
+fn fails(pair: &mut QueuePair, queue: &mut CompletionQueue, wr: &sys::ibv_send_wr) -> bool {
+    use sys::ibv_wr_opcode as opcode;
+    if pair.has_failed {
+        queue.done.push_back((wr.wr_id, sys::ibv_wc_status::IBV_WC_WR_FLUSH_ERR));
+        return true;
+    }
+    if !matches!(wr.opcode, opcode::IBV_WR_RDMA_READ | opcode::IBV_WR_RDMA_WRITE) {
+        return false;
+    }
+    match faults::next() {
+        None => return false,
+        Some(faults::Fault::Status(status)) => {
+            pair.has_failed = true;
+            queue.done.push_back((wr.wr_id, status));
+        }
+        Some(faults::Fault::Poll) => queue.is_broken = true,
+        Some(faults::Fault::Event) => {
+            queue.is_silent = true;
+            // SAFETY: the context is open as long as its queue pairs exist.
+            let fd = unsafe { (*pair.public.context).async_fd };
+            faults::report((&raw const queue.public) as usize, fd);
+        }
+    }
+    true
 }
 
 unsafe extern "C" fn post_recv(
@@ -330,14 +385,20 @@ unsafe extern "C" fn post_recv(
 
 unsafe extern "C" fn poll_cq(cq: *mut sys::ibv_cq, most: c_int, out: *mut sys::ibv_wc) -> c_int {
     // SAFETY: made by `ibv_create_cq`, polled by one thread.
-    let done = unsafe { &mut (*cq.cast::<CompletionQueue>()).done };
+    let queue = unsafe { &mut *cq.cast::<CompletionQueue>() };
+    if queue.is_broken {
+        return -1;
+    }
+    if queue.is_silent {
+        return 0;
+    }
     let mut count = 0;
     while count < most
-        && let Some(wr_id) = done.pop_front()
+        && let Some((wr_id, status)) = queue.done.pop_front()
     {
         let completion = WorkCompletion {
             wr_id,
-            status: 0,
+            status,
             opcode: 0,
             vendor_err: 0,
             byte_len: 0,

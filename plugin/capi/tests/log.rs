@@ -31,10 +31,15 @@ struct Process {
 
 impl Process {
     fn start(name: &str, stderr: impl Into<Stdio>) -> Self {
+        Self::start_with(&[], name, stderr)
+    }
+
+    fn start_with(variables: &[(&str, &str)], name: &str, stderr: impl Into<Stdio>) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([name, "--exact", "--nocapture", "--test-threads=1"])
             .env(CHILD, "1")
             .env("CORELANE_LISTEN", "127.0.0.1")
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(stderr)
@@ -105,8 +110,14 @@ fn set_nonblocking(fd: &impl AsRawFd, nonblocking: bool) {
 /// All that the test `name` writes to standard error.
 #[track_caller]
 fn lines_of(name: &str) -> Vec<String> {
+    lines_with(&[], name)
+}
+
+/// The same, with environment variables.
+#[track_caller]
+fn lines_with(variables: &[(&str, &str)], name: &str) -> Vec<String> {
     let (mut log, end) = pipe();
-    let process = Process::start(name, end);
+    let process = Process::start_with(variables, name, end);
     let reader = std::thread::spawn(move || {
         let mut text = String::new();
         log.read_to_string(&mut text).unwrap();
@@ -242,7 +253,7 @@ fn a_standard_error_without_a_reader_is_no_signal() {
 #[test]
 fn every_line_is_one_short_write() {
     if in_child() {
-        create(&[("log_level", "info")]).unwrap();
+        create(&[("log_level", "info"), ("transports", "local,tcp")]).unwrap();
         tracing::warn!(peer = "ß".repeat(10_000), "long");
         tracing::info!(peer = "a\nb", number = 7, "not\nsplit\u{1b}[2J");
         return;
@@ -265,6 +276,29 @@ fn every_line_is_one_short_write() {
     let odd = line();
     let expected = " corelane INFO  not\\nsplit\\u{1b}[2J peer=\"a\\nb\" number=7\n";
     assert!(odd.ends_with(expected), "{odd}");
+}
+
+#[test]
+fn an_engine_without_rdma_says_why_unless_it_is_not_to_have_any() {
+    if in_child() {
+        // What is said by default.
+        let engines = [(); 2].map(|()| create(&[]).unwrap());
+        let other = create(&[("transports", "local,tcp")]).unwrap();
+        engines.into_iter().chain([other]).for_each(destroy);
+        return;
+    }
+    // On every machine.
+    const NO_LIBRARY: &str = "libnone-of-corelane.so.1";
+    let name = "an_engine_without_rdma_says_why_unless_it_is_not_to_have_any";
+    let lines = lines_with(&[("CORELANE_LIBIBVERBS", NO_LIBRARY)], name);
+    assert_eq!(with(&lines, &[" INFO  engine started"]).len(), 3, "{lines:?}");
+    let said = with(&lines, &[" INFO  no RDMA: "]);
+    assert_eq!(said.len(), 2, "{lines:?}");
+    // Or it was built without.
+    let missing = format!("no RDMA: {NO_LIBRARY} not found");
+    let why =
+        [missing.as_str(), "no RDMA: this corelane was built without it (cargo feature `rdma`)"];
+    assert!(said.iter().all(|line| why.iter().any(|why| line.ends_with(why))), "{said:?}");
 }
 
 #[test]

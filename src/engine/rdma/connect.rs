@@ -7,7 +7,8 @@ use super::RAIL_PAUSE;
 use crate::engine::lane::LaneDriver;
 use crate::session::{LinkId, RailPairs};
 use crate::sys;
-use crate::transport::rdma::{PairId, Phase, Rail};
+use crate::transport::rdma::{Candidate, PairId, Phase, Rail, nearest};
+use crate::verbs::Gid;
 use crate::wire::frame::{FrameKind, Header};
 use crate::wire::rdma::{QueuePairFrame, RdmaFrame, RdmaMessage, Verdict};
 
@@ -185,7 +186,7 @@ impl LaneDriver {
         offer: &QueuePairFrame,
     ) -> Result<QueuePairFrame, String> {
         let rails = self.rdma.rails().clone();
-        let rail_index = nearest_rail(&rails, offer).ok_or("no device is usable")?;
+        let rail_index = self.nearest_rail(slot, offer).ok_or("no device is usable")?;
         let rail = rails.get(rail_index).ok_or("no device is usable")?;
         let told = |error: std::io::Error| format!("{}: {error}", rail.name());
         let id = self.rdma.add_pair(rail_index, slot, offer.index, random_psn()).map_err(told)?;
@@ -201,6 +202,26 @@ impl LaneDriver {
             link.pairs.push((offer.index, id));
         }
         Ok(answer)
+    }
+
+    /// Which of our rails is best for a queue pair of the peer.
+    fn nearest_rail(&mut self, slot: usize, offer: &QueuePairFrame) -> Option<usize> {
+        let rails = self.rdma.rails().clone();
+        let ids: SmallVec<[PairId; 4]> =
+            self.rdma_link(slot)?.pairs.iter().map(|(_, id)| *id).collect();
+        let mut made: SmallVec<[(usize, usize); 8]> = SmallVec::new();
+        for id in ids {
+            let both = self.rdma.pair(id).map(|pair| (pair.rail, pair.peer_rail));
+            made.extend(both.filter(|both| !made.contains(both)));
+        }
+        let theirs = usize::from(offer.rail);
+        let usable = rails.all().iter().enumerate();
+        let usable = usable.filter(|(_, rail)| rail.is_usable() && rail.ethernet == offer.ethernet);
+        let candidates = usable.map(|(index, rail)| {
+            let others = made.iter().filter(|(own, peer)| *own == index && *peer != theirs);
+            Candidate { rail: index, address: rail.address(), others: others.count() }
+        });
+        nearest(candidates, rails.all().len(), Gid(offer.gid), theirs)
     }
 
     /// The peer has connected its end: ours is, and HELLO goes over it.
@@ -370,21 +391,4 @@ fn blank(verdict: Verdict, generation: u32, index: u8, count: u8) -> QueuePairFr
 /// A first packet number that stray packets of an earlier connection do not have. Without random bytes, any will do.
 fn random_psn() -> u32 {
     u32::from_le_bytes(sys::random().unwrap_or([7; 4])) & 0xff_ffff
-}
-
-/// Which of our rails is best for a queue pair of the peer: whose address has most in common, else the one with its number.
-fn nearest_rail(rails: &crate::transport::rdma::Rails, offer: &QueuePairFrame) -> Option<usize> {
-    let count = rails.all().len();
-    let theirs = u128::from_be_bytes(offer.gid);
-    let usable = rails
-        .all()
-        .iter()
-        .enumerate()
-        .filter(|(_, rail)| rail.is_usable() && rail.ethernet == offer.ethernet);
-    usable
-        .max_by_key(|(index, rail)| {
-            let common = (u128::from_be_bytes(rail.gid.0) ^ theirs).leading_zeros();
-            (common, *index == usize::from(offer.rail) % count, std::cmp::Reverse(*index))
-        })
-        .map(|(index, _)| index)
 }

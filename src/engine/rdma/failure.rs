@@ -16,10 +16,20 @@ const MAX_FAILURES: u32 = 5;
 /// How often a transfer is begun again before it counts as what breaks the connection.
 const MAX_TRIES: u8 = 3;
 
+/// Whose memory was closed to a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusal {
+    Theirs,
+    /// Our own, at about this address.
+    Ours {
+        addr: u64,
+    },
+}
+
 /// What a failed queue pair means for others.
 pub(super) enum Blame {
     /// A transfer: only it fails.
-    Job(usize, WorkStatus),
+    Job(usize, Refusal),
     /// The way, of this rail.
     Rail(usize),
     /// Nobody in particular.
@@ -40,7 +50,9 @@ impl LaneDriver {
             return;
         }
         if link.up_since.is_some_and(|since| now.saturating_duration_since(since) > RAIL_PAUSE) {
+            // What was long ago does not count, nor is a rail left out for it.
             link.failures = 0;
+            link.suspects = 0;
         }
         link.phase = Phase::Down;
         if let Blame::Rail(rail) = blame {
@@ -56,7 +68,7 @@ impl LaneDriver {
             tracing::warn!(peer = &*peer.core.peer.name, reason, "RDMA is interrupted");
         }
         let culprit = match blame {
-            Blame::Job(job, status) => Some((*job, *status)),
+            Blame::Job(job, refusal) => Some((*job, *refusal)),
             Blame::Rail(_) | Blame::Nobody | Blame::Unsaid => None,
         };
         self.rdma_take_down(slot, culprit, reason, cx);
@@ -65,20 +77,26 @@ impl LaneDriver {
         // A peer that lives may still never answer.
         let deadline = now + self.rdma_down_patience();
         self.rdma_set_deadline(slot, deadline, cx);
+        if let Blame::Rail(rail) = blame
+            && let Some(rail) = self.rdma.rails().get(*rail)
+        {
+            // A new address is a reason to fail, and the event that tells of it may be on its way.
+            rail.suspect_address(now);
+        }
     }
 
     /// Destroys all queue pairs of a connection. Jobs that cannot be begun again end, the others wait.
     pub(super) fn rdma_take_down(
         &mut self,
         slot: usize,
-        culprit: Option<(usize, WorkStatus)>,
+        culprit: Option<(usize, Refusal)>,
         reason: &str,
         cx: &mut Cx<'_>,
     ) {
         // The culprit's job has a place that may be given to another while messages are taken: it ends first.
-        let key = culprit.and_then(|(job, status)| {
+        let key = culprit.and_then(|(job, refusal)| {
             let link = self.rdma_link(slot)?;
-            link.jobs.get(job).map(|job| (job.key, status))
+            link.jobs.get(job).map(|job| (job.key, refusal))
         });
         self.rdma_destroy(slot, cx);
         let Some(peer) = self.peers.get_mut(slot) else { return };
@@ -90,17 +108,14 @@ impl LaneDriver {
             let Some(job) = link.jobs.get_mut(job_slot) else { continue };
             // Where another job is to blame, this one is not tried in vain.
             job.tries += u8::from(key.is_none());
-            let blamed = key.filter(|(key, _)| *key == job.key).map(|(_, status)| status);
+            let blamed = key.filter(|(key, _)| *key == job.key).map(|(_, refusal)| refusal);
             let error = match blamed {
-                Some(WorkStatus::RemoteAccess | WorkStatus::RemoteInvalid) => {
+                Some(Refusal::Theirs) => {
                     // So does a process whose memory is torn down: whether this one lives, its answer tells.
                     job.refused = true;
                     continue;
                 }
-                Some(_) => Some(Error::Permission {
-                    peer: name.clone(),
-                    reason: "this side's device refused the access to its own memory: is it mapped and writable?",
-                }),
+                Some(Refusal::Ours { addr }) => Some(Error::Fault { addr }),
                 None if job.is_notified() || job.tries > MAX_TRIES => {
                     Some(Error::RemoteDisconnect { peer: name.clone(), reason: reason.into() })
                 }
@@ -181,7 +196,8 @@ impl LaneDriver {
                 pair.set_error();
             }
         }
-        let batch = self.rdma.poll();
+        // All of it: a notification that came behind a WRITE is nowhere else, once its sender has seen the end of the WRITE.
+        let batch = self.rdma.drain();
         // Errors of these are what is expected; of others they come up again.
         let (good, bad): (Vec<_>, Vec<_>) =
             batch.iter().partition(|completion| completion.status == WorkStatus::Success);
@@ -207,7 +223,7 @@ impl LaneDriver {
         cx: &mut Cx<'_>,
     ) -> Result<(), String> {
         // What this side's own completions say of it comes first: they name the transfer that is to blame.
-        self.poll_rdma(cx);
+        self.drain_rdma(cx);
         let Some(link) = self.rdma_link(slot) else { return Ok(()) };
         if link.generation != generation {
             return Ok(());

@@ -247,6 +247,10 @@ impl LaneDriver {
         let mut any = false;
         while let Some(event) = device.next_event() {
             any = true;
+            if let AsyncEvent::PortChanged(port) | AsyncEvent::PortUp(port) = event {
+                let same = |rail: &&Rail| rail.device.name() == device.name() && rail.port == port;
+                rails.all().iter().filter(same).for_each(Rail::look_up_address);
+            }
             // Rails may be ports of one device: whoever looked first has it.
             for lane in self.engine.lanes() {
                 let _ = lane.submit(Message::Rdma(Box::new((device.name().to_owned(), event))));
@@ -274,6 +278,12 @@ impl LaneDriver {
                 }
                 AsyncEvent::PortUp(port) if port == rail.port => {
                     rail.set_down(false);
+                    // Queue pairs that are made from now on are made on it, too.
+                    for (_, peer) in &mut self.peers {
+                        if let Some(link) = peer.rdma.as_deref_mut() {
+                            link.suspects &= !(1 << index);
+                        }
+                    }
                     continue;
                 }
                 AsyncEvent::Fatal => {
@@ -283,10 +293,15 @@ impl LaneDriver {
                 AsyncEvent::QueuePair(number) => {
                     if let Some(slot) = self.rdma.peer_of(index, number) {
                         // Its completions say more, if they are there already.
-                        self.poll_rdma(cx);
+                        self.drain_rdma(cx);
                         let reason = "the device says that a queue pair is in error";
                         self.rdma_fail(slot, &Blame::Unsaid, reason, cx);
                     }
+                    continue;
+                }
+                AsyncEvent::CompletionQueue(name) => {
+                    self.rdma.set_broken(index, name);
+                    self.poll_rdma(cx);
                     continue;
                 }
                 _ => continue,

@@ -1,15 +1,16 @@
 //! Transfers and messages are posted, completions taken.
 
 use corelane_runtime::Cx;
+use smallvec::SmallVec;
 
-use super::failure::Blame;
+use super::failure::{Blame, Refusal};
 use crate::engine::lane::{LaneDriver, env as lane_env};
 use crate::error::Error;
 use crate::gpu::{Device, GpuError, Look};
 use crate::plan::PlanInner;
 use crate::session::{RingState, Wired, WiredEnd};
 use crate::transport::local::Message as RingMessage;
-use crate::transport::rdma::{Job, Pair, Phase, Rail, WorkId};
+use crate::transport::rdma::{Job, Pair, PairId, Phase, Rail, WorkId};
 use crate::verbs::{Completion, WorkStatus};
 use crate::wire::rdma::{MAX_MESSAGE_PAYLOAD, RdmaMessage};
 
@@ -184,7 +185,39 @@ impl LaneDriver {
         let worked = !batch.is_empty();
         self.on_completions(&batch, cx);
         self.rdma.recycle(batch);
-        worked
+        worked | (self.rdma.has_broken() && self.rdma_leave_broken(cx))
+    }
+
+    /// Takes all that the completion queues have: where what comes next depends on it.
+    pub(in crate::engine) fn drain_rdma(&mut self, cx: &mut Cx<'_>) {
+        if self.rdma.is_idle() {
+            return;
+        }
+        let batch = self.rdma.drain();
+        self.on_completions(&batch, cx);
+        self.rdma.recycle(batch);
+    }
+
+    /// Queue pairs whose completions will not come are made anew, on another completion queue.
+    #[cold]
+    fn rdma_leave_broken(&mut self, cx: &mut Cx<'_>) -> bool {
+        for (slot, rail) in self.rdma.take_broken() {
+            let Some(link) = self.rdma_link(slot) else { continue };
+            if link.phase == Phase::Connecting && link.offers {
+                let generation = link.generation;
+                let all: SmallVec<[(u8, PairId); 4]> = link.pairs.clone();
+                for (index, id) in all {
+                    if self.rdma.pair(id).is_some_and(|pair| pair.rail == rail) {
+                        self.rdma_decided(slot, generation, index, false, cx);
+                    }
+                }
+                continue;
+            }
+            let name = self.rdma.rails().get(rail).map(Rail::name).unwrap_or_default();
+            let reason = format!("{name}: the device has given a completion queue up");
+            self.rdma_fail(slot, &Blame::Rail(rail), &reason, cx);
+        }
+        true
     }
 
     /// Good news first: a failure destroys queue pairs, and with them what is known of their completions.
@@ -216,6 +249,9 @@ impl LaneDriver {
             }
             return;
         }
+        // One that tells of messages only is no transfer's.
+        let of_transfer = pair.chain_of(number).is_some_and(|chain| chain.job.is_some());
+        self.counters.rdma_completions.add(u64::from(of_transfer));
         pair.completed(number);
         let index = pair.index;
         if !pair.works {
@@ -230,7 +266,6 @@ impl LaneDriver {
             let chain = self.rdma.pair(id).and_then(Pair::next_ended);
             let Some(chain) = chain else { break };
             let Some(job) = chain.job else { continue };
-            self.counters.rdma_completions.add(1);
             let Some(ended) = self.rdma_link(slot).and_then(|link| link.chain_ended(job)) else {
                 continue;
             };
@@ -250,25 +285,26 @@ impl LaneDriver {
         let status = completion.status;
         let Some((slot, pair)) = self.rdma.entry(id) else { return };
         let (index, rail) = (pair.index, pair.rail);
-        let job = pair.job_of(number).filter(|_| !receive);
+        let chain = pair.chain_of(number).filter(|_| !receive);
+        let work = chain.and_then(|chain| Some((chain.job?, chain.span)));
         let Some(link) = self.rdma_link(slot) else { return };
         if link.phase == Phase::Connecting && link.offers {
             let generation = link.generation;
             return self.rdma_decided(slot, generation, index, false, cx);
         }
-        let name = self.rdma.rails().get(rail).map(Rail::name).unwrap_or_default();
-        let blame = match (status, job) {
-            (
-                WorkStatus::RemoteAccess
-                | WorkStatus::RemoteInvalid
-                | WorkStatus::LocalProtection
-                | WorkStatus::Other(_),
-                Some(job),
-            ) => Blame::Job(job, status),
-            (WorkStatus::NoAnswer, _) => Blame::Rail(rail),
+        let blame = match (status, work) {
+            (WorkStatus::RemoteAccess | WorkStatus::RemoteInvalid, Some((job, _))) => {
+                Blame::Job(job, Refusal::Theirs)
+            }
+            (WorkStatus::LocalProtection, Some((job, span))) => {
+                Blame::Job(job, Refusal::Ours { addr: link.address_of(job, span) })
+            }
+            // What the device has no better word for is its own doing, and no transfer's.
+            (WorkStatus::NoAnswer | WorkStatus::Other(_), _) => Blame::Rail(rail),
             (WorkStatus::Flushed, _) => Blame::Unsaid,
             _ => Blame::Nobody,
         };
+        let name = self.rdma.rails().get(rail).map(Rail::name).unwrap_or_default();
         self.rdma_fail(slot, &blame, &reason_of(status, &name), cx);
     }
 

@@ -57,6 +57,23 @@ struct Queue {
     cq: Arc<CompletionQueue>,
     /// Entries that queue pairs have shares of: it cannot overrun.
     taken: u32,
+    /// The device has given it up: nothing more comes out of it.
+    is_broken: bool,
+}
+
+impl Queue {
+    #[inline]
+    fn poll(&mut self, batch: &mut Vec<Completion>, news: &mut bool) {
+        if !self.is_broken && self.cq.poll(|completion| batch.push(completion)).is_err() {
+            (self.is_broken, *news) = (true, true);
+        }
+    }
+
+    fn drain(&mut self, batch: &mut Vec<Completion>, news: &mut bool) {
+        if !self.is_broken && self.cq.drain(|completion| batch.push(completion)).is_err() {
+            (self.is_broken, *news) = (true, true);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -83,6 +100,8 @@ pub(crate) struct LaneRdma {
     /// What is about to be posted.
     list: SendList,
     batch: Vec<Completion>,
+    /// A completion queue has broken, and those whose queue pairs it is for do not know.
+    has_broken: bool,
 }
 
 impl LaneRdma {
@@ -106,6 +125,7 @@ impl LaneRdma {
             next_stamp: 0,
             list: SendList::new(CHAIN + 1, (CHAIN + 1) * MAX_SGE as usize),
             batch: Vec::with_capacity(64),
+            has_broken: false,
         }
     }
 
@@ -144,14 +164,21 @@ impl LaneRdma {
         let rail = rails.get(rail_index).filter(|rail| rail.is_usable()).ok_or_else(gone)?;
         let lane = self.lanes.get_mut(rail_index).and_then(Option::as_mut).ok_or_else(gone)?;
         let share = Pair::share(rail);
-        let room = |queue: &Queue| queue.taken + share <= queue.cq.capacity();
+        let room = |queue: &Queue| !queue.is_broken && queue.taken + share <= queue.cq.capacity();
         let queue = if let Some(queue) = lane.queues.iter().position(room) {
             queue
         } else {
             let entries = QUEUE_ENTRIES.min(rail.device.limits().max_cqe).max(share);
             let cq = CompletionQueue::new(&rail.device, &lane.channel, entries)?;
-            lane.queues.push(Queue { cq, taken: 0 });
-            lane.queues.len() - 1
+            let made = Queue { cq, taken: 0, is_broken: false };
+            // In the place of one that is broken, once all have left it.
+            let left = lane.queues.iter().position(|queue| queue.is_broken && queue.taken == 0);
+            let place = left.unwrap_or(lane.queues.len());
+            match lane.queues.get_mut(place) {
+                Some(broken) => *broken = made,
+                None => lane.queues.push(made),
+            }
+            place
         };
         let slot = u16::try_from(self.pairs.vacant_key())
             .map_err(|_| io::Error::from_raw_os_error(libc::EMFILE))?;
@@ -201,12 +228,58 @@ impl LaneRdma {
     pub(crate) fn poll(&mut self) -> Vec<Completion> {
         let mut batch = std::mem::take(&mut self.batch);
         batch.clear();
-        for lane in self.lanes.iter().flatten() {
-            for queue in &lane.queues {
-                queue.cq.poll(|completion| batch.push(completion));
+        for lane in self.lanes.iter_mut().flatten() {
+            for queue in &mut lane.queues {
+                queue.poll(&mut batch, &mut self.has_broken);
             }
         }
         batch
+    }
+
+    /// Takes all that every completion queue has. As for `poll`.
+    pub(crate) fn drain(&mut self) -> Vec<Completion> {
+        let mut batch = std::mem::take(&mut self.batch);
+        batch.clear();
+        for lane in self.lanes.iter_mut().flatten() {
+            for queue in &mut lane.queues {
+                queue.drain(&mut batch, &mut self.has_broken);
+            }
+        }
+        batch
+    }
+
+    /// An event says that a completion queue of a rail is broken, which may be another lane's.
+    pub(crate) fn set_broken(&mut self, rail: usize, name: usize) {
+        let Some(Some(lane)) = self.lanes.get_mut(rail) else { return };
+        for queue in lane.queues.iter_mut().filter(|queue| queue.cq.name() == name) {
+            self.has_broken |= !queue.is_broken;
+            queue.is_broken = true;
+        }
+    }
+
+    /// Whether `take_broken` has something.
+    #[inline]
+    pub(crate) fn has_broken(&self) -> bool {
+        self.has_broken
+    }
+
+    /// The peers with queue pairs whose completions will not come, and the rail of each.
+    #[cold]
+    pub(crate) fn take_broken(&mut self) -> Vec<(usize, usize)> {
+        self.has_broken = false;
+        let is_broken = |pair: &Pair| {
+            let lane = self.lanes.get(pair.rail).and_then(Option::as_ref);
+            lane.and_then(|lane| lane.queues.get(pair.queue)).is_some_and(|queue| queue.is_broken)
+        };
+        let mut peers: Vec<(usize, usize)> = self
+            .pairs
+            .iter()
+            .filter(|(_, entry)| is_broken(&entry.pair))
+            .map(|(_, entry)| (entry.peer, entry.pair.rail))
+            .collect();
+        peers.sort_unstable();
+        peers.dedup();
+        peers
     }
 
     pub(crate) fn recycle(&mut self, batch: Vec<Completion>) {

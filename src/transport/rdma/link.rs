@@ -273,6 +273,13 @@ impl Link {
             .then(|| job.plan.bytes >= SHARED_STRIPES * u64::from(self.stripe))
     }
 
+    /// Where a part of a job's plan begins in our memory.
+    pub(crate) fn address_of(&self, slot: usize, span: Span) -> u64 {
+        let pieces = self.jobs.get(slot).map(|job| &job.plan.rdma.pieces);
+        let piece = pieces.and_then(|pieces| pieces.get(span.from.piece as usize));
+        piece.map_or(0, |piece| piece.addr + u64::from(span.from.piece_done))
+    }
+
     /// Whether a job's memory is registered with both ends of a queue pair.
     pub(super) fn is_open_on(&self, slot: usize, pair: &Pair) -> bool {
         self.jobs.get(slot).is_some_and(|job| job.plan.is_open_on(pair.rail, pair.peer_rail))

@@ -6,6 +6,7 @@
 //!
 //! What is sent when is decided here ([`Link`]); that the session agrees on it is the business of the engine's lane.
 
+mod address;
 mod buffers;
 mod gpu;
 mod lane;
@@ -15,6 +16,7 @@ mod pair;
 mod rails;
 mod slots;
 
+pub(crate) use address::{Candidate, nearest};
 pub(crate) use lane::{LaneRdma, PairId, WorkId};
 pub(crate) use link::{EndedJob, Job, Late, Link, Phase};
 pub(crate) use near::near_all;

@@ -172,16 +172,17 @@ impl Pair {
     /// This end, for the peer.
     pub(crate) fn describe(&self, rail: &Rail, frame: QueuePairFrame) -> QueuePairFrame {
         let limits = rail.device.limits();
+        let address = rail.address();
         QueuePairFrame {
             index: self.index,
             rail: self.rail as u8,
             receives: self.receives,
             number: self.qp.number(),
             psn: self.psn,
-            mtu: rail.mtu,
+            mtu: address.mtu,
             ethernet: rail.ethernet,
-            gid: rail.gid.0,
-            lid: rail.lid,
+            gid: address.gid.0,
+            lid: address.lid,
             max_rd_atomic: limits.max_rd_atomic,
             max_dest_rd_atomic: limits.max_dest_rd_atomic,
             max_msg_sz: rail.max_msg_sz,
@@ -197,11 +198,12 @@ impl Pair {
         peer: &QueuePairFrame,
     ) -> io::Result<()> {
         let limits = rail.device.limits();
+        let address = rail.address();
         self.qp.connect(&Connect {
             port: rail.port,
-            sgid_index: rail.gid_index,
+            sgid_index: address.gid_index,
             ethernet: rail.ethernet,
-            mtu: rail.mtu.min(peer.mtu),
+            mtu: address.mtu.min(peer.mtu),
             service_level: config.service_level,
             traffic_class: config.traffic_class,
             timeout: config.timeout,
@@ -368,11 +370,11 @@ impl Pair {
         Some(ended)
     }
 
-    /// The job of the chain that a request with this counter is in.
-    pub(crate) fn job_of(&self, counter: u32) -> Option<usize> {
+    /// The chain that a request with this counter is in.
+    pub(crate) fn chain_of(&self, counter: u32) -> Option<&Chain> {
         // The first chain that ends with it or behind it.
         let holds = |chain: &&Chain| chain.end.wrapping_sub(counter) < 1 << 31;
-        self.chains.iter().find(holds).and_then(|chain| chain.job)
+        self.chains.iter().find(holds)
     }
 
     /// A message has arrived: its bytes, and the credits that come with it are counted.

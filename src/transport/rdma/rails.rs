@@ -4,21 +4,24 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
+use super::address::Address;
 use super::gpu::Told;
 use super::near::Nodes;
 use super::slots::Slots;
 use crate::config::RdmaConfig;
 use crate::gpu::Device;
-use crate::verbs::{
-    self, Device as VerbsDevice, Gid, MemoryAccess, MemoryRegion, ProtectionDomain,
-};
+use crate::verbs::{self, Device as VerbsDevice, MemoryAccess, MemoryRegion, ProtectionDomain};
 use crate::wire::{Access, MAX_RAILS, RailKeys};
 
 /// Rails that are chosen without being asked for, at most: those of one NUMA node.
 const MAX_CHOSEN: usize = 8;
+
+/// How often a rail's address is asked for at most, while connections fail.
+const SUSPECT_PAUSE: Duration = Duration::from_millis(500);
 
 /// A port of a device that this engine uses.
 #[derive(Debug)]
@@ -26,12 +29,13 @@ pub(crate) struct Rail {
     pub(crate) device: Arc<VerbsDevice>,
     pub(crate) pd: Arc<ProtectionDomain>,
     pub(crate) port: u8,
-    pub(crate) gid_index: u8,
-    pub(crate) gid: Gid,
     pub(crate) ethernet: bool,
-    pub(crate) lid: u16,
-    pub(crate) mtu: u8,
     pub(crate) max_msg_sz: u32,
+    /// The index that the options ask for.
+    gid_index: Option<u8>,
+    address: Mutex<Address>,
+    /// When it was asked for because something had failed.
+    suspected: Mutex<Option<Instant>>,
     /// The device is gone: no queue pair is made on it any more.
     dead: AtomicBool,
     /// Its port is down, as far as its events say.
@@ -64,53 +68,59 @@ impl Rail {
         self.down.store(down, Ordering::Relaxed);
     }
 
+    /// How packets get here, for queue pairs that are made now.
+    pub(crate) fn address(&self) -> Address {
+        *self.address.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The device has said that its address may have changed: asks for it. System calls. Queue pairs that there are keep the one
+    /// they were made with.
+    pub(crate) fn look_up_address(&self) {
+        // Amid a change there may be none for a moment: what comes next is told again.
+        let Ok(new) = Address::read(&self.device, self.port, self.gid_index) else { return };
+        let mut address = self.address.lock().unwrap_or_else(PoisonError::into_inner);
+        if *address != new {
+            tracing::info!(
+                rail = self.name(),
+                gid = %new.gid,
+                gid_index = new.gid_index,
+                lid = new.lid,
+                "the address of a rail has changed"
+            );
+            *address = new;
+        }
+    }
+
+    /// Something on it has failed: the same, once for all connections that fail together.
+    pub(crate) fn suspect_address(&self, now: Instant) {
+        let mut last = self.suspected.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_over = |last: Instant| now.saturating_duration_since(last) >= SUSPECT_PAUSE;
+        if last.is_none_or(is_over) {
+            *last = Some(now);
+            drop(last);
+            self.look_up_address();
+        }
+    }
+
     fn open(device: &Arc<VerbsDevice>, port: u8, config: &RdmaConfig) -> Result<Self, String> {
         let state = device.port(port)?;
         let name = device.name();
-        if !state.active {
-            return Err(format!("{name}:{port} is not active"));
-        }
-        let gid_index = match config.gid_index {
-            Some(index) => index,
-            None if !state.ethernet => 0,
-            None => {
-                let gid = |index| device.gid(port, index);
-                choose_gid(state.gids, gid, |index| device.is_roce_v2(port, index))
-            }
-        };
-        let gid = device.gid(port, gid_index);
-        if state.ethernet && gid.is_none() {
-            return Err(format!("{name}:{port} has no GID at index {gid_index}"));
-        }
+        let address = Address::read(device, port, config.gid_index)?;
         let pd = ProtectionDomain::new(device)
             .map_err(|e| format!("a protection domain of {name}: {e}"))?;
         Ok(Self {
             device: device.clone(),
             pd,
             port,
-            gid_index,
-            gid: gid.unwrap_or_default(),
             ethernet: state.ethernet,
-            lid: state.lid,
-            mtu: state.mtu,
             max_msg_sz: state.max_msg_sz,
+            gid_index: config.gid_index,
+            address: Mutex::new(address),
+            suspected: Mutex::new(None),
             dead: AtomicBool::new(false),
             down: AtomicBool::new(false),
         })
     }
-}
-
-/// RoCE v2 with an IPv4 address, where there is one: what networks route. `gids`: how many places there are.
-fn choose_gid(gids: u32, gid: impl Fn(u8) -> Option<Gid>, is_v2: impl Fn(u8) -> bool) -> u8 {
-    // Drivers have 256 places and more; later ones cannot be asked for.
-    let places = (0..=u8::MAX).take(gids as usize);
-    let v2: SmallVec<[(u8, Gid); 16]> = places
-        .filter_map(|index| gid(index).map(|gid| (index, gid)))
-        .filter(|(index, _)| is_v2(*index))
-        .collect();
-    let is_v4 = |gid: &Gid| std::net::Ipv6Addr::from(gid.0).to_ipv4_mapped().is_some();
-    let chosen = v2.iter().find(|(_, gid)| is_v4(gid)).or(v2.first());
-    chosen.map_or(0, |(index, _)| *index)
 }
 
 /// The rails of an engine, in order of preference.
@@ -172,7 +182,7 @@ impl Rails {
         if known.is_empty() {
             return Err("there is no RDMA device".into());
         }
-        let mut found: Vec<(usize, Rail)> = Vec::new();
+        let mut found: Vec<(u32, Rail)> = Vec::new();
         let mut reasons = Vec::new();
         for name in known {
             let device = match VerbsDevice::open(name) {
@@ -182,11 +192,7 @@ impl Rails {
                     continue;
                 }
             };
-            let distance = match (node, device.numa_node()) {
-                (Some(ours), Some(its)) if ours == its => 0,
-                (Some(_), Some(_)) => 2,
-                _ => 1,
-            };
+            let distance = distance(node, device.numa_node());
             for port in 1..=device.limits().ports {
                 match Rail::open(&device, port, config) {
                     Ok(rail) => found.push((distance, rail)),
@@ -194,13 +200,7 @@ impl Rails {
                 }
             }
         }
-        let nearest = found.iter().map(|(distance, _)| *distance).min();
-        let mut near: Vec<Rail> = found
-            .into_iter()
-            .filter(|(distance, _)| Some(*distance) == nearest)
-            .map(|(_, rail)| rail)
-            .collect();
-        near.truncate(MAX_CHOSEN);
+        let near = nearest(found);
         if near.is_empty() { Err(reasons.join("; ")) } else { Ok(near) }
     }
 
@@ -303,6 +303,23 @@ impl Rails {
     }
 }
 
+/// How far a device's NUMA node is from the one that is asked for.
+fn distance(wanted: Option<usize>, its: Option<usize>) -> u32 {
+    match (wanted, its) {
+        (Some(wanted), Some(its)) if wanted == its => 0,
+        (Some(_), Some(_)) => 2,
+        // Not known, or all the same.
+        _ => 1,
+    }
+}
+
+/// The nearest of what was found, in the order of the devices.
+fn nearest<T>(found: Vec<(u32, T)>) -> Vec<T> {
+    let least = found.iter().map(|(distance, _)| *distance).min();
+    let near = found.into_iter().filter(|(distance, _)| Some(*distance) == least);
+    near.map(|(_, one)| one).take(MAX_CHOSEN).collect()
+}
+
 fn named(name: &str, config: &RdmaConfig) -> Result<Rail, String> {
     let (device, port) = match name.split_once(':') {
         None => (name, 1),
@@ -395,23 +412,26 @@ impl Registrations {
 mod tests {
     use super::*;
 
-    /// A table as drivers have them: each address once for RoCE v1 and once for v2, link-local first.
-    fn table(places: u32, addresses: &[&str]) -> u8 {
-        let addresses: Vec<std::net::Ipv6Addr> =
-            addresses.iter().map(|text| text.parse().unwrap()).collect();
-        let gid = |index: u8| Some(Gid(addresses.get(usize::from(index) / 2)?.octets()));
-        choose_gid(places, gid, |index| index % 2 == 1)
+    /// Which of devices on these nodes are chosen, for lanes on `wanted`.
+    fn chosen(wanted: Option<usize>, nodes: &[Option<usize>]) -> Vec<usize> {
+        let found = nodes.iter().enumerate().map(|(device, its)| (distance(wanted, *its), device));
+        nearest(found.collect())
     }
 
     #[test]
-    fn an_ipv4_address_of_roce_v2_is_preferred_however_large_the_table_is() {
-        for places in [6, 16, 255, 256, 257, 1024, u32::MAX] {
-            let all = ["fe80::1", "fd00::1", "::ffff:10.9.0.1", "::ffff:10.9.0.2"];
-            assert_eq!(table(places, &all), 5, "{places} places");
-            assert_eq!(table(places, &all[..2]), 1, "{places} places");
-            assert_eq!(table(places, &[]), 0, "{places} places");
-        }
-        assert_eq!(table(0, &["fe80::1"]), 0);
-        assert_eq!(table(1, &["fe80::1"]), 0, "only v1");
+    fn devices_of_the_lanes_own_node_come_first_and_those_of_others_last() {
+        let nodes = [Some(0), Some(1), None, Some(1), Some(0)];
+        assert_eq!(chosen(Some(1), &nodes), [1, 3]);
+        assert_eq!(chosen(Some(0), &nodes), [0, 4]);
+        assert_eq!(chosen(Some(2), &nodes), [2], "not known is better than far");
+        assert_eq!(chosen(Some(2), &[Some(1), Some(0)]), [0, 1], "far is better than none");
+        assert_eq!(chosen(Some(1), &[]), []);
+    }
+
+    #[test]
+    fn without_a_wish_all_devices_are_chosen_as_far_as_there_is_use_for_them() {
+        assert_eq!(chosen(None, &[Some(1), None, Some(0)]), [0, 1, 2]);
+        assert_eq!(chosen(None, &[Some(0); 20]), (0..MAX_CHOSEN).collect::<Vec<_>>());
+        assert_eq!(chosen(Some(3), &[Some(3); 9]).len(), MAX_CHOSEN);
     }
 }
