@@ -365,7 +365,8 @@ pub struct EngineConfig {
     pub connect_timeout: Duration,
     /// How long the one attempt to connect again may take after a link was lost. Default 1 s.
     pub reconnect_timeout: Duration,
-    /// How long `disconnect` and `shutdown` wait for notifications to be acknowledged. Default 1 s.
+    /// How long `disconnect` and `shutdown` wait for notifications to be acknowledged, and for peers to write no more of
+    /// WRITEs that they have cancelled. Default 1 s.
     pub linger: Duration,
     /// How long `deregister` waits for accesses in progress. Default 5 s.
     pub deregister_timeout: Duration,

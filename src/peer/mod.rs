@@ -92,7 +92,8 @@ impl Peer {
     }
 
     /// Ends the session: transfers in flight are cancelled, notifications are flushed for at most
-    /// `linger`. The answer is how many notifications were dropped. The peer stays usable: the next
+    /// `linger`, within which the peer also has to say that it writes no more of WRITEs (else they end in
+    /// [`Error::RemoteDisconnect`]). The answer is how many notifications were dropped. The peer stays usable: the next
     /// transfer connects again, in a new session.
     ///
     /// # Errors

@@ -60,7 +60,7 @@ named! {
         Waiting => "nothing sent",
         Partly => "some requests sent",
         Asked => "all requests sent",
-        Ending => "ending, a frame partly sent",
+        Ending => "ending, not quiet",
     }
 }
 

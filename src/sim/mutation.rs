@@ -40,11 +40,12 @@ mutations! {
     MissingCancel, "cancel does nothing", "ends in time";
     NoOperationTimeout, "no transfer expires", "ends in time";
     LostLinkFailsNobody, "the requests of a lost link wait on", "ends in time";
-    EndingForgotten, "nobody looks whether a transfer was waiting for its last frame to be sent", "ends in time";
+    EndingForgotten, "nobody looks whether a transfer was waiting for its last frame to be sent, or for its last answer", "ends in time";
     EarlyCompletion, "a transfer is done when no request is without an answer, though more are to be sent", "data";
     AnyAnswerCompletes, "a transfer is done with the first answer after its last request", "data";
     PayloadShifted, "data lands where the piece before it belongs", "data";
     EndsWhileSending, "a failed WRITE ends while its frame is partly in the socket", "quiet after end";
+    EndsUnanswered, "a cancelled WRITE ends though the peer has not answered what it was sent of it", "quiet after end";
     OrphansLand, "data for a transfer that has ended lands in whatever has its place", "quiet after end";
     ClosedBeforeTheLastUse, "deregistration does not wait for the last use", "quiet after end";
     ServedUsesNotKept, "a READ that is served does not count as a use until its data is sent", "quiet after end";

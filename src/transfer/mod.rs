@@ -435,7 +435,8 @@ impl Transfer {
 
     /// Asks for the end: requests that are not sent are dropped. The transfer ends (in
     /// [`Error::Cancelled`], or done if it was faster) as soon as nothing touches its local memory
-    /// any more: poll [`status`](Self::status).
+    /// any more, and the peer writes nothing more of a WRITE: poll [`status`](Self::status). A WRITE ends in why, such as
+    /// [`Error::Timeout`] or [`Error::RemoteDisconnect`], where the peer does not say so; its memory may then still be written.
     pub fn cancel(&self) {
         if self.shared.slot.state() == SlotState::Posted
             && self.engine.check_process().is_ok()

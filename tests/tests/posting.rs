@@ -313,6 +313,39 @@ fn a_cancelled_write_reads_nothing_after_its_end(config: Configuration) {
     });
 }
 
+#[test]
+fn a_cancelled_write_is_not_written_by_the_peer_after_its_end() {
+    const LEN: usize = 8 << 20;
+    let mut config = tcp_config();
+    config.liveness = BOUND;
+    let mut pair = Pair::new(LEN, config, "liveness_ms=60000");
+    end_of(&pair.plan(Operation::Write, 0, LEN).transfer()).unwrap();
+    // What sockets take as a whole, and what they do not.
+    for len in [4096, 256 << 10, LEN] {
+        let transfer = pair.plan(Operation::Write, 0, len).transfer();
+        pair.far.process.freeze();
+        let sent = pair.engine.stats().totals.requests_sent;
+        transfer.post().unwrap();
+        eventually("requests are sent", || {
+            let _ = transfer.status();
+            pair.engine.stats().totals.requests_sent > sent
+        });
+        transfer.cancel();
+        for _ in 0..100 {
+            let status = transfer.status();
+            assert!(matches!(status, Status::InProgress), "{len}: {status:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        pair.far.process.thaw();
+        assert!(cut_short(&transfer), "{len}");
+        // Its owner uses the memory for something else.
+        pair.far.process.ask(&format!("poison r 0 {LEN}"));
+        std::thread::sleep(Duration::from_secs(1));
+        pair.far.assert_poison(0, LEN);
+    }
+    end_of(&pair.plan(Operation::Write, 0, LEN).transfer()).unwrap();
+}
+
 fn dropping_a_transfer_in_flight_cancels_it(config: Configuration) {
     let pair = Pair::new(16 << 20, config(), "");
     for _ in 0..20 {

@@ -820,7 +820,8 @@ corelane_status corelane_conn_name(corelane_conn_t conn,
 corelane_status corelane_connect(corelane_conn_t conn, int64_t timeout_ms);
 
 /**
- * Ends the session: transfers in flight end in `CORELANE_ERR_CANCELLED`, notifications are flushed
+ * Ends the session: transfers in flight end in `CORELANE_ERR_CANCELLED` (a write in
+ * `CORELANE_ERR_REMOTE_DISCONNECT` where the peer may still write it), notifications are flushed
  * for at most `linger_ms`. `*dropped` (may be null) is set to the number that were dropped. The
  * peer stays known: the next transfer connects again.
  *
@@ -1015,7 +1016,9 @@ corelane_status corelane_xfer_error(corelane_xfer_t xfer,
 
 /**
  * Asks a transfer to end: what is not sent is dropped. It ends (in `CORELANE_ERR_CANCELLED`, or done
- * if it was faster) as soon as nothing touches its local memory any more.
+ * if it was faster) as soon as nothing touches its local memory any more, and the peer writes nothing
+ * more of a write. A write ends in why (`CORELANE_ERR_TIMEOUT`, `CORELANE_ERR_REMOTE_DISCONNECT`) where
+ * the peer does not say so: its memory may then still be written.
  */
 corelane_status corelane_cancel(corelane_xfer_t xfer);
 

@@ -97,7 +97,8 @@ pub extern "C" fn corelane_connect(conn: corelane_conn_t, timeout_ms: i64) -> co
     })
 }
 
-/// Ends the session: transfers in flight end in `CORELANE_ERR_CANCELLED`, notifications are flushed
+/// Ends the session: transfers in flight end in `CORELANE_ERR_CANCELLED` (a write in
+/// `CORELANE_ERR_REMOTE_DISCONNECT` where the peer may still write it), notifications are flushed
 /// for at most `linger_ms`. `*dropped` (may be null) is set to the number that were dropped. The
 /// peer stays known: the next transfer connects again.
 ///

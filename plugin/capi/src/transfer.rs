@@ -195,7 +195,9 @@ pub unsafe extern "C" fn corelane_xfer_error(
 }
 
 /// Asks a transfer to end: what is not sent is dropped. It ends (in `CORELANE_ERR_CANCELLED`, or done
-/// if it was faster) as soon as nothing touches its local memory any more.
+/// if it was faster) as soon as nothing touches its local memory any more, and the peer writes nothing
+/// more of a write. A write ends in why (`CORELANE_ERR_TIMEOUT`, `CORELANE_ERR_REMOTE_DISCONNECT`) where
+/// the peer does not say so: its memory may then still be written.
 #[unsafe(no_mangle)]
 pub extern "C" fn corelane_cancel(xfer: corelane_xfer_t) -> corelane_status {
     run("corelane_cancel", || {

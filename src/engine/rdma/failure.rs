@@ -131,7 +131,7 @@ impl LaneDriver {
                 None => {}
             }
         }
-        self.rdma_end_stopped(slot, cx);
+        self.rdma_end_stopped(slot, reason, cx);
         for (ended, end) in over {
             self.with_core(slot, cx, |core, env| core.wired_ended(ended.key, end, env));
         }
@@ -171,12 +171,14 @@ impl LaneDriver {
         }
     }
 
-    /// Jobs that were told to end, and that nothing holds any more.
-    pub(super) fn rdma_end_stopped(&mut self, slot: usize, cx: &mut Cx<'_>) {
+    /// Jobs that were told to end, and that nothing holds any more here. Packets of theirs may be on their way, until the
+    /// peer has destroyed its queue pairs, too: a WRITE ends in why.
+    fn rdma_end_stopped(&mut self, slot: usize, reason: &str, cx: &mut Cx<'_>) {
         let Some(link) = self.rdma_link(slot) else { return };
         for ended in link.take_stopped() {
             self.with_core(slot, cx, |core, env| {
-                core.wired_ended(ended.key, WiredEnd::Stopped, env);
+                let gone = core.peer.gone(reason);
+                core.wired_ended(ended.key, WiredEnd::Failed(gone), env);
             });
         }
     }

@@ -164,9 +164,16 @@ impl LaneDriver {
         cx: &mut Cx<'_>,
     ) {
         let Some(link) = self.rdma_link(slot) else { return };
+        let quiet = link.phase != Phase::Down;
         if let Some(ended) = link.stop(key) {
             self.with_core(slot, cx, |core, env| {
-                core.wired_ended(ended.key, WiredEnd::Stopped, env);
+                // Packets of what a queue pair has lost may land until the peer has destroyed its own.
+                let end = if quiet {
+                    WiredEnd::Stopped
+                } else {
+                    WiredEnd::Failed(core.peer.gone("its queue pair has failed"))
+                };
+                core.wired_ended(ended.key, end, env);
             });
         } else if stuck && link.phase == Phase::Up {
             // Nothing else makes its memory quiet.

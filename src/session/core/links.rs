@@ -272,7 +272,10 @@ impl Core {
         match link.kind {
             LinkKind::Session if !link.closing => self.session_down(reason, env),
             LinkKind::Session => {}
-            LinkKind::Bulk => self.want_bulk(),
+            LinkKind::Bulk => {
+                self.want_bulk();
+                self.try_finish_leaving(env);
+            }
         }
     }
 

@@ -362,10 +362,12 @@ impl Core {
         {
             self.finish_leaving(env);
         }
+        self.try_finish_leaving(env);
     }
 
     /// A stopped or dead lane: everything ends now, with this error.
     pub(crate) fn abort(&mut self, error: &Error, env: &mut Env<'_>) {
+        self.stop_settling(error, env);
         self.drop_unsent();
         self.fail_all(error, env);
         self.wait_for_copies(env);

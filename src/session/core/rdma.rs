@@ -150,8 +150,17 @@ impl Core {
                 }
                 self.finish(key.slot, env);
             }
-            WiredEnd::Stopped => self.fail(key.slot, Error::Cancelled, env),
-            WiredEnd::Failed(error) => self.fail(key.slot, error, env),
+            WiredEnd::Stopped => {
+                self.fail(key.slot, Error::Cancelled, env);
+                self.try_finish_leaving(env);
+            }
+            WiredEnd::Failed(error) => {
+                if let Some(active) = self.active_mut(key) {
+                    active.give_up_answers(&error);
+                }
+                self.fail(key.slot, error, env);
+                self.try_finish_leaving(env);
+            }
         }
     }
 

@@ -2,10 +2,12 @@
 
 mod answers;
 mod losses;
+mod settling;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::settling::leaves_the_peer;
 use super::staged::{PackSize, Packed};
 use super::{Core, Env, LinkId, Phase};
 use crate::error::Error;
@@ -61,6 +63,8 @@ pub(super) struct Active {
     pub(super) unsent: u32,
     /// It will end in this error as soon as its memory is quiet.
     ending: Option<Error>,
+    /// A WRITE that is to end, and some of which the peer may still write: its answers are waited for.
+    settling: bool,
     /// Number of the transfer in this session, for the count of its pieces.
     number: u64,
     notification: Option<Arc<[u8]>>,
@@ -141,7 +145,7 @@ impl Active {
     pub(super) fn may_end(&self) -> bool {
         let asked = self.next_piece as usize == self.shared.plan.pieces.len();
         let over = self.ending.is_some() || (self.outstanding == 0 && asked);
-        over && self.unsent == 0 && !self.copying && !self.wired
+        over && self.unsent == 0 && !self.copying && !self.wired && self.is_settled()
     }
 
     /// Whether requests of it went over a link.
@@ -219,6 +223,7 @@ impl Core {
             outstanding: 0,
             unsent: 0,
             ending: None,
+            settling: false,
             number,
             notification,
             notified: None,
@@ -354,20 +359,32 @@ impl Core {
         }
     }
 
-    /// Ends a transfer in an error, at once or when its memory is quiet.
+    /// Ends a transfer in an error, at once or when its memory is quiet, on both sides.
     ///
     /// Payloads arrive by calls that this lane makes, so that nothing can arrive any more once its
-    /// requests are orphans; only frames that are partly in a socket still need local memory.
+    /// requests are orphans; only frames that are partly in a socket still need local memory. What the peer
+    /// has been sent of a WRITE it writes when it comes to it, and answers: that is waited for, as long as
+    /// it can be told.
     pub(super) fn fail(&mut self, slot: usize, error: Error, env: &mut Env<'_>) {
         let Some(active) = self.active.get_mut(slot) else { return };
         reached!(transfer, active.state(), TransferEvent::of_error(&error));
         if active.ending.is_none() {
+            active.settling = active.outstanding > 0
+                && active.plan().operation == Operation::Write
+                && leaves_the_peer(&error)
+                && !mutated!(EndsUnanswered);
             active.ending = Some(error);
             if let Some(seq) = active.notified {
                 // Now and not at the end: numbers are good for this session only.
                 self.outbox.void(seq + u64::from(mutated!(VoidsTheNext)));
             }
             let key = ActiveKey { slot, stamp: active.stamp };
+            let (counted, number) = (active.counted, active.number);
+            if counted && self.session_link().is_some() && !mutated!(NoAbandon) {
+                // Now as well: a notification that the peer holds for what is on its way is not seen.
+                let abandon = Header { aux: number, ..Header::new(FrameKind::Abandon) };
+                self.control.push_back(abandon);
+            }
             // A scan: failing is rare and the slab is bounded by the windows of the links.
             for (_, request) in &mut self.requests {
                 request.orphan |= request.active == key;
@@ -376,17 +393,22 @@ impl Core {
                 let stuck = matches!(self.active[slot].ending, Some(Error::Timeout { .. }));
                 self.stop_wired(key, stuck);
             }
+        } else if active.waits_for_the_peer() && !leaves_the_peer(&error) {
+            active.give_up_answers(&error);
         }
         let active = &mut self.active[slot];
         let quiet = (!active.copying || active.stop_copy() || mutated!(CopyCutShort))
             && (!active.wired || mutated!(WiredEndsAtOnce));
-        if quiet && (active.unsent == 0 || mutated!(EndsWhileSending)) {
-            self.finish(slot, env);
-        } else if mutated!(EndsTwice)
+        let is_over = active.unsent == 0 && active.is_settled();
+        if quiet && (is_over || mutated!(EndsWhileSending)) {
+            return self.finish(slot, env);
+        }
+        if mutated!(EndsTwice)
             && let Some(error) = &active.ending
         {
             active.shared.slot.complete(Err(error.clone()));
         }
+        self.release_unread(slot, env);
     }
 
     /// The one place where transfers end.
@@ -430,12 +452,6 @@ impl Core {
                     && !mutated!(BudgetKept)
                 {
                     self.peer.release(1, payload.len());
-                }
-                if active.counted && self.session_link().is_some() && !mutated!(NoAbandon) {
-                    self.control.push_back(Header {
-                        aux: active.number,
-                        ..Header::new(FrameKind::Abandon)
-                    });
                 }
                 env.counters.failed.add(1);
                 if mutated!(EachRequestTells) && active.outstanding > 1 {

@@ -469,7 +469,7 @@ impl Core {
     pub(super) fn try_finish_leaving(&mut self, env: &mut Env<'_>) {
         if let Phase::Leaving { connecting, .. } = self.phase {
             let reachable = connecting || self.session_link().is_some();
-            if self.outbox.is_empty() || !reachable {
+            if (self.outbox.is_empty() && !self.is_settling()) || !reachable {
                 self.finish_leaving(env);
             }
         }
@@ -481,6 +481,8 @@ impl Core {
         }
         self.peer.set_away();
         let dropped = self.drop_notifications(env);
+        let error = self.peer.gone("left before it had said that it writes nothing more");
+        self.stop_settling(&error, env);
         self.session = 0;
         self.retry = None;
         self.phase = Phase::Idle;

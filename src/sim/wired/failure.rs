@@ -55,7 +55,8 @@ impl Node {
         for (key, job) in &mut wire.jobs {
             job.tries += u8::from(culprit.is_none());
             if job.stopped {
-                over.push((*key, WiredEnd::Stopped));
+                // Packets of it may be on their way.
+                over.push((*key, WiredEnd::Failed(gone.clone())));
             } else if culprit == Some(*key) {
                 job.refused = true;
             } else if job.notified && !mutated!(NotifiedRedone) || job.tries > MAX_TRIES {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use super::coverage::Event as Input;
 use super::node::{Node, Outside};
-use super::ring;
 use crate::plan::{Operation, PlanInner};
 use crate::session::RailPairs;
 use crate::wire::Access;

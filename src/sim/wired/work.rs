@@ -106,7 +106,14 @@ impl Node {
         job.stopped = true;
         if job.outstanding == 0 {
             wire.jobs.remove(&key);
-            self.wire_ended(slot, key, WiredEnd::Stopped);
+            // Packets of what the queue pair has lost may land until the peer has destroyed its own.
+            let end = if wire.phase == Phase::Down {
+                let Some(peer) = self.peers.get(slot) else { return };
+                WiredEnd::Failed(peer.core.peer.gone("its queue pair has failed"))
+            } else {
+                WiredEnd::Stopped
+            };
+            self.wire_ended(slot, key, end);
         } else if stuck && wire.phase == Phase::Up {
             self.wire_fail(slot, None, out);
         }

@@ -80,8 +80,8 @@ pub(crate) fn transfer(state: TransferState, event: TransferEvent) -> bool {
         (S::Waiting, E::Answered | E::Refused | E::Faulted) => true,
         // Nothing can be asked for without a link, and a lost link ends what was.
         (S::Asked, E::Unreachable) => true,
-        // Its answers are thrown away.
-        (S::Ending, E::Answered | E::Refused | E::Faulted | E::Unreachable) => true,
+        // What its answers say is not looked at.
+        (S::Ending, E::Refused | E::Faulted | E::Unreachable) => true,
         (_, E::Flushed) => state != S::Ending,
         _ => false,
     };

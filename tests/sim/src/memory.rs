@@ -24,9 +24,11 @@ pub(crate) enum Role {
         transfer: usize,
         own: bool,
     },
-    /// Not used again before its region is gone: late frames of a failed WRITE may land in it.
+    /// Not used again before its region is gone: late frames of a failed WRITE may land in it, but not of one that
+    /// was cancelled (`quiet`).
     Spoilt {
         transfer: usize,
+        quiet: bool,
     },
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use corelane::sim::{State, Touch, TransferHandle};
-use corelane::{Access, Operation};
+use corelane::{Access, Error, Operation};
 
 use crate::memory::{CELL, CellRef, Role, Space};
 use crate::promise::{Promise, Violation};
@@ -200,11 +200,13 @@ impl Model {
         let same = self.incarnations[transfer.to] == transfer.to_incarnation;
         let (engine, to) = (transfer.engine, transfer.to);
         let write = transfer.operation == Operation::Write;
+        // Whatever else it failed of, the peer may still have to take what it was sent.
+        let quiet = matches!(transfer.handle.state(), State::Failed(Error::Cancelled));
         for (_, theirs) in transfer.cells.clone() {
             if let Some(theirs) = theirs.filter(|_| same && write)
                 && let Some(role) = self.spaces[to].cell_mut(theirs)
             {
-                *role = Role::Spoilt { transfer: number };
+                *role = Role::Spoilt { transfer: number, quiet };
             }
         }
         let _ = engine;
@@ -239,8 +241,13 @@ impl Model {
             (Role::Source { transfer, own }, false) | (Role::Target { transfer, own }, true) => {
                 (transfer, own)
             }
+            (Role::Spoilt { transfer, quiet: true }, true) => {
+                let text = format!("{what}, after the end of {transfer}, which was cancelled");
+                self.fail(Promise::QuietAfterEnd, text);
+                return None;
+            }
             // Its late frames, which were under way.
-            (Role::Spoilt { transfer }, true) => (transfer, false),
+            (Role::Spoilt { transfer, quiet: false }, true) => (transfer, false),
             // What a peer reads is harmless as long as it may.
             (_, false) if matches!(touch, Touch::Served(_) | Touch::Device(_)) => {
                 if !access.allows(Access::REMOTE_READ) {

@@ -83,7 +83,7 @@ impl Profile {
         let way = match rng.below(100) {
             0..30 => Way::Ring,
             30..42 => Way::Copies,
-            42..54 => Way::Wired,
+            42..58 => Way::Wired,
             _ => Way::Sockets,
         };
         let few = |rng: &mut Rng, percent| rng.chance(percent);

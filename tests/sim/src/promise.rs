@@ -24,7 +24,7 @@ promises! {
     EndsOnce, "ends once", "a posting ends exactly once";
     EndsInTime, "ends in time", "a posting, and every slow call, ends within its timeout; after the death of the peer within that of liveness; a cancelled READ at once";
     Data, "data", "every byte that lands is the one that was sent there, and a transfer that is done has all of them";
-    QuietAfterEnd, "quiet after end", "after its end nothing touches a transfer's memory, and nothing that of a deregistered region";
+    QuietAfterEnd, "quiet after end", "after its end nothing touches a transfer's local memory, nor writes the peer's for one that is done or ended in `Cancelled`; nothing touches that of a deregistered region";
     NotifiedOnce, "notified once", "no notification is seen twice";
     NothingLost, "nothing lost", "a notification that was taken is seen, unless its session ended and it was counted as dropped";
     AfterData, "after its data", "a bound notification is seen when its data is there, and not if its READ has failed";

@@ -132,9 +132,11 @@ impl Core {
         {
             active.unsent -= 1;
             let ending = active.ending.is_some() && !mutated!(EndingForgotten);
-            if active.unsent == 0 && ending && !active.copying && !active.wired {
+            if ending && active.may_end() {
                 reached!(transfer, TransferState::Ending, TransferEvent::Flushed);
                 self.finish(key.slot, env);
+            } else if ending {
+                self.release_unread(key.slot, env);
             }
         }
     }
@@ -257,10 +259,10 @@ impl Core {
             link.outstanding -= 1;
             (link.last_use, link.answered) = (now, now);
         }
-        if request.orphan {
-            return;
-        }
         let key = request.active;
+        if request.orphan {
+            return self.orphan_answered(key, env);
+        }
         let active = &mut self.active[key.slot];
         reached!(transfer, active.state(), TransferEvent::Answered);
         active.outstanding -= 1;

@@ -90,7 +90,8 @@ impl Core {
                 self.requests.remove(slot);
             }
             // One that was begun again by the loss of another request is waiting, and has lost no more.
-            if !orphan && self.is_active(key) {
+            let waits = !orphan || self.active_mut(key).is_some_and(|active| active.settling);
+            if waits && self.is_active(key) {
                 self.lost(key.slot, reason, env);
             }
         }

@@ -4,6 +4,7 @@
 //! [`clock`] the time. What happens next is chosen by a seeded generator, so that a failing run is
 //! replayed by its seed.
 
+mod cancelling;
 mod clock;
 mod hostile;
 mod memory;

@@ -234,11 +234,13 @@ fn cancel_everywhere(operation: Operation, len: usize) {
         w.cancel(t);
         w.cancel(t);
         w.run_to_end(t);
-        let at_end = w.read(0, 0, 0, 2 * BIG);
-        let seen_by = 1;
+        let at_end = [0, 1].map(|node| w.read(node, 0, 0, 2 * BIG));
         w.run(ms(300));
-        assert_eq!(w.read(0, 0, 0, 2 * BIG), at_end, "seed {step}: written after the end");
-        let seen = w.take(seen_by);
+        for (node, at_end) in at_end.into_iter().enumerate() {
+            let now = w.read(node, 0, 0, 2 * BIG);
+            assert!(now == at_end, "seed {step}: {node} was written after the end");
+        }
+        let seen = w.take(1);
         if w.is_done(t) {
             done += 1;
             assert_eq!(seen, [b"bound"], "seed {step}");
