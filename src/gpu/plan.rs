@@ -223,7 +223,7 @@ impl DeviceBuilder {
             }
             self.require_pinned(device, "the peer's", &mut watched, |pair| pair.remote)?;
         } else if same_process {
-            self.watch_theirs(device, &mut watched)?;
+            self.watch_theirs(&mut watched)?;
         }
         let mut shifts = Vec::with_capacity(self.theirs.len());
         for theirs in &self.theirs {
@@ -260,13 +260,14 @@ impl DeviceBuilder {
     }
 
     /// Remembers what is there of the peer's GPU memory, which is addressed directly.
-    fn watch_theirs(
-        &self,
-        device: &Device,
-        watched: &mut Watched,
-    ) -> std::result::Result<(), Unfit> {
+    fn watch_theirs(&self, watched: &mut Watched) -> std::result::Result<(), Unfit> {
         for theirs in &self.theirs {
-            if !watched.add_range(device, theirs.start, theirs.end)? {
+            let is_there = match is_device_memory(theirs.start) {
+                // Within the context of its own GPU: in another's the driver does not find it.
+                Some(owner) => watched.add_range(Device::get(owner)?, theirs.start, theirs.end)?,
+                None => false,
+            };
+            if !is_there {
                 return Err(Unfit::Never("the peer's GPU memory is not there any more".into()));
             }
         }
