@@ -24,17 +24,15 @@ struct Rig {
     repairs: Vec<&'static str>,
 }
 
-/// `None` where faults must not be provoked: outside of the rig.
-fn rig() -> Option<Rig> {
+/// Panics outside of the rig, where faults must not be provoked: `tests/rdma/suite.sh` leaves this program out there.
+fn rig() -> Rig {
     static ALONE: Mutex<()> = Mutex::new(());
-    if std::env::var_os("CORELANE_RDMA_RIG").is_none() {
-        eprintln!("not in the rig: nothing is broken here");
-        return None;
-    }
+    let in_rig = std::env::var_os("CORELANE_RDMA_RIG").is_some();
+    assert!(in_rig, "devices are broken in the rig only: tests/rdma/rig.sh exec");
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // A link that was down has its addresses back a moment after it is up.
     eventually("both devices are there", || ["rxe0", "rxe1"].iter().all(|device| is_ready(device)));
-    Some(Rig { _alone: alone, repairs: Vec::new() })
+    Rig { _alone: alone, repairs: Vec::new() }
 }
 
 fn is_ready(device: &str) -> bool {
@@ -127,7 +125,7 @@ fn resources() -> String {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn a_peer_that_is_killed_amid_transfers_ends_them_in_an_error() {
-    let Some(_rig) = rig() else { return };
+    let _rig = rig();
     let mut random = Random::new(5);
     for _ in 0..12 {
         let pair = Pair::new(over("rxe0", &[TransportKind::Rdma]), "rxe1");
@@ -169,7 +167,7 @@ fn a_peer_that_is_killed_amid_transfers_ends_them_in_an_error() {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn packets_that_are_lost_cost_time_and_nothing_else() {
-    let Some(mut rig) = rig() else { return };
+    let mut rig = rig();
     let mut pair = Pair::new(over("rxe0", &[TransportKind::Rdma]), "rxe1");
     rig.break_by("tc qdisc add dev va root netem loss 1%", "tc qdisc del dev va root");
     rig.break_by("tc qdisc add dev vb root netem loss 1%", "tc qdisc del dev vb root");
@@ -186,7 +184,7 @@ fn packets_that_are_lost_cost_time_and_nothing_else() {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn a_link_that_goes_down_leaves_tcp() {
-    let Some(mut rig) = rig() else { return };
+    let mut rig = rig();
     let mut pair = Pair::new(over("rxe0", &[TransportKind::Rdma, TransportKind::Tcp]), "rxe1");
     pair.works(LEN, 1);
     rig.break_by("ip link set va down", "ip link set va up");
@@ -201,7 +199,7 @@ fn a_link_that_goes_down_leaves_tcp() {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn notifications_that_a_lost_link_had_swallowed_arrive_once() {
-    let Some(mut rig) = rig() else { return };
+    let mut rig = rig();
     let mut pair = Pair::new(over("rxe0", &[TransportKind::Rdma, TransportKind::Tcp]), "rxe1");
     for number in 0..200u8 {
         if number == 100 {
@@ -224,7 +222,7 @@ fn packets(device: &str) -> u64 {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn rails_share_a_large_transfer() {
-    let Some(_rig) = rig() else { return };
+    let _rig = rig();
     let mut pair = Pair::new(over("rxe0,rxe1", &[TransportKind::Rdma]), "rxe0,rxe1");
     let devices = ["rxe0", "rxe1"];
     let before = devices.map(packets);
@@ -240,7 +238,7 @@ fn rails_share_a_large_transfer() {
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn a_rail_that_goes_down_leaves_the_other() {
-    let Some(mut rig) = rig() else { return };
+    let mut rig = rig();
     // A third device. (`rdma link del` of one in use waits for its users: soft-RoCE cannot be taken away.)
     rig.break_by("ip link add spare mtu 4200 type dummy", "ip link del spare");
     run("ip addr add 10.9.1.1/24 dev spare");
@@ -261,8 +259,31 @@ fn a_rail_that_goes_down_leaves_the_other() {
 
 #[test]
 #[ignore = "needs an RDMA device: tests/run.sh rdma"]
+fn a_device_whose_address_changes_is_used_with_the_new_one() {
+    let mut rig = rig();
+    let mut pair = Pair::new(over("rxe0", &[TransportKind::Rdma]), "rxe1");
+    pair.works(100_000, 1);
+    rig.break_by("ip address del 10.9.0.1/24 dev va", "ip address add 10.9.0.1/24 dev va");
+    rig.break_by("ip address add 10.9.0.7/24 dev va", "ip address del 10.9.0.7/24 dev va");
+    eventually("the device has its new address", || {
+        // Not in the place of the old one, which queue pairs hold.
+        let gid = |place| format!("/sys/class/infiniband/rxe0/ports/1/gids/{place}");
+        let read = |place| std::fs::read_to_string(gid(place)).unwrap_or_default();
+        (0..16).any(|place| read(place).contains("0a09:0007"))
+    });
+    for seed in 2..5 {
+        pair.works(100_000, seed);
+    }
+    assert_eq!(transport(&pair.near.engine, "far"), TransportKind::Rdma);
+    assert!(pair.near.engine.stats().totals.rdma_failures > 0, "the old queue pairs went on");
+    drop(pair);
+    rig.repair();
+}
+
+#[test]
+#[ignore = "needs an RDMA device: tests/run.sh rdma"]
 fn sixty_four_connections_of_one_engine_work_and_leave_nothing_behind() {
-    let Some(_rig) = rig() else { return };
+    let _rig = rig();
     let before = resources();
     {
         let config = || {
