@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use corelane::{Error, LocalSegment, Operation, Region, RegionDescriptor, Status, Transfer};
-use corelane_tests::{BOUND, Buffer, POISON, block_holds, check_either_block, fill_block};
+use corelane_tests::{BOUND, Buffer, block_holds, check_either_block, fill_block};
 
 use crate::board::{BLOCKS, Control, SlotBoard, now_ns, outcome};
 use crate::notes::bound_payload;
@@ -126,9 +126,12 @@ pub(crate) fn check_places(shared: &Shared) {
         for block in 0..BLOCKS {
             let board = &from.slots[slot];
             let (placed, held) = (board.placed[block].load(SeqCst), board.held[block].load(SeqCst));
-            let new = if placed == 0 { u64::from_le_bytes([POISON; 8]) } else { placed };
             let (at, served) = (block_at(slot, block), &shared.set.served);
-            if let Err(why) = check_either_block(served, at, spec.len, held, new) {
+            let found = match placed {
+                0 => served.check_poison(at, spec.len),
+                new => check_either_block(served, at, spec.len, held, new),
+            };
+            if let Err(why) = found {
                 shared.problem(Kind::Wrong, format!("place {block} of slot {slot}: {why}"));
             }
         }
