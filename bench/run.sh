@@ -25,6 +25,8 @@ without a first word go to `loopback`.
 With `nixl` as the first word it measures the NIXL plugin instead, beside NIXL's own UCX over TCP. For this it also needs a
 C++ compiler and libclang (Debian packages), and NIXL from PyPI, in an environment of its own under target/.
 
+With `loopback` as the first word, CORELANE_BENCH=PROGRAM measures with a corelane-bench that is built already.
+
 Once it is built, `corelane-bench loopback --help` and `corelane-bench nixl --help` list the options, for example:
     bench/run.sh loopback --json results.json
     bench/run.sh nixl --scenario kv --target-app sleep
@@ -41,8 +43,11 @@ measure_loopback() {
     want_rdma
     prepare_machine
     choose_cargo_features
-    build_bench
-    bench=$(target_dir)/release/corelane-bench
+    bench=${CORELANE_BENCH:-}
+    if [[ -z $bench ]]; then
+        build_bench
+        bench=$(target_dir)/release/corelane-bench
+    fi
     remove_scratch_dir
     exec "$bench" loopback "$@"
 }
