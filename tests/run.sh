@@ -94,9 +94,9 @@ prepare() {
     target=$(target_dir)
     log_dir=$target/test-logs
     # Tests name here what they do not run for want of a right; no runner shows what a test that passes has said.
-    export CORELANE_TESTS_SKIPPED=$log_dir/skipped
+    export CORELANE_TEST_SKIPPED=$log_dir/skipped
     mkdir -p -- "$log_dir"
-    : >"$CORELANE_TESTS_SKIPPED"
+    : >"$CORELANE_TEST_SKIPPED"
     make_nixl_environments
     if is_selected rdma || is_selected nixl-rdma; then
         make_rdma_rig
@@ -266,9 +266,9 @@ runner_summary() {
 # What tests have left out because this machine does not let them: it passes, and shows nothing.
 skipped_tests() {
     local count
-    count=$(wc -l <"$CORELANE_TESTS_SKIPPED")
+    count=$(wc -l <"$CORELANE_TEST_SKIPPED")
     ((count == 0)) || printf '%d times a test, or a part of one, was not run:\n' "$count"
-    sort "$CORELANE_TESTS_SKIPPED" | uniq -c
+    sort "$CORELANE_TEST_SKIPPED" | uniq -c
 }
 
 runner_lines() {

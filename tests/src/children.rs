@@ -186,7 +186,7 @@ pub fn skipped(what: &str, error: &io::Error) {
 }
 
 /// Says that a test was not run, or a part of it. Runners do not show what a test that passes has said: where the environment names a file
-/// for that (`CORELANE_TESTS_SKIPPED`), it is kept there, too, for who has started them.
+/// for that (`CORELANE_TEST_SKIPPED`), it is kept there, too, for who has started them.
 pub fn not_run(why: &str) {
     // A runner that has a process for each test gives that the test's name as its first argument.
     let test = match std::thread::current().name() {
@@ -195,10 +195,10 @@ pub fn not_run(why: &str) {
     };
     let line = format!("SKIPPED: {test}: {why}\n");
     eprint!("{line}");
-    if let Some(path) = std::env::var_os("CORELANE_TESTS_SKIPPED") {
+    if let Some(path) = std::env::var_os("CORELANE_TEST_SKIPPED") {
         let file = std::fs::File::options().append(true).create(true).open(path);
         // One call: lines of several processes do not mix.
         file.and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()))
-            .expect("the file that CORELANE_TESTS_SKIPPED names");
+            .expect("the file that CORELANE_TEST_SKIPPED names");
     }
 }

@@ -62,6 +62,8 @@ pub(crate) fn read_only(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    /// Whose it is: at this address a child has nothing, or something of its own.
+    process: u32,
 }
 
 // SAFETY: the mapping is only used through atomics and raw copies, which any thread may do.
@@ -95,7 +97,7 @@ impl Mapping {
         let Some(start) = NonNull::new(start.cast::<u8>()) else {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         };
-        let mapping = Self { start, len };
+        let mapping = Self { start, len, process: std::process::id() };
         mapping.advise(libc::MADV_DONTFORK)?;
         Ok(mapping)
     }
@@ -217,6 +219,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if self.process != std::process::id() {
+            return;
+        }
         // SAFETY: the range is this mapping, and nothing borrows from it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
@@ -226,6 +231,35 @@ impl Drop for Mapping {
 mod tests {
     use super::*;
     use std::sync::atomic::Ordering;
+
+    #[test]
+    fn a_forked_child_unmaps_nothing_of_its_own_for_the_parents_mapping() {
+        let fd = create(c"test", 4096, false).unwrap();
+        let mapping = std::mem::ManuallyDrop::new(Mapping::new(fd.as_fd(), 4096, true).unwrap());
+        let (start, len) = (mapping.start.as_ptr(), mapping.len);
+        // SAFETY: the child makes system calls only, and ends at once.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            // SAFETY: a mapping where there is none, as the flag demands; the parent's was not inherited.
+            let own = unsafe { libc::mmap(start.cast(), len, libc::PROT_READ, flags, -1, 0) };
+            let is_free = own == start.cast();
+            drop(std::mem::ManuallyDrop::into_inner(mapping));
+            // SAFETY: asks whether the range is mapped.
+            let is_there = unsafe { libc::msync(start.cast(), len, libc::MS_ASYNC) } == 0;
+            // SAFETY: nothing of the parent's is flushed or dropped.
+            unsafe { libc::_exit(i32::from(!is_free) + 2 * i32::from(!is_there)) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` is ours to write to.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(
+            (waited, status),
+            (child, 0),
+            "256: it was inherited; 512: the child's own is gone"
+        );
+        drop(std::mem::ManuallyDrop::into_inner(mapping));
+    }
 
     #[test]
     fn memory_is_shared_by_its_mappings_and_checked_before_it_is_mapped() {
