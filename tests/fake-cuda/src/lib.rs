@@ -284,7 +284,7 @@ driver! {
     fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, address: u64) {
         match memory::at(address) {
             // As the real one: within the context of another GPU it is not found.
-            Some(found) if found.gpu.is_some_and(|gpu| current() != Some(gpu)) => NOT_FOUND,
+            Some(found) if found.context().is_some_and(|gpu| current() != Some(gpu)) => NOT_FOUND,
             Some(found) => put(base, found.base) + put(bytes, found.len),
             None => INVALID_VALUE,
         }

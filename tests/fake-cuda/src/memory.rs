@@ -137,6 +137,11 @@ pub(crate) fn shadow(address: u64, len: usize) -> Option<u64> {
 }
 
 impl Allocation {
+    /// The GPU in whose context it is found; `None`: in any.
+    pub(crate) fn context(&self) -> Option<c_int> {
+        if let Kind::Mapped(by) = self.kind { Some(by) } else { self.gpu }
+    }
+
     /// Where GPUs have an address of it.
     pub(crate) fn on_gpus(&self, address: u64) -> u64 {
         if self.kind == Kind::Elsewhere { address + ELSEWHERE } else { address }
